@@ -1,8 +1,8 @@
 """How time is taken: cold cache, warm-ups, many rounds, every implementation in every round.
 
-The paper's protocol (Figures 3 and 6) is 20 warm-ups, 80 timed rounds, a 256 MB buffer touched between rounds so that no
-weight is still in a cache, and the geometric mean. Here the implementations of one comparison are also interleaved round by
-round, so that a drift of the machine (clock, neighbours) hits all of them alike and cancels in their ratio.
+The paper's protocol (Figures 3 and 6) is 20 warm-ups, 80 timed rounds, a 256 MB buffer touched between rounds so that
+no weight is still in a cache, and the geometric mean. Here the implementations of one comparison are also interleaved
+round by round, so that a drift of the machine (clock, neighbours) hits all of them alike and cancels in their ratio.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 FLUSH_BYTES = 256 * 2**20
+
+Calls = dict[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,16 @@ def last_level_cache_bytes() -> int:
 
 
 def cpu_flush() -> Callable[[], object]:
-    """A call that evicts everything from the CPU's caches by reading a buffer of at least 256 MB and 4 last-level caches.
+    """A call that evicts the CPU's caches by reading a buffer of at least 256 MB and of four last-level caches.
 
-    It reads because large fills use non-temporal stores, which leave the caches as they were; and the buffer is filled with
-    ones because untouched zero pages are all backed by one physical page.
+    It reads because large fills use non-temporal stores, which leave the caches as they were; and the buffer is filled
+    with ones because untouched zero pages are all backed by one physical page.
     """
     buffer = torch.ones(max(FLUSH_BYTES, 4 * last_level_cache_bytes()) // 4)
     return buffer.sum
 
 
-def _cpu_times(calls: dict[str, Callable[[], object]], warmups: int, rounds: int, flush: bool) -> dict[str, list[float]]:
+def _cpu_times(calls: Calls, warmups: int, rounds: int, flush: bool) -> dict[str, list[float]]:
     evict = cpu_flush() if flush else None
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -75,7 +77,7 @@ def _cpu_times(calls: dict[str, Callable[[], object]], warmups: int, rounds: int
 
 
 def measure(
-    calls: dict[str, Callable[[], object]], warmups: int = 20, rounds: int = 80, flush: bool = True, device: str = "cpu"
+    calls: Calls, warmups: int = 20, rounds: int = 80, flush: bool = True, device: str = "cpu"
 ) -> dict[str, Timing]:
     """Time several implementations against each other, interleaved round by round.
 
