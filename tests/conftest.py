@@ -1,0 +1,42 @@
+"""Fixtures shared by the tests: tiny random models of the supported families."""
+
+import pytest
+import torch
+import transformers
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 88,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 128,
+}
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Phi3")
+
+
+def tiny_model(family: str = "Llama", seed: int = 0, **overrides) -> torch.nn.Module:
+    """A random float32 causal language model of ``family`` with weights large enough to be far from linear."""
+    torch.manual_seed(seed)
+    extra = {"head_dim": 8} if family.startswith(("Gemma", "Qwen3")) else {}
+    if family == "Phi3":
+        extra = {"pad_token_id": 0}
+    config = getattr(transformers, f"{family}Config")(**{**TINY, **extra, **overrides})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 1.5 * parameter.shape[1] ** -0.5, generator=torch.Generator().manual_seed(len(name)))
+    return model
+
+
+@pytest.fixture
+def llama() -> torch.nn.Module:
+    return tiny_model("Llama")
+
+
+@pytest.fixture
+def batches() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    return [{"input_ids": torch.randint(0, 64, (4, 48), generator=generator)} for _ in range(4)]
