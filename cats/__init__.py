@@ -1,9 +1,9 @@
 """CATS: contextually-aware thresholding for sparsity in gated-MLP language models (arXiv 2404.08763).
 
-    thresholds = cats.calibrate(model, batches, sparsity=0.5)
-    cats.apply(model, thresholds)
-    model.generate(...)
-    cats.remove(model)
+thresholds = cats.calibrate(model, batches, sparsity=0.5)
+cats.apply(model, thresholds)
+model.generate(...)
+cats.remove(model)
 """
 
 from cats.activation import CATSActivation, threshold_activation

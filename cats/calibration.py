@@ -64,7 +64,7 @@ class Histogram:
         return float(self.counts.cpu()[edges[1:] <= threshold].sum()) / self.total
 
     def rebinned(self, edges: Tensor) -> Tensor:
-        """Counts in wider bins between ascending ``edges`` (n + 1), int64 (n); a fine bin goes where its centre lies."""
+        """Counts in wider bins between ascending ``edges`` (n + 1), int64 (n); a bin goes where its centre is."""
         fine = self.edges()
         centre = (fine[:-1] + fine[1:]) / 2
         index = torch.bucketize(centre.double(), edges.double(), right=True) - 1
@@ -96,7 +96,11 @@ class Thresholds:
         for site in SITES:
             values = getattr(self, site)
             valid = isinstance(values, dict) and all(
-                isinstance(name, str) and isinstance(t, int | float) and not isinstance(t, bool) and math.isfinite(t) and t >= 0
+                isinstance(name, str)
+                and isinstance(t, int | float)
+                and not isinstance(t, bool)
+                and math.isfinite(t)
+                and t >= 0
                 for name, t in values.items()
             )
             if not valid:
@@ -148,7 +152,9 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     return {key: getattr(config, key) for key in keys if hasattr(config, key)}
 
 
-def histograms(model: nn.Module, batches: Batches, sites: Iterable[str] = ("gate",)) -> tuple[dict[tuple[str, str], Histogram], int]:
+def histograms(
+    model: nn.Module, batches: Batches, sites: Iterable[str] = ("gate",)
+) -> tuple[dict[tuple[str, str], Histogram], int]:
     """One `Histogram` per (site, module path), and the number of tokens seen. Raises as `cats.observe.observe`."""
     found: dict[tuple[str, str], Histogram] = {}
 
@@ -163,7 +169,9 @@ def histograms(model: nn.Module, batches: Batches, sites: Iterable[str] = ("gate
 
 
 @overload
-def calibrate(model: nn.Module, batches: Batches, sparsity: float = 0.5, sites: Iterable[str] = ("gate",)) -> Thresholds: ...
+def calibrate(
+    model: nn.Module, batches: Batches, sparsity: float = 0.5, sites: Iterable[str] = ("gate",)
+) -> Thresholds: ...
 @overload
 def calibrate(
     model: nn.Module, batches: Batches, sparsity: Sequence[float], sites: Iterable[str] = ("gate",)

@@ -1,4 +1,4 @@
-"""Models by name: a hub id, a local directory, ``pocket`` (shipped with this package), or ``shape:NAME`` (random weights).
+"""Models by name: a hub id, a local directory, ``pocket`` (shipped here), or ``shape:NAME`` (random weights).
 
 Weights are read from safetensors only and no code from a model repository is ever run.
 """

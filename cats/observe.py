@@ -78,7 +78,9 @@ def _model_inputs(batch: Mapping[str, Tensor] | Tensor, device: torch.device) ->
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        raise TypeError(f"a batch must be a tensor of token ids or a mapping with input_ids, not {type(batch).__name__}")
+        raise TypeError(
+            f"a batch must be a tensor of token ids or a mapping with input_ids, not {type(batch).__name__}"
+        )
     inputs = {key: value.to(device) for key, value in batch.items() if key in ("input_ids", "attention_mask")}
     return {key: value[None] if value.dim() == 1 else value for key, value in inputs.items()}
 
@@ -109,7 +111,9 @@ def observe(
         for name, mlp in gated_mlps(model).items():
             if "gate" in sites:
                 activation = getattr(mlp, activation_name(mlp))
-                inner = activation.inner if isinstance(activation, CATSActivation) and not after_threshold else activation
+                inner = (
+                    activation.inner if isinstance(activation, CATSActivation) and not after_threshold else activation
+                )
                 watcher.watch_output("gate", name, inner)
             if "mlp_input" in sites:
                 watcher.watch_input("mlp_input", name, mlp)

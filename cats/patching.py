@@ -1,22 +1,22 @@
 """Apply CATS to a live model and take it off again, bit for bit.
 
-A patched gated MLP keeps its parameters, its names and its own forward code: only its activation module is replaced by
-`CATSActivation` (the dense masked path: training, prefill, anything peft has wrapped). For decoding, when no gradient is
-wanted and at most ``cats_kernels.MAX_ROWS`` rows come in, the class's forward hands over to the sparse kernel, which needs
-the down projection transposed; the parameter's storage is transposed in place of the original, so memory does not grow,
-and state_dict still shows the original layout.
+A patched gated MLP keeps its parameters, its names and its own forward code: only its activation module is replaced
+by `CATSActivation` (the dense masked path: training, prefill, anything peft has wrapped). For decoding, when no
+gradient is wanted and at most ``cats_kernels.MAX_ROWS`` rows come in, the class's forward hands over to the sparse
+kernel, which needs the down projection transposed; the parameter's storage is transposed in place of the original, so
+memory does not grow, and state_dict still shows the original layout.
 """
 
 import warnings
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from types import MethodType
 from typing import Any
 
+import cats_kernels
 import torch
 from torch import Tensor, nn
 
-import cats_kernels
 from cats.activation import CATSActivation, threshold_activation
 from cats.calibration import Thresholds, fingerprint
 from cats.structure import activation_name, attention_blocks, check_equation_1, gated_mlps
@@ -82,10 +82,19 @@ class _SparseForward:
 
     cats_state: State
 
+    def _takes_sparse_path(self, x: Tensor) -> bool:
+        # the projections' types are looked at in every call, since peft may have wrapped one after the patch
+        return (
+            self.cats_state.sparse
+            and not torch.is_grad_enabled()
+            and x.numel() <= cats_kernels.MAX_ROWS * x.shape[-1]
+            and all(type(linear) is nn.Linear for linear in _linears(self))  # type: ignore[arg-type]
+        )
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        state = self.cats_state
-        if state.sparse and not torch.is_grad_enabled() and x.numel() <= cats_kernels.MAX_ROWS * x.shape[-1]:
+        if self._takes_sparse_path(x):
             mlp: Any = self
+            state = self.cats_state
             gate_weight, up_weight = _gate_and_up_weights(mlp)
             threshold = getattr(mlp, activation_name(mlp)).threshold
             return cats_kernels.sparse_gated_mlp(
@@ -94,14 +103,16 @@ class _SparseForward:
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sparse_class(original: type) -> type:
     return type(f"CATS{original.__name__}", (_SparseForward, original), {"__module__": original.__module__})
 
 
 def _set_class(mlp: nn.Module, cls: type) -> None:
     mlp.__class__ = cls
-    if "_old_forward" in mlp.__dict__:  # accelerate's device_map hooks call the forward they found when they were attached
+    if (
+        "_old_forward" in mlp.__dict__
+    ):  # accelerate's device_map hooks call the forward they found when they were attached
         mlp._old_forward = MethodType(cls.forward, mlp)  # type: ignore[attr-defined]
 
 
@@ -112,23 +123,24 @@ def _contiguous_in_state_dict(_module: nn.Module, state_dict: dict[str, Any], pr
         state_dict[f"{prefix}weight"] = weight.contiguous()
 
 
-def _enable_kernel(name: str, mlp: nn.Module, state: State, kernel: str) -> None:
+def _enable_kernel(name: str, mlp: nn.Module, state: State, kernel: str) -> str | None:
+    """Put ``mlp`` on the sparse path if ``kernel`` asks for it and can serve it; else say what stands in the way."""
     state.kernel = kernel
     if kernel == "reference":
         _disable_kernel(mlp, state)
-        return
+        return None
     obstacle = _obstacle(mlp, state.activation)
     if obstacle:
         _disable_kernel(mlp, state)
         if kernel != "auto":
             raise ValueError(f'kernel="{kernel}" cannot serve {name}: {obstacle}; use kernel="auto" or "reference"')
-        warnings.warn(f"{name} runs on the dense masked path, without speed-up: {obstacle}", stacklevel=4)
-        return
+        return obstacle
     if not state.handles:
         weight = mlp.down_proj.weight
         weight.data = weight.data.t().contiguous().t()
         state.handles.append(mlp.down_proj._register_state_dict_hook(_contiguous_in_state_dict))
     state.sparse = True
+    return None
 
 
 def _disable_kernel(mlp: nn.Module, state: State) -> None:
@@ -170,8 +182,8 @@ def _check(model: nn.Module, mlps: dict[str, nn.Module], thresholds: Thresholds,
         raise ValueError(f"these thresholds were made for another model: they are for {made_for}, this one is {actual}")
     for name, mlp in mlps.items():
         activation = getattr(mlp, activation_name(mlp))
-        if not hasattr(mlp, "cats_state") and isinstance(activation, CATSActivation | nn.ReLU):
-            raise ValueError(f"{name} already has a {type(activation).__name__}: call cats.remove(model) first")
+        if isinstance(activation, CATSActivation) != hasattr(mlp, "cats_state"):
+            raise ValueError(f"{name} already has a {type(activation).__name__} patch: call cats.remove(model) first")
 
 
 def apply(model: nn.Module, thresholds: Thresholds, kernel: str = "auto") -> None:
@@ -180,18 +192,19 @@ def apply(model: nn.Module, thresholds: Thresholds, kernel: str = "auto") -> Non
     Args:
         model: the model that ``thresholds`` were calibrated on, perhaps inside peft.
         thresholds: from `cats.calibrate` or `Thresholds.load`.
-        kernel: ``auto`` takes Triton on a GPU, the compiled CPU kernel on a CPU, and the dense masked path with a warning
-            where neither can serve; ``cpu`` and ``triton`` raise instead; ``reference`` is the dense masked path.
+        kernel: ``auto`` takes Triton on a GPU, the compiled CPU kernel on a CPU, and the dense masked path with a
+            warning where neither can serve; ``cpu`` and ``triton`` raise instead; ``reference`` is the dense path.
 
     Raises:
-        ValueError: unknown kernel, no gated MLP, thresholds of another model, an MLP that does not compute equation 1, a
-            ReLUfied model, or a kernel that cannot serve this model.
+        ValueError: unknown kernel, no gated MLP, thresholds of another model, an MLP that does not compute equation 1,
+            a ReLUfied model, or a kernel that cannot serve this model.
     """
     mlps = gated_mlps(model)
     _check(model, mlps, thresholds, kernel)
     fresh = {name: mlp for name, mlp in mlps.items() if not hasattr(mlp, "cats_state")}
     for name, mlp in fresh.items():
         check_equation_1(name, mlp)
+    obstacles: dict[str, str] = {}
     try:
         for name, mlp in mlps.items():
             attribute = activation_name(mlp)
@@ -201,13 +214,21 @@ def apply(model: nn.Module, thresholds: Thresholds, kernel: str = "auto") -> Non
                 setattr(mlp, attribute, CATSActivation(original, 0.0))
                 _set_class(mlp, _sparse_class(type(mlp)))
             getattr(mlp, attribute).threshold = thresholds.gate[name]
-            _enable_kernel(name, mlp, mlp.cats_state, kernel)
+            obstacle = _enable_kernel(name, mlp, mlp.cats_state, kernel)
+            if obstacle:
+                obstacles[name] = obstacle
         _set_input_thresholds(mlps, thresholds.mlp_input)
         if thresholds.attention_input or any("cats_input_handle" in m.__dict__ for m in model.modules()):
             _set_input_thresholds(attention_blocks(model), thresholds.attention_input)
     except BaseException:
         remove(model)
         raise
+    if obstacles:
+        name, obstacle = next(iter(obstacles.items()))
+        warnings.warn(
+            f"{len(obstacles)} of {len(mlps)} MLPs run on the dense masked path, without speed-up ({name}: {obstacle})",
+            stacklevel=2,
+        )
 
 
 def remove(model: nn.Module) -> None:

@@ -1,8 +1,8 @@
 """Where the gated MLPs of a Hugging Face model are: found by structure, so that new model families need no code here.
 
 A gated MLP is a module with ``down_proj``, an activation (``act_fn`` or ``activation_fn``) and either ``gate_proj`` and
-``up_proj`` (Llama, Mistral, Qwen, Gemma) or a fused ``gate_up_proj`` (Phi-3, GLM). That it really computes equation 1 is
-checked by running it (`check_equation_1`).
+``up_proj`` (Llama, Mistral, Qwen, Gemma) or a fused ``gate_up_proj`` (Phi-3, GLM). That it really computes equation 1
+is checked by running it (`check_equation_1`).
 """
 
 import torch
@@ -53,7 +53,9 @@ def attention_blocks(model: nn.Module) -> dict[str, nn.Module]:
     for name in gated_mlps(model):
         attention = f"{name.rpartition('.')[0]}.self_attn"
         if attention not in modules:
-            raise ValueError(f"{type(model).__name__} has no {attention}: the attention variant needs layers with self_attn")
+            raise ValueError(
+                f"{type(model).__name__} has no {attention}: the attention variant needs layers with self_attn"
+            )
         found[attention] = modules[attention]
     return found
 
@@ -95,6 +97,6 @@ def check_equation_1(name: str, mlp: nn.Module) -> None:
             module.training = training
     if actual.shape != expected.shape or not torch.allclose(actual.float(), expected.float(), rtol=2e-2, atol=1e-3):
         raise ValueError(
-            f"{name} ({type(mlp).__name__}) looks like a gated MLP but does not compute (act(x W_gate) * (x W_up)) W_down; "
-            "CATS supports only blocks that do"
+            f"{name} ({type(mlp).__name__}) looks like a gated MLP but does not compute "
+            "(act(x W_gate) * (x W_up)) W_down; CATS supports only blocks that do"
         )

@@ -27,7 +27,9 @@ def tiny_model(family: str = "Llama", seed: int = 0, **overrides) -> torch.nn.Mo
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
-                parameter.normal_(0, 1.5 * parameter.shape[1] ** -0.5, generator=torch.Generator().manual_seed(len(name)))
+                parameter.normal_(
+                    0, 1.5 * parameter.shape[1] ** -0.5, generator=torch.Generator().manual_seed(len(name))
+                )
     return model
 
 

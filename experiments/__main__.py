@@ -1,0 +1,134 @@
+"""Command line: ``python -m experiments reproduce | run | list`` (usually through nox).
+
+python -m experiments reproduce --profile pocket                 # everything, then the report
+python -m experiments run e02 --model PATH_OR_HUB_ID             # one experiment alone
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments.config import EXPERIMENTS, Config, load_profile, make_config, override
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    root = argparse.ArgumentParser(prog="python -m experiments", description=__doc__.split("\n")[0])
+    commands = root.add_subparsers(dest="command", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--profile", default="pocket", help="pocket (default), laptop, paper, or a .toml file")
+    shared.add_argument("--output", type=Path, help="run directory (default runs/PROFILE)")
+    shared.add_argument(
+        "--model", action="append", metavar="PATH_OR_HUB_ID", help="instead of the profile's models; repeatable"
+    )
+    shared.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    shared.add_argument("--dtype", help="auto, float32, float16 or bfloat16")
+    shared.add_argument("--seed", type=int)
+    shared.add_argument(
+        "--set", action="append", default=[], metavar="e02.limit=50", help="any option of the profile; repeatable"
+    )
+    shared.add_argument("--force", action="store_true", help="measure again what is done already")
+    reproduce = commands.add_parser(
+        "reproduce", parents=[shared], help="run the experiments of a profile, then the report"
+    )
+    reproduce.add_argument("--only", nargs="+", metavar="eNN", choices=list(EXPERIMENTS))
+    reproduce.add_argument("--skip", nargs="+", metavar="eNN", default=[], choices=list(EXPERIMENTS))
+    reproduce.add_argument("--processes", type=int, default=1, help="processes (GPUs) for e02, e03, e04 and e07")
+    reproduce.add_argument(
+        "--plan", action="store_true", help="print models, data, disk, memory and hours; run nothing"
+    )
+    run = commands.add_parser("run", parents=[shared], help="run one experiment in this process")
+    run.add_argument("experiment", choices=list(EXPERIMENTS))
+    return root
+
+
+def profile_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The profile with the command line's changes."""
+    profile = load_profile(arguments.profile)
+    for key, value in (
+        ("models", arguments.model),
+        ("device", arguments.device),
+        ("dtype", arguments.dtype),
+        ("seed", arguments.seed),
+    ):
+        if value is not None:
+            profile[key] = value
+            for table in EXPERIMENTS:  # the command line wins over an experiment's own table
+                profile.get(table, {}).pop(key, None)
+    for assignment in arguments.set:
+        override(profile, assignment)
+    return profile
+
+
+def forwarded(arguments: argparse.Namespace) -> list[str]:
+    """The shared options again, for a child process."""
+    words = ["--profile", arguments.profile, "--output", str(arguments.output)]
+    for key in ("device", "dtype", "seed"):
+        if getattr(arguments, key) is not None:
+            words += [f"--{key}", str(getattr(arguments, key))]
+    for model in arguments.model or []:
+        words += ["--model", model]
+    for assignment in arguments.set:
+        words += ["--set", assignment]
+    return words
+
+
+def reproduce(arguments: argparse.Namespace, profile: dict[str, Any]) -> int:
+    """Run the chosen experiments, render the report, and say what failed; the exit status."""
+    from experiments.runner import locked, run_all
+
+    chosen = [e for e in EXPERIMENTS if e in (arguments.only or profile) and e not in arguments.skip]
+    name = Path(arguments.profile).stem
+    configs = [make_config(experiment, name, profile, arguments.output) for experiment in chosen]
+    if not configs:
+        raise ValueError("nothing to run: --only and --skip leave no experiment of this profile")
+    if arguments.plan:
+        from experiments.plan import print_plan
+
+        return print_plan(configs)
+    with locked(arguments.output):
+        failures = run_all(configs, forwarded(arguments), arguments.force, arguments.processes)
+        from reports.render import render
+
+        report = render([arguments.output])
+    print(f"report: {report}")
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+def run(arguments: argparse.Namespace, profile: dict[str, Any]) -> int:
+    """Run one experiment in this process; the exit status."""
+    from experiments.runner import is_main_process, run_experiment
+
+    config: Config = make_config(arguments.experiment, Path(arguments.profile).stem, profile, arguments.output)
+    paths = run_experiment(config, arguments.force)
+    if is_main_process():
+        for path in paths:
+            print(f"wrote {path}")
+        if not paths:
+            print(f"{arguments.experiment} is done already in {arguments.output} (--force measures it again)")
+    return 0
+
+
+def main(words: list[str] | None = None) -> int:
+    """Entry point; returns the exit status. Bad input is one sentence on stderr and status 2."""
+    arguments = parser().parse_args(words)
+    if arguments.output is None:
+        arguments.output = Path("runs") / Path(arguments.profile).stem
+    try:
+        profile = profile_of(arguments)
+        return reproduce(arguments, profile) if arguments.command == "reproduce" else run(arguments, profile)
+    except (ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, RuntimeError) and "another run" not in str(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

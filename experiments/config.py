@@ -1,0 +1,173 @@
+"""A profile (TOML) becomes one `Config` for each experiment."""
+
+import json
+import re
+import shutil
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+
+from cats.calibration import write_text_atomically
+from cats.models import DTYPES
+from experiments.results import Row, digest
+
+PROFILES = Path(__file__).parent / "profiles"
+EXPERIMENTS = {
+    path.stem.split("_")[0]: f"experiments.{path.stem}"
+    for path in sorted(Path(__file__).parent.glob("e[0-9][0-9]_*.py"))
+}
+_KEYS = {"description", "models", "device", "dtype", "seed", "data", *EXPERIMENTS}
+T = TypeVar("T")
+
+
+@dataclass
+class Config:
+    """What an experiment gets: where to write, on what to run, and its own options.
+
+    Attributes:
+        experiment: ``e01`` and so on.
+        profile: name of the profile.
+        output: run directory.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``auto``, ``float32``, ``float16`` or ``bfloat16``.
+        seed: seed of everything random.
+        models: hub ids, directories, ``pocket`` or ``shape:NAME``.
+        data: where text comes from (see `experiments.data`).
+        options: the profile's table of this experiment.
+        notes: what the experiment adds to its provenance, such as hashes of models and data.
+    """
+
+    experiment: str
+    profile: str
+    output: Path
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+    models: list[str] = field(default_factory=lambda: ["pocket"])
+    data: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that changes the numbers; a change of it makes stored results stale."""
+        return {key: value for key, value in asdict(self).items() if key not in ("output", "notes")}
+
+    def _state(self) -> Path:
+        return self.output / "state" / self.experiment
+
+    def unit(self, key: str, compute: Callable[[], list[Row]], row_types: Sequence[type[Row]]) -> list[Row]:
+        """Run one unit of work, or return the rows it left before: how an interrupted experiment resumes.
+
+        Args:
+            key: names the unit within the experiment, such as ``pocket/cats-50/seed 1``.
+            compute: does the work; its rows are stored once it returns.
+            row_types: the row classes that ``compute`` may return.
+        """
+        path = self._state() / f"{_slug(key)}.json"
+        stamp = digest([key, self.settings()])
+        types = {row_type.table: row_type for row_type in row_types}
+        if path.exists():
+            try:
+                stored = json.loads(path.read_text())
+                if stored["settings"] == stamp:
+                    return [types[table](**row) for table, row in stored["rows"]]
+            except (ValueError, KeyError, TypeError):
+                pass  # written by an older version or damaged: measure again
+        rows = list(compute())
+        content = {"unit": key, "settings": stamp, "rows": [[row.table, asdict(row)] for row in rows]}
+        write_text_atomically(path, json.dumps(content))
+        return rows
+
+    def workdir(self, key: str) -> Path:
+        """Directory for a unit's checkpoints; it goes when the experiment has finished or its settings have changed."""
+        path = self._state() / f"{_slug(key)}-{digest([key, self.settings()])[:8]}"
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def clear_state(self) -> None:
+        """Forget stored units and checkpoints."""
+        shutil.rmtree(self._state(), ignore_errors=True)
+
+    def progress(self, iterable: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+        """``iterable`` behind a progress bar with an estimate of the time left."""
+        return tqdm(iterable, desc=f"{self.experiment} {description}", total=total, mininterval=1.0, dynamic_ncols=True)
+
+
+def _slug(key: str) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', key)[-60:].strip('-')}-{digest(key)[:6]}"
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` becomes ``cuda`` where there is one, else ``cpu``. Raises ValueError for a device that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"unknown device {device!r}: allowed are auto, cpu, cuda, cuda:N")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
+    return device
+
+
+def load_profile(name: str) -> dict[str, Any]:
+    """Read a profile by name (pocket, laptop, paper) or from a TOML file of the same form.
+
+    Raises:
+        ValueError: no such profile, broken TOML, or an unknown key.
+    """
+    path = Path(name) if name.endswith(".toml") else PROFILES / f"{name}.toml"
+    try:
+        profile = tomllib.loads(path.read_text())
+    except OSError as error:
+        known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.toml")))
+        raise ValueError(f"no profile {name!r}: allowed are {known}, or the path of a .toml file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
+    unknown = sorted(set(profile) - _KEYS)
+    if unknown:
+        raise ValueError(f"{path} has unknown keys {', '.join(unknown)}: allowed are {', '.join(sorted(_KEYS))}")
+    return profile
+
+
+def override(profile: dict[str, Any], assignment: str) -> None:
+    """Apply ``e02.limit=50`` to a profile in place; the value is TOML. Raises ValueError when it cannot be read."""
+    path, equals, value = assignment.partition("=")
+    keys = path.strip().split(".")
+    if not equals or keys[0] not in _KEYS:
+        raise ValueError(
+            f"--set {assignment!r} must look like e02.limit=50, beginning with one of {', '.join(sorted(_KEYS))}"
+        )
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()  # a bare word is a string
+    table = profile
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"--set {assignment!r}: {key} is not a table")
+    table[keys[-1]] = parsed
+
+
+def make_config(experiment: str, name: str, profile: dict[str, Any], output: Path) -> Config:
+    """The `Config` of one experiment. An experiment's own table may override models, dtype, device and seed.
+
+    Raises:
+        ValueError: unknown experiment, device or dtype.
+    """
+    if experiment not in EXPERIMENTS:
+        raise ValueError(f"unknown experiment {experiment!r}: allowed are {', '.join(EXPERIMENTS)}")
+    options = dict(profile.get(experiment, {}))
+    common = {key: options.pop(key, profile.get(key)) for key in ("models", "device", "dtype", "seed", "data")}
+    given = {key: value for key, value in common.items() if value is not None}
+    config = Config(experiment, name, output, options=options, **given)
+    config.device = resolve_device(config.device)
+    if config.dtype != "auto" and config.dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {config.dtype!r}: allowed are auto, {', '.join(DTYPES)}")
+    if not config.models or not all(isinstance(model, str) for model in config.models):
+        raise ValueError("models must be a non-empty list of names")
+    return config

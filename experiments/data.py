@@ -1,0 +1,69 @@
+"""Text for calibration, perplexity and fine-tuning, as blocks of token ids.
+
+The profile's ``[data]`` table says where it comes from: ``source = "pocket"`` is the running Python's standard library,
+any other table is passed to `datasets.load_dataset` (``path``, ``name``, ``data_files``, ``column``, splits).
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from datasets import load_dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from experiments.config import Config
+
+PURPOSES = ("train", "heldout")
+
+
+def texts(data: dict[str, Any], purpose: str, seed: int) -> Iterator[str]:
+    """Documents for a purpose, shuffled by ``seed``: ``train`` (calibration too) or ``heldout`` (never trained on).
+
+    A corpus with only a training split gives its first ``heldout_documents`` documents to ``heldout``.
+
+    Raises:
+        ValueError: an unknown purpose.
+    """
+    if purpose not in PURPOSES:
+        raise ValueError(f"unknown purpose {purpose!r}: allowed are {', '.join(PURPOSES)}")
+    if data.get("source", "pocket") == "pocket":
+        from experiments.pocket.corpus import load_corpus
+
+        train, heldout, _report = load_corpus()
+        yield from (train if purpose == "train" else heldout).shuffle(seed=seed)["text"]
+        return
+    options = {key: data[key] for key in ("name", "data_files", "revision") if key in data}
+    split = data.get("heldout_split", data["split"]) if purpose == "heldout" else data["split"]
+    dataset = load_dataset(data["path"], split=split, streaming=True, **options)
+    if "heldout_split" not in data:
+        reserved = int(data.get("heldout_documents", 1000))
+        dataset = dataset.take(reserved) if purpose == "heldout" else dataset.skip(reserved)
+    for row in dataset.shuffle(seed=seed, buffer_size=int(data.get("shuffle_buffer", 1000))):
+        yield row[data.get("column", "text")]
+
+
+def blocks(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> Tensor:
+    """The first ``count`` blocks of ``length`` token ids from documents joined end to end; int64 (count, length).
+
+    Raises:
+        ValueError: the documents are too few.
+    """
+    ids: list[int] = []
+    needed = count * length
+    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    for document in documents:
+        ids += tokenizer(document, add_special_tokens=False, truncation=False, verbose=False)["input_ids"] + separator
+        if len(ids) >= needed:
+            return torch.tensor(ids[:needed]).reshape(count, length)
+    raise ValueError(
+        f"the text has only {len(ids)} tokens, but {count} blocks of {length} were asked for: lower one of them"
+    )
+
+
+def batches(
+    config: Config, tokenizer: PreTrainedTokenizerBase, purpose: str, count: int, length: int, size: int = 8
+) -> list[Tensor]:
+    """``count`` blocks of ``length`` token ids for ``purpose``, as batches of at most ``size`` blocks."""
+    ids = blocks(texts(config.data, purpose, config.seed), tokenizer, count, length)
+    return list(ids.split(size))

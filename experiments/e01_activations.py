@@ -1,0 +1,108 @@
+"""Figure 1: histograms of |SiLU(x W_gate)| in the first, middle and last layer, with the 50 % threshold.
+
+Also the thresholds of every layer at each target, and the sparsity they give on text that calibration has not seen.
+Cost: two passes over a few hundred blocks of text; about half a minute for the pocket model on two cores.
+
+    nox -s experiment -- e01 --model PATH_OR_HUB_ID
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+import cats
+from cats.calibration import Thresholds, fingerprint, histograms
+from cats.models import load_model
+from cats.observe import observe
+from experiments.config import Config
+from experiments.data import batches
+from experiments.results import Row
+
+
+@dataclass(frozen=True)
+class HistogramRow(Row):
+    """One bar of Figure 1: how many of a layer's |gate activations| fell into [bin_left, bin_right)."""
+
+    table: ClassVar[str] = "e01_histogram"
+    model: str
+    layer: str
+    layer_index: int
+    bin_left: float
+    bin_right: float
+    count: int
+
+
+@dataclass(frozen=True)
+class ThresholdRow(Row):
+    """A layer's threshold at one target, and the sparsity it gives on the calibration text and on held-out text."""
+
+    table: ClassVar[str] = "e01_thresholds"
+    model: str
+    layer: str
+    layer_index: int
+    sparsity_target: float
+    threshold: float
+    sparsity_calibration: float
+    sparsity_heldout: float
+
+
+def run(config: Config) -> Iterable[Row]:
+    """Measure histograms and thresholds of each model in ``config.models``."""
+    for model in config.models:
+        yield from config.unit(model, lambda model=model: measure(config, model), (HistogramRow, ThresholdRow))
+
+
+def measure(config: Config, name: str) -> list[Row]:
+    """Rows of one model. Options: blocks, length (tokens), targets, bins, largest (right end of the histogram)."""
+    options = config.options
+    model, tokenizer = load_model(name, config.dtype, config.device)
+    if tokenizer is None:
+        raise ValueError(f"e01 needs a model with real weights and a tokenizer, not {name}")
+    blocks, length = options["blocks"], options["length"]
+    text = {p: batches(config, tokenizer, p, blocks, length, options["batch_size"]) for p in ("train", "heldout")}
+    found, tokens = histograms(model, config.progress(text["train"], f"{name} calibration"))
+    targets = options["targets"]
+    made = {
+        target: Thresholds(
+            target,
+            {layer: h.threshold(target) for (_, layer), h in found.items()},
+            model=fingerprint(model),
+            tokens=tokens,
+        )
+        for target in targets
+    }
+    below = fractions_below(model, config.progress(text["heldout"], f"{name} held-out"), made)
+    rows: list[Row] = []
+    edges = torch.linspace(0, options["largest"], options["bins"] + 1)
+    shown = {0, len(found) // 2, len(found) - 1}
+    for index, ((_, layer), histogram) in enumerate(found.items()):
+        if index in shown:
+            counts = histogram.rebinned(edges).tolist()
+            bars = zip(edges[:-1].tolist(), edges[1:].tolist(), counts, strict=True)
+            rows += [HistogramRow(name, layer, index, left, right, count) for left, right, count in bars]
+        for target, thresholds in made.items():
+            threshold = thresholds.gate[layer]
+            calibration = histogram.fraction_below(threshold)
+            rows.append(ThresholdRow(name, layer, index, target, threshold, calibration, below[target, layer]))
+    config.notes["calibration_tokens"] = tokens
+    return rows
+
+
+def fractions_below(
+    model: torch.nn.Module, text: Iterable[torch.Tensor], made: dict[float, cats.Thresholds]
+) -> dict[tuple[float, str], float]:
+    """Fraction of the dense model's gate activations below each threshold, by (target, layer)."""
+    below: dict[tuple[float, str], int] = {}
+    counts: dict[str, int] = {}
+
+    def record(_site: str, layer: str, values: torch.Tensor) -> None:
+        magnitude = values.float().abs()
+        counts[layer] = counts.get(layer, 0) + magnitude.numel()
+        for target, thresholds in made.items():
+            key = (target, layer)
+            below[key] = below.get(key, 0) + int((magnitude < thresholds.gate[layer]).sum())
+
+    observe(model, text, record)
+    return {(target, layer): count / counts[layer] for (target, layer), count in below.items()}

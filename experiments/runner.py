@@ -1,0 +1,148 @@
+"""Runs experiments: each in a process of its own with its log, one after the other, resumable, under a lock.
+
+A process an experiment keeps one experiment's crash, memory or CUDA error from the next; timings are undisturbed
+because nothing runs beside them. With several GPUs the same command is started through accelerate's launcher.
+"""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from experiments.config import EXPERIMENTS, Config
+from experiments.results import Row, git_state, hardware, now, read_provenance, versions, write_provenance, write_tables
+
+DISTRIBUTED = ("e02", "e03", "e04", "e07")  # experiments that spread over processes; the timed ones must not
+
+
+def is_main_process() -> bool:
+    """False in the processes that accelerate's launcher started beside the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold the run directory for this process. Raises RuntimeError when another run holds it."""
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RuntimeError(f"another run is writing to {output}: wait for it, or choose another --output") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def run_experiment(config: Config, force: bool = False) -> list[Path]:
+    """Run one experiment in this process; write its CSVs and its provenance.
+
+    A finished experiment with the same settings is left alone unless ``force``; an interrupted one goes on.
+
+    Returns:
+        The CSV files (none when it was already done, or in a process beside the first).
+    """
+    if force and is_main_process():
+        config.clear_state()
+    elif is_done(config):
+        return []
+    started, begin = now(), time.monotonic()
+    module = importlib.import_module(EXPERIMENTS[config.experiment])
+    rows: list[Row] = list(module.run(config))
+    if not is_main_process():
+        return []
+    paths = write_tables(rows, config.output / "results")
+    entry: dict[str, Any] = {
+        **git_state(),
+        "settings": config.settings(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "started": started,
+        "seconds": round(time.monotonic() - begin, 1),
+        "tables": [path.name for path in paths],
+        **config.notes,
+    }
+    write_provenance(config.output, config.experiment, entry)
+    config.clear_state()
+    return paths
+
+
+def is_done(config: Config) -> bool:
+    """Whether the run directory holds this experiment's tables, measured with the same settings."""
+    entry = read_provenance(config.output)["experiments"].get(config.experiment)
+    if entry is None or entry.get("settings") != config.settings():
+        return False
+    return all((config.output / "results" / table).exists() for table in entry["tables"])
+
+
+def run_all(configs: Sequence[Config], arguments: Sequence[str], force: bool = False, processes: int = 1) -> list[str]:
+    """Run each experiment in a child process (``python -m experiments run eNN ...``) with its log under logs/.
+
+    Returns:
+        One sentence for each experiment that failed, naming its log; the others have finished.
+    """
+    failures = []
+    for number, config in enumerate(configs, 1):
+        title = f"[{number}/{len(configs)}] {config.experiment}"
+        if not force and is_done(config):
+            print(f"{title} is done already (--force measures it again)", flush=True)
+            continue
+        print(f"{title} {_purpose(config.experiment)}", flush=True)
+        log = config.output / "logs" / f"{config.experiment}.log"
+        begin = time.monotonic()
+        code = _run_child(_command(config, arguments, force, processes), log)
+        seconds = time.monotonic() - begin
+        if code:
+            failures.append(
+                f"{config.experiment} failed with exit status {code} after {seconds:.0f} s; its log is {log}"
+            )
+            print(f"{title} FAILED, see {log}", flush=True)
+        else:
+            print(f"{title} took {seconds:.0f} s", flush=True)
+    return failures
+
+
+def _purpose(experiment: str) -> str:
+    path = Path(__file__).parent / f"{EXPERIMENTS[experiment].rpartition('.')[2]}.py"
+    return path.read_text().split('"""')[1].split("\n")[0]
+
+
+def _command(config: Config, arguments: Sequence[str], force: bool, processes: int) -> list[str]:
+    launcher = [sys.executable, "-m"]
+    if processes > 1 and config.experiment in DISTRIBUTED:
+        launcher += ["accelerate.commands.launch", "--num_processes", str(processes), "-m"]
+        if config.device == "cpu":
+            launcher.insert(-1, "--cpu")
+    command = [*launcher, "experiments", "run", config.experiment, *arguments]
+    return [*command, "--force"] if force else command
+
+
+def _run_child(command: Sequence[str], log: Path) -> int:
+    """Run ``command``, its output going both to the terminal and to ``log``; its exit status."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    columns = str(shutil.get_terminal_size().columns)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": columns, "TOKENIZERS_PARALLELISM": "false"}
+    with log.open("ab") as file:
+        file.write(f"\n--- {now()} {' '.join(command)}\n".encode())
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+        assert child.stdout is not None
+        try:
+            while chunk := os.read(child.stdout.fileno(), 65536):
+                file.write(chunk)
+                file.flush()
+                sys.stdout.buffer.write(chunk)
+                sys.stdout.buffer.flush()
+            return child.wait()
+        except KeyboardInterrupt:
+            child.wait()  # Ctrl-C reaches the child too; its finished units are stored
+            raise
