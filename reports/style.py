@@ -1,0 +1,185 @@
+"""How things look and are called: colours, names, number formats, direct labels. Figures and tables both use it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+DASH, MINUS = "\u2013", "\u2212"  # what was not measured; a typeset minus
+WIDTH = 6.9  # inches: the text width of the PDF page, so that figure text is printed at its own size
+
+# Okabe and Ito's palette: told apart with every common form of colour blindness.
+GREY, BLACK, BLUE, GREEN, ORANGE = "#6E6E6E", "#000000", "#0072B2", "#009E73", "#E69F00"
+VERMILLION, PURPLE, SKY = "#D55E00", "#CC79A7", "#56B4E9"
+
+VARIANT_COLOURS = {
+    "dense": GREY,
+    "cats-50": BLUE,
+    "cats-70": GREEN,
+    "cats-90": ORANGE,
+    "relufication": VERMILLION,
+    "cats-matched": PURPLE,
+    "cats-50-attention": SKY,
+}
+VARIANT_NAMES = {
+    "dense": "Base",
+    "relufication": "ReLUfication",
+    "cats-matched": "CATS at ReLU's sparsity",
+}
+IMPLEMENTATION_COLOURS = {
+    "dense": GREY,
+    "cats": BLUE,
+    "fused-mask": GREEN,
+    "fused-compact": ORANGE,
+    "gather": VERMILLION,
+    "optimal-all-three-shrunk": BLACK,
+}
+IMPLEMENTATION_NAMES = {
+    "dense": "dense",
+    "cats": "CATS (ours)",
+    "fused-mask": "fused, mask",
+    "fused-compact": "fused, compacting",
+    "gather": "unfused, compacting",
+    "optimal-all-three-shrunk": "“Optimal”",
+}
+PAPER_IMPLEMENTATIONS = {  # the paper's CSV names -> the same algorithm's name here
+    "dense": "dense",
+    "cats-kernel": "fused-mask",
+    "ablation-method1": "fused-compact",
+    "ablation-baseline": "gather",
+    "optimal-all-three-shrunk": "optimal-all-three-shrunk",
+}
+
+plt.rcParams.update(
+    {
+        "font.family": ["STIXGeneral", "DejaVu Serif"],  # goes with the report's Libertinus; shipped with matplotlib
+        "mathtext.fontset": "stix",
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "axes.labelsize": 9,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.6,
+        "axes.edgecolor": "#444444",
+        "xtick.major.width": 0.6,
+        "ytick.major.width": 0.6,
+        "lines.linewidth": 1.4,
+        "lines.markersize": 3.5,
+        "figure.constrained_layout.use": True,
+        "svg.fonttype": "path",  # no font is needed where the report is read
+        "svg.hashsalt": "cats",  # the same data give the same file
+    }
+)
+
+
+def variant_colour(variant: str) -> str:
+    """Colour of a variant; purple for one that the palette does not know."""
+    return VARIANT_COLOURS.get(variant, PURPLE)
+
+
+def variant_name(variant: str) -> str:
+    """`cats-50` -> `CATS-50`, `dense` -> `Base`, `cats-50-attention` -> `CATS-50, attention too`."""
+    if variant in VARIANT_NAMES:
+        return VARIANT_NAMES[variant]
+    name = variant.replace("cats-", "CATS-")
+    return name.replace("-attention", ", attention too").replace("-recalibrated", ", recalibrated")
+
+
+def dtype_name(dtype: str) -> str:
+    """`torch.bfloat16` -> `bfloat16`."""
+    return dtype.removeprefix("torch.")
+
+
+def task_name(task: str) -> str:
+    """A task's name with spaces, so that a narrow column can break it."""
+    return task.removeprefix("pocket_").replace("_", " ")
+
+
+def number(value: float, digits: int = 4) -> str:
+    """Fixed number of decimals; a dash for what was not measured."""
+    return DASH if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def plus_minus(value: float, stderr: float, digits: int = 4) -> str:
+    """`0.6890 ± 0.0043`; without the error when it is unknown."""
+    if not math.isfinite(value):
+        return DASH
+    return f"{value:.{digits}f}" + (f" ± {stderr:.{digits}f}" if math.isfinite(stderr) else "")
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """`0.5` -> `50.0 %`."""
+    return DASH if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f} %"
+
+
+def points(difference: float) -> str:
+    """A difference of accuracies in points, signed: `-1.04`."""
+    return DASH if not math.isfinite(difference) else f"{100 * difference:+.2f}".replace("-", MINUS)
+
+
+def times(ratio: float) -> str:
+    """A speed-up: `1.52x`."""
+    return DASH if ratio is None or not math.isfinite(ratio) else f"{ratio:.2f}x"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: `42 s`, `3 min 20 s`, `2 h 05 min`."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s"
+
+
+def label_ends(ax: Axes, ends: Iterable[tuple[float, float, str, str]], pad: float = 4.0, size: float = 8.0) -> None:
+    """Write each line's name at its end, pushed apart so that no two names overlap. `ends`: (x, y, text, colour)."""
+    ax.figure.canvas.draw()
+    gap = size * 1.15 * ax.figure.dpi / 72
+    placed: list[list[float]] = []
+    items = sorted((e for e in ends if math.isfinite(e[1])), key=lambda e: e[1])
+    for x, y, _, _ in items:
+        pixel = ax.transData.transform((x, y))[1]
+        placed.append([pixel, pixel])
+    for i in range(1, len(placed)):
+        placed[i][0] = max(placed[i][0], placed[i - 1][0] + gap)
+    if placed:
+        # Pushing only upwards would drift a crowded group: bring each crowded group back around its middle.
+        shift = sum(now - then for now, then in placed) / len(placed)
+        for entry in placed:
+            entry[0] -= shift
+        for i in range(1, len(placed)):
+            placed[i][0] = max(placed[i][0], placed[i - 1][0] + gap)
+    for (x, y, text, colour), (now, then) in zip(items, placed, strict=True):
+        ax.annotate(
+            text,
+            (x, y),
+            xytext=(pad, (now - then) * 72 / ax.figure.dpi),
+            textcoords="offset points",
+            color=colour,
+            fontsize=size,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def save(figure: Figure, stem: Path) -> None:
+    """Write `stem`.png (200 dpi, for the web) and `stem`.svg (vectors, for the PDF), each whole or not at all."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, options in (("png", {"dpi": 200}), ("svg", {"metadata": {"Date": None}})):
+        part = stem.with_name(f"{stem.name}.part.{suffix}")
+        figure.savefig(part, format=suffix, bbox_inches="tight", pad_inches=0.03, **options)
+        os.replace(part, stem.with_name(f"{stem.name}.{suffix}"))
+    plt.close(figure)
