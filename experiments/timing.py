@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 FLUSH_BYTES = 256 * 2**20
 
 Calls = dict[str, Callable[[], object]]
+CudaCalls = Mapping[str, Callable[[], object] | Sequence[Callable[[], object]]]
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,80 @@ def _cpu_times(calls: Calls, warmups: int, rounds: int, flush: bool) -> dict[str
     return times
 
 
+def _single(calls: CudaCalls) -> Calls:
+    several = [name for name, call in calls.items() if isinstance(call, Sequence)]
+    if several:
+        raise ValueError(f"{', '.join(several)}: a sequence of calls is for device 'cuda' only.")
+    return {name: call for name, call in calls.items() if not isinstance(call, Sequence)}
+
+
+def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of the calls, one after another. Each runs once first, so that compilation stays outside."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def _cuda_times(calls: CudaCalls, warmups: int, rounds: int, flush: bool) -> dict[str, list[float]]:
+    """Milliseconds a call, from events around replays of one graph an implementation.
+
+    An implementation given as a sequence does the same work on different copies of the weights. The copies follow each
+    other in one graph, as the layers of a model do while it decodes, so the start of the graph counts once for all.
+    The flush reads, since written lines would still be on their way out of L2 while the timed call runs.
+    """
+    works = {name: list(call) if isinstance(call, Sequence) else [call] for name, call in calls.items()}
+    graphs = {name: capture(work) for name, work in works.items()}
+    buffer = torch.ones(FLUSH_BYTES // 4, device="cuda")
+    names = list(graphs)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(warmups + rounds):
+        start = index % len(names)
+        events = {}
+        for name in names[start:] + names[:start]:
+            if flush:
+                buffer.sum()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graphs[name].replay()
+            end.record()
+            events[name] = begin, end
+        torch.cuda.synchronize()
+        if index >= warmups:
+            for name, (begin, end) in events.items():
+                times[name].append(begin.elapsed_time(end) / len(works[name]))
+    return times
+
+
+def read_bandwidth(gigabytes: float = 2.0, rounds: int = 20) -> float:
+    """The card's own read bandwidth in GB/s (1e9 bytes): the best median among reductions over a large buffer."""
+    buffer = torch.rand(int(gigabytes * 1e9) // 4, device="cuda")
+    rows = buffer.view(-1, 4000)
+    reductions: Calls = {"sum": buffer.sum, "max": buffer.max, "rows": partial(torch.sum, rows, 1)}
+    timings = measure(reductions, warmups=5, rounds=rounds, flush=False, device="cuda")
+    return buffer.numel() * 4 / 1e6 / min(timing.p50_ms for timing in timings.values())
+
+
 def measure(
-    calls: Calls, warmups: int = 20, rounds: int = 80, flush: bool = True, device: str = "cpu"
+    calls: CudaCalls, warmups: int = 20, rounds: int = 80, flush: bool = True, device: str = "cpu"
 ) -> dict[str, Timing]:
     """Time several implementations against each other, interleaved round by round.
 
     Args:
-        calls: name -> a call without arguments; all of them do the work to be compared.
+        calls: name -> a call without arguments; all of them do the work to be compared. On "cuda" also name -> a
+            sequence of calls on different copies of the weights, timed together and averaged; together they should
+            exceed the L2 cache several times. They are captured in a CUDA graph, so they must not synchronise.
         warmups: rounds run and thrown away first (compilation, page faults, thread pools).
         rounds: rounds timed, at least 1.
         flush: evict the caches before every call.
-        device: where the calls run, "cpu".
+        device: where the calls run, "cpu" (wall clock) or "cuda" (events around CUDA graph replays).
 
     Returns:
         name -> Timing in milliseconds.
@@ -96,14 +161,18 @@ def measure(
     """
     if not calls or rounds < 1 or warmups < 0:
         raise ValueError(f"measure needs at least one call and one round, got {len(calls)} calls, {rounds} rounds.")
-    if torch.device(device).type != "cpu":
-        raise ValueError(f"device is {device!r}; allowed: 'cpu'.")
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; allowed: 'cpu', 'cuda'.")
     gc_was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         with torch.inference_mode():
-            times = _cpu_times(calls, warmups, rounds, flush)
+            if kind == "cuda":
+                times = _cuda_times(calls, warmups, rounds, flush)
+            else:
+                times = _cpu_times(_single(calls), warmups, rounds, flush)
     finally:
         if gc_was_enabled:
             gc.enable()

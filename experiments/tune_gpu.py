@@ -1,0 +1,272 @@
+"""Check, time and tune the GPU kernels at the paper's shapes on the card at hand.
+
+Purpose: choose the configurations in cats_kernels.triton_mlp, and measure what they reach, in one command.
+Cost: under 6 minutes on one H200, compilation included (in parallel processes).
+Run: ``python -m experiments.tune_gpu --output DIR [--quick]``
+
+Random weights, normal with variance 1/d; the threshold of each copy of the weights is the quantile of its own
+activations. Timing is experiments.timing: CUDA graphs over rotating copies of the weights, events, interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from cats_kernels.reference import sparse_gated_mlp_reference
+from cats_kernels.triton_launch import Target, target_of
+from cats_kernels.triton_mlp import VARIANTS, Config, choose_config, launch, plan
+from torch import Tensor
+
+from experiments.timing import measure, read_bandwidth
+
+SHAPES = {"Mistral-7B": (4096, 14336), "Llama2-7B": (4096, 11008)}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+SPARSITIES = (0.0, 0.2, 0.5, 0.7, 0.9, 0.95)
+COPIES = 3  # of the weights: 3 x 141 MB, the least a call reads (bfloat16, 90 %), is seven times the L2 cache
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One copy of the weights with its input and threshold. down_weight is (d, m) as Hugging Face stores it."""
+
+    x: Tensor
+    gate_weight: Tensor
+    up_weight: Tensor
+    down_weight_t: Tensor
+    down_weight: Tensor
+    magnitudes: Tensor
+
+    @classmethod
+    def random(cls, d: int, m: int, dtype: torch.dtype, rows: int, seed: int) -> Problem:
+        """Normal inputs and weights, scaled so that every product has variance 1."""
+        generator = torch.Generator("cuda").manual_seed(seed)
+
+        def normal(*shape: int, scale: float) -> Tensor:
+            return (torch.randn(shape, generator=generator, device="cuda") * scale).to(dtype)
+
+        x = normal(rows, d, scale=1.0)
+        gate, up, down_t = (normal(m, d, scale=s**-0.5) for s in (d, d, m))
+        magnitudes = F.silu(x.float() @ gate.float().T).abs()
+        return cls(x, gate, up, down_t, down_t.T.contiguous(), magnitudes)
+
+    def threshold(self, sparsity: float) -> float:
+        """The magnitude below which about that fraction of the activations lies.
+
+        In the middle of the widest of 32 gaps around the quantile, so that rounding cannot move a neuron across it.
+        """
+        if sparsity == 0:
+            return 0.0
+        ordered = self.magnitudes.flatten().sort().values
+        k = min(max(round(sparsity * ordered.numel()), 17), ordered.numel() - 17)
+        near = ordered[k - 16 : k + 17]
+        widest = int(near.diff().argmax())
+        return float((near[widest] + near[widest + 1]) / 2)
+
+    def active(self, threshold: float) -> float:
+        """Fraction of the neurons that at least one row of x keeps."""
+        return float((self.magnitudes >= threshold).any(0).float().mean())
+
+    def arguments(self, sparsity: float) -> tuple[Tensor, Tensor, Tensor, Tensor, float, str]:
+        """The launchers' arguments."""
+        return self.x, self.gate_weight, self.up_weight, self.down_weight_t, self.threshold(sparsity), "silu"
+
+    def dense(self) -> Tensor:
+        """The dense MLP as transformers computes it."""
+        return F.linear(F.silu(F.linear(self.x, self.gate_weight)) * F.linear(self.x, self.up_weight), self.down_weight)
+
+
+def configs(rows: int, element_size: int, d: int, target: Target) -> list[Config]:
+    """The search space for "cats": the gate kernel's parameters, then the other's, each around the present choice."""
+    best = choose_config(target, element_size, rows, d)
+    found = [best]
+    for tile, warps in itertools.product((2, 4, 8, 16), (4, 8, 16)):
+        elements = tile * d // (32 * warps)
+        if 32 <= elements <= 128 // (element_size // 2):
+            found.append(replace(best, gate_tile=tile, gate_warps=warps))
+    if rows <= 2:
+        for tile, warps, programs, stages in itertools.product((1, 2, 4, 8), (4, 8, 16), (1, 2, 3, 4), (1, 2, 3)):
+            resident = warps * programs  # warps on one multiprocessor
+            in_flight = tile * d * element_size * 2 // (32 * warps)  # bytes a thread
+            if stages > 1:
+                fits = 2 * tile * d * element_size * stages * programs <= 220_000 and tile >= 2 and warps <= 8
+            else:
+                fits = 64 <= in_flight <= 256
+            if fits and 8 <= resident <= 32:
+                found.append(replace(best, tile=tile, warps=warps, programs=programs, stages=stages, fused=True))
+    if rows >= 2:
+        for tile, warps, down_tile, down_block in itertools.product((4, 8, 16), (4, 8), (8, 16), (512, 1024)):
+            split = replace(best, tile=tile, warps=warps, programs=4, fused=False)
+            found.append(replace(split, down_tile=down_tile, down_block=down_block))
+    return list(dict.fromkeys(found))
+
+
+Task = tuple[str, int, int, torch.dtype, int, Config | None, Target]
+"""Variant, d, m, dtype, rows, configuration and target of a plan to compile."""
+
+
+def _compile(task: Task) -> str:
+    variant, d, m, dtype, rows, config, target = task
+    x, weight = (torch.empty(n, d, dtype=dtype, device="meta") for n in (rows, m))
+    try:
+        for step in plan(variant, x, weight, weight, weight, 0.5, "silu", x, target, config=config):
+            step.compile()
+    except Exception as error:  # a configuration that does not fit the chip is a result, not a failure
+        return f"{variant} {config}: {type(error).__name__}: {error}"
+    return ""
+
+
+def precompile(tasks: list[Task], workers: int) -> None:
+    """Fill Triton's cache from several processes."""
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for message in pool.map(_compile, tasks, chunksize=4):
+            if message:
+                print(message, flush=True)
+
+
+def check(problem: Problem, sparsity: float, call: Callable[[], Tensor]) -> float:
+    """Scale-free error of a call against the float64 reference; raises if it is over the tolerance or not finite."""
+    x, gate, up, down_t, threshold, activation = problem.arguments(sparsity)
+    expected = sparse_gated_mlp_reference(
+        x.double(), gate.double(), up.double(), down_t.double(), threshold, activation
+    )
+    error = float((call().double() - expected).norm() / expected.norm())
+    if not error <= TOLERANCE[x.dtype]:
+        raise AssertionError(f"error {error:.2e} over {TOLERANCE[x.dtype]:.0e} at sparsity {sparsity}")
+    return error
+
+
+@dataclass(frozen=True)
+class Result:
+    """One timed implementation; times in microseconds."""
+
+    shape: str
+    dtype: str
+    rows: int
+    sparsity: float
+    active: float
+    implementation: str
+    config: str
+    p20_us: float
+    p50_us: float
+    p80_us: float
+    bound_us: float
+    error: float
+
+
+def bound_us(d: int, m: int, element_size: int, active: float, bandwidth: float) -> float:
+    """The time to read W_gate whole and the active rows of the other two, at the card's read bandwidth in GB/s."""
+    return d * m * element_size * (1 + 2 * active) / bandwidth / 1e3
+
+
+def cases(quick: bool) -> Iterator[tuple[str, str, int, bool]]:
+    """(shape, dtype, rows, whether to search) in the order of their importance."""
+    yield "Mistral-7B", "bf16", 1, True
+    yield "Mistral-7B", "fp32", 1, True
+    if quick:
+        return
+    yield "Llama2-7B", "bf16", 1, False
+    yield "Llama2-7B", "fp32", 1, False
+    yield "Mistral-7B", "fp16", 1, False
+    for rows in (2, 4, 8):
+        yield "Mistral-7B", "bf16", rows, True
+        yield "Mistral-7B", "fp32", rows, False
+
+
+def run_case(shape: str, dtype: str, rows: int, search: bool, bandwidth: float, target: Target) -> Iterator[Result]:
+    """Check and time dense, the variants over sparsities, and, to search, every configuration at 50 and 90 %."""
+    d, m = SHAPES[shape]
+    kind = DTYPES[dtype]
+    problems = [Problem.random(d, m, kind, rows, seed) for seed in range(COPIES)]
+    for sparsity in SPARSITIES:
+        works: dict[tuple[str, str], list[Callable[[], Tensor]]] = {
+            ("dense", ""): [problem.dense for problem in problems],
+            **{
+                (name, ""): [partial(call, *problem.arguments(sparsity)) for problem in problems]
+                for name, call in VARIANTS.items()
+            },
+        }
+        if search and sparsity in (0.5, 0.9):
+            for config in configs(rows, kind.itemsize, d, target):
+                key = ("config", " ".join(map(str, astuple(config))))
+                works[key] = [partial(launch, "cats", *p.arguments(sparsity), config=config) for p in problems]
+        errors = {}
+        for key, work in list(works.items()):
+            try:
+                errors[key] = 0.0 if key[0] == "dense" else check(problems[0], sparsity, work[0])
+            except Exception as error:
+                print(f"FAILED {shape} {dtype} rows={rows} s={sparsity} {key}: {type(error).__name__}: {error}"[:300])
+                del works[key]
+        timings = measure(
+            {str(key): work for key, work in works.items()}, warmups=5, rounds=30, flush=False, device="cuda"
+        )
+        active = sum(p.active(p.threshold(sparsity)) for p in problems) / COPIES
+        bound = bound_us(d, m, kind.itemsize, active, bandwidth)
+        for key in works:
+            times = timings[str(key)]
+            p20, p50, p80 = (1e3 * t for t in (times.p20_ms, times.p50_ms, times.p80_ms))
+            yield Result(shape, dtype, rows, sparsity, active, *key, p20, p50, p80, bound, errors[key])
+
+
+def table(results: list[Result]) -> None:
+    """Variants against dense, then the best configurations of each search."""
+    groups = itertools.groupby(results, lambda r: (r.shape, r.dtype, r.rows, r.sparsity))
+    for (shape, dtype, rows, sparsity), group in groups:
+        members = list(group)
+        dense = next((r.p50_us for r in members if r.implementation == "dense"), float("nan"))
+        variants = [r for r in members if r.implementation != "config"]
+        cells = " | ".join(f"{r.implementation} {r.p50_us:.1f} ({dense / r.p50_us:.2f}x)" for r in variants)
+        ours = next((r for r in members if r.implementation == "cats"), None)
+        reached = f"{ours.bound_us / ours.p50_us:.2f} of bound" if ours else "no cats"
+        print(f"{shape} {dtype} rows={rows} s={sparsity:.2f} active={members[0].active:.2f} {reached} | {cells}")
+        searched = sorted((r for r in members if r.implementation == "config"), key=lambda r: r.p50_us)
+        for r in searched[:6]:
+            share = r.bound_us / r.p50_us
+            print(f"    {r.p50_us:7.1f} ({r.p20_us:.1f} {r.p80_us:.1f}) us {share:.2f} config {r.config}")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for tune_gpu.csv")
+    parser.add_argument("--quick", action="store_true", help="batch 1 of the Mistral shape only")
+    parser.add_argument("--workers", type=int, default=14, help="processes that compile")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    begin = time.perf_counter()
+    target = target_of(torch.device("cuda", 0))
+    tasks: list[Task] = []
+    for shape, dtype, rows, search in cases(options.quick):
+        d, m = SHAPES[shape]
+        kind = DTYPES[dtype]
+        tasks += [(name, d, m, kind, rows, None, target) for name in VARIANTS]
+        if search:
+            tasks += [("cats", d, m, kind, rows, c, target) for c in configs(rows, kind.itemsize, d, target)]
+    precompile(tasks, options.workers)
+    print(f"compiled {len(tasks)} plans in {time.perf_counter() - begin:.0f} s", flush=True)
+    bandwidth = read_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, read bandwidth {bandwidth:.0f} GB/s", flush=True)
+    results: list[Result] = []
+    for shape, dtype, rows, search in cases(options.quick):
+        results += run_case(shape, dtype, rows, search, bandwidth, target)
+        with (options.output / "tune_gpu.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(Result.__dataclass_fields__)
+            writer.writerows(astuple(r) for r in results)
+        print(f"{shape} {dtype} rows={rows}: done after {time.perf_counter() - begin:.0f} s", flush=True)
+    table(results)
+
+
+if __name__ == "__main__":
+    main()

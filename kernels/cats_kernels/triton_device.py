@@ -1,0 +1,134 @@
+"""Device functions that the Triton kernels share: the gate activation, the mask rule, products with weight rows,
+and the even division of the active neurons among programs."""
+
+# mypy: disable-error-code=no-untyped-def
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """The gate activation in float32 (eq. 2 of the paper): SiLU, or GELU's tanh form written as z * sigmoid(2 t)."""
+    if ACTIVATION == "silu":
+        return z * tl.sigmoid(z)
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh")
+        return z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+
+
+@triton.jit
+def kept(v, threshold):
+    """The mask (eq. 5), negated so that ties and NaN are kept: not (|v| < threshold), compared in float32."""
+    return (tl.abs(v) < threshold) == 0
+
+
+@triton.jit
+def load_x(x_ptr, first_column, ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Columns [first_column, first_column + BLOCK_D) of every row of x as float32 [BLOCK_ROWS, BLOCK_D]."""
+    row = tl.arange(0, BLOCK_ROWS)[:, None]
+    column = first_column + tl.arange(0, BLOCK_D)[None, :]
+    if ROWS == BLOCK_ROWS and D % BLOCK_D == 0:
+        x = tl.load(x_ptr + row * D + column)
+    else:
+        x = tl.load(x_ptr + row * D + column, mask=(row < ROWS) & (column < D), other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def load_rows(w_ptr, row, live, first_column, D: tl.constexpr, BLOCK_D: tl.constexpr, ALL_LIVE: tl.constexpr):
+    """Weight rows [TILE, BLOCK_D] in their own dtype. A weight is read once a call, so it should leave L2 first."""
+    column = first_column + tl.arange(0, BLOCK_D)[None, :]
+    pointers = w_ptr + row.to(tl.int64)[:, None] * D + column
+    if D % BLOCK_D == 0:
+        if ALL_LIVE:
+            return tl.load(pointers, eviction_policy="evict_first")
+        else:
+            return tl.load(pointers, mask=live[:, None], other=0.0, eviction_policy="evict_first")
+    else:
+        mask = live[:, None] & (column < D)
+        return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def dot_rows(x, w):
+    """x [BLOCK_ROWS, BLOCK_D] (float32) times w [TILE, BLOCK_D] transposed: float32 [BLOCK_ROWS, TILE].
+
+    Plain multiply-adds: with so few rows the tensor cores would wait for memory all the same, and float32 stays exact.
+    """
+    return tl.sum(x[:, None, :] * w.to(tl.float32)[None, :, :], axis=2)
+
+
+@triton.jit
+def add_rows(sums, h, w):
+    """sums [BLOCK_ROWS, BLOCK_D] + h [BLOCK_ROWS, TILE] times w [TILE, BLOCK_D]."""
+    return sums + tl.sum(h[:, :, None] * w.to(tl.float32)[None, :, :], axis=1)
+
+
+@triton.jit
+def gated(v, u):
+    """v * u, and exactly 0 where v is masked (stored as 0): a dropped neuron must not bring in an infinite u."""
+    return tl.where(v == 0, 0.0, v * u)
+
+
+@triton.jit
+def project(
+    x_ptr,
+    w_ptr,
+    row,
+    live,
+    ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALL_LIVE: tl.constexpr,
+):
+    """x times the weight rows `row` transposed, for any D: float32 [BLOCK_ROWS, TILE]."""
+    sums = dot_rows(
+        load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D), load_rows(w_ptr, row, live, 0, D, BLOCK_D, ALL_LIVE)
+    )
+    for first_column in tl.static_range(BLOCK_D, D, BLOCK_D):
+        x = load_x(x_ptr, first_column, ROWS, BLOCK_ROWS, D, BLOCK_D)
+        sums += dot_rows(x, load_rows(w_ptr, row, live, first_column, D, BLOCK_D, ALL_LIVE))
+    return sums
+
+
+@triton.jit
+def list_active(words_ptr, indices_ptr, words, BLOCK_WORDS: tl.constexpr, WORD_ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """Write this program's even share of the active neurons to indices[start:end] and return (start, end, total).
+
+    words[k] describes neurons k * WORD_ROWS ...: a bit for each active one below bit 16, their number from bit 16 up.
+    Active neurons are numbered in order, so the division does not depend on how the gate kernel was scheduled. Every
+    program reads all words (7 KB at m = 14336, from L2) but expands only those of its own share, usually one chunk.
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    word = tl.arange(0, BLOCK_WORDS)
+    counts = tl.load(words_ptr + word, mask=word < words, other=0) >> 16
+    ends = tl.cumsum(counts, 0)
+    total = tl.sum(counts, 0)
+    start = program * total // programs
+    end = (program + 1) * total // programs
+    before = (ends <= start) & (word < words)
+    first = tl.sum(before.to(tl.int32), 0)
+    position = tl.max(tl.where(before, ends, 0), 0)
+    element = tl.arange(0, CHUNK)
+    while position < end:
+        mine = first + element // WORD_ROWS
+        bits = tl.load(words_ptr + mine, mask=mine < words, other=0)
+        active = (bits >> (element % WORD_ROWS)) & 1
+        place = position + tl.cumsum(active, 0) - active
+        inside = (active == 1) & (place >= start) & (place < end)
+        tl.store(indices_ptr + place, first * WORD_ROWS + element, mask=inside)
+        position += tl.sum(active, 0)
+        first += CHUNK // WORD_ROWS
+    tl.debug_barrier()  # other threads of this program read the indices back
+    return start, end, total
+
+
+@triton.jit
+def await_previous_kernel(PDL: tl.constexpr):
+    """Under programmatic dependent launch: wait for the previous kernel's results, then let the next kernel start."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()

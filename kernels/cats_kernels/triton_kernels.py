@@ -1,0 +1,203 @@
+"""The Triton kernels of the sparse gated MLP. Weights are row-major (m, d); sums are float32 throughout.
+
+`gate_kernel` reads all of W_gate; the others read W_up and W_down only in active rows. Each program writes its own part
+of every buffer, so results do not depend on scheduling (except in the paper's ATOMIC compaction)."""
+
+# mypy: disable-error-code=no-untyped-def
+
+import triton
+import triton.language as tl
+
+from .triton_device import (
+    activate,
+    add_rows,
+    await_previous_kernel,
+    dot_rows,
+    gated,
+    kept,
+    list_active,
+    load_rows,
+    load_x,
+    project,
+)
+
+
+@triton.jit
+def gate_kernel(
+    x_ptr,
+    gate_ptr,
+    v_ptr,  # float32 (ROWS, m)
+    mark_ptr,  # int32: WORDS one word a tile | MASK one flag a neuron | ATOMIC the compacted indices; unused by PLAIN
+    count_ptr,  # int32 (1,), zeroed: ATOMIC only
+    threshold,
+    m,
+    MARK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """v = activation(x W_gate^T) for TILE neurons, masked unless MARK is PLAIN, and what the next kernel skips by."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    tile = tl.program_id(0)
+    neuron = tile * TILE + tl.arange(0, TILE)
+    live = neuron < m
+    v = activate(project(x_ptr, gate_ptr, neuron, live, ROWS, BLOCK_ROWS, D, BLOCK_D, EVEN_M), ACTIVATION)
+    row = tl.arange(0, BLOCK_ROWS)[:, None]
+    keep = kept(v, threshold) & live[None, :] & (row < ROWS)
+    if MARK != "PLAIN":
+        v = tl.where(keep, v, 0.0)
+    tl.store(v_ptr + row * m + neuron[None, :], v, mask=live[None, :] & (row < ROWS))
+    active = tl.max(keep.to(tl.int32), 0)  # the union over the rows of x
+    if MARK == "WORDS":
+        bits = tl.sum(active << tl.arange(0, TILE), 0)
+        tl.store(mark_ptr + tile, bits | (tl.sum(active, 0) << 16))
+    elif MARK == "MASK":
+        tl.store(mark_ptr + neuron, active, mask=live)
+    elif MARK == "ATOMIC":
+        first = tl.atomic_add(count_ptr, tl.sum(active, 0))
+        tl.store(mark_ptr + first + tl.cumsum(active, 0) - active, neuron, mask=active == 1)
+
+
+@triton.jit
+def up_down_kernel(
+    x_ptr,
+    up_ptr,
+    down_ptr,
+    v_ptr,
+    words_ptr,
+    indices_ptr,  # int32 (m,)
+    partial_ptr,  # float32 (programs, ROWS, D)
+    words,
+    m,
+    ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+    WORD_ROWS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One pass over the active neurons: a row of W_up, then the same row of W_down^T, summed in registers.
+
+    The loads of both rows are issued together, before the product that the second one has to wait for.
+    """
+    x = load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D)
+    await_previous_kernel(PDL)
+    start, end, _total = list_active(words_ptr, indices_ptr, words, BLOCK_WORDS, WORD_ROWS, CHUNK)
+    row = tl.arange(0, BLOCK_ROWS)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    sums = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    for first in tl.range(start, end, TILE, num_stages=STAGES):
+        place = first + tl.arange(0, TILE)
+        live = place < end
+        neuron = tl.load(indices_ptr + place, mask=live, other=0)
+        up = load_rows(up_ptr, neuron, live, 0, D, BLOCK_D, False)
+        down = load_rows(down_ptr, neuron, live, 0, D, BLOCK_D, False)
+        v = tl.load(v_ptr + row * m + neuron[None, :], mask=live[None, :] & (row < ROWS), other=0.0)
+        sums = add_rows(sums, gated(v, dot_rows(x, up)), down)
+    partial = partial_ptr + tl.program_id(0) * (ROWS * D) + row * D + column
+    tl.store(partial, sums, mask=(row < ROWS) & (column < D))
+
+
+@triton.jit
+def up_kernel(
+    x_ptr,
+    up_ptr,
+    v_ptr,
+    words_ptr,
+    indices_ptr,  # int32 (m,)
+    count_ptr,  # int32 (1,)
+    h_ptr,  # float32 (ROWS, m), by place among the active neurons
+    words,
+    m,
+    ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+    WORD_ROWS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """h = v * (x W_up^T) at the active neurons, for shapes whose output overflows one program's registers."""
+    await_previous_kernel(PDL)
+    start, end, total = list_active(words_ptr, indices_ptr, words, BLOCK_WORDS, WORD_ROWS, CHUNK)
+    tl.store(count_ptr, total, mask=tl.program_id(0) == 0)
+    row = tl.arange(0, BLOCK_ROWS)[:, None]
+    for first in range(start, end, TILE):
+        place = first + tl.arange(0, TILE)
+        live = place < end
+        mask = live[None, :] & (row < ROWS)
+        neuron = tl.load(indices_ptr + place, mask=live, other=0)
+        v = tl.load(v_ptr + row * m + neuron[None, :], mask=mask, other=0.0)
+        u = project(x_ptr, up_ptr, neuron, live, ROWS, BLOCK_ROWS, D, BLOCK_D, False)
+        tl.store(h_ptr + row * m + place[None, :], gated(v, u), mask=mask)
+
+
+@triton.jit
+def down_kernel(
+    h_ptr,  # float32 (ROWS, m): by place among the active neurons, or by neuron if BY_MASK
+    down_ptr,
+    mark_ptr,  # int32 (m,): indices of the active neurons, or a flag a neuron if BY_MASK
+    count_ptr,
+    partial_ptr,  # float32 (splits, ROWS, D)
+    m,
+    BY_MASK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Partial sums of h W_down over one split of the neurons and one block of columns."""
+    await_previous_kernel(PDL)
+    total = m if BY_MASK else tl.load(count_ptr)
+    split = tl.program_id(0)
+    start = split * total // tl.num_programs(0)
+    end = (split + 1) * total // tl.num_programs(0)
+    row = tl.arange(0, BLOCK_ROWS)[:, None]
+    first_column = tl.program_id(1) * BLOCK_D
+    sums = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    for first in range(start, end, TILE):
+        place = first + tl.arange(0, TILE)
+        live = place < end
+        mark = tl.load(mark_ptr + place, mask=live, other=0)
+        if BY_MASK:
+            live = mark != 0
+            neuron = place
+        else:
+            neuron = mark
+        h = tl.load(h_ptr + row * m + place[None, :], mask=live[None, :] & (row < ROWS), other=0.0)
+        sums = add_rows(sums, h, load_rows(down_ptr, neuron, live, first_column, D, BLOCK_D, False))
+    column = first_column + tl.arange(0, BLOCK_D)[None, :]
+    tl.store(partial_ptr + split * (ROWS * D) + row * D + column, sums, mask=(row < ROWS) & (column < D))
+
+
+@triton.jit
+def reduce_kernel(
+    partial_ptr,  # float32 (parts, n)
+    y_ptr,  # (n,)
+    parts,
+    n,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """y = the sum of the partial outputs, always in the same order, cast once."""
+    await_previous_kernel(PDL)
+    part = tl.arange(0, BLOCK_PARTS)[:, None]
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = (part < parts) & (element < n)[None, :]
+    y = tl.sum(tl.load(partial_ptr + part * n + element[None, :], mask=mask, other=0.0), axis=0)
+    tl.store(y_ptr + element, y.to(y_ptr.dtype.element_ty), mask=element < n)

@@ -1,0 +1,195 @@
+"""The paper's kernels, for its ablation (Figure 6): unfused gather, Algorithm 2 (indices), Algorithms 1 and 3 (mask).
+
+They share the gate, down and reduction kernels with ours; what differs is what the paper varies: whether thresholding
+is fused into the gate product, v into the up product, and whether rows are found through indices or through the mask.
+The two that compact do it with an atomic counter as Algorithm 2 does, so the order of their sums varies between runs.
+"""
+
+# mypy: disable-error-code=no-untyped-def
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_device import gated, kept, project
+from .triton_kernels import down_kernel, gate_kernel, reduce_kernel
+from .triton_launch import Launch, Target, power_of_2
+
+
+@triton.jit
+def compact_kernel(
+    v_ptr, indices_ptr, count_ptr, threshold, m, ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Append the neurons that any row of x keeps to indices, counting them in count (zeroed before)."""
+    neuron = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.arange(0, BLOCK_ROWS)[:, None]
+    mask = (neuron < m)[None, :] & (row < ROWS)
+    v = tl.load(v_ptr + row * m + neuron[None, :], mask=mask, other=0.0)
+    active = tl.max((kept(v, threshold) & mask).to(tl.int32), 0)
+    first = tl.atomic_add(count_ptr, tl.sum(active, 0))
+    tl.store(indices_ptr + first + tl.cumsum(active, 0) - active, neuron, mask=active == 1)
+
+
+@triton.jit
+def gated_up_kernel(
+    x_ptr,
+    up_ptr,
+    v_ptr,
+    mark_ptr,  # int32 (m,): indices of the active neurons, or a flag a neuron if BY_MASK
+    count_ptr,
+    h_ptr,  # float32 (ROWS, m): by place among the active neurons, or by neuron if BY_MASK
+    m,
+    BY_MASK: tl.constexpr,
+    FUSED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """x W_up^T at the active neurons of one tile, multiplied by v if FUSED."""
+    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    if BY_MASK:
+        live = tl.load(mark_ptr + place, mask=place < m, other=0) != 0
+        neuron = place
+    else:
+        live = place < tl.load(count_ptr)
+        neuron = tl.load(mark_ptr + place, mask=live, other=0)
+    if tl.max(live.to(tl.int32), 0) == 1:
+        row = tl.arange(0, BLOCK_ROWS)[:, None]
+        mask = live[None, :] & (row < ROWS)
+        h = project(x_ptr, up_ptr, neuron, live, ROWS, BLOCK_ROWS, D, BLOCK_D, False)
+        if FUSED:
+            h = gated(tl.load(v_ptr + row * m + neuron[None, :], mask=mask, other=0.0), h)
+        tl.store(h_ptr + row * m + place[None, :], h, mask=mask)
+
+
+@triton.jit
+def multiply_kernel(
+    v_ptr,
+    h_ptr,
+    indices_ptr,
+    count_ptr,
+    threshold,
+    m,
+    ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """h *= v at the compacted places, each row of x under its own mask: the unfused step of "gather"."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.arange(0, BLOCK_ROWS)[:, None]
+    live = place < tl.load(count_ptr)
+    mask = live[None, :] & (row < ROWS)
+    neuron = tl.load(indices_ptr + place, mask=live, other=0)
+    v = tl.load(v_ptr + row * m + neuron[None, :], mask=mask, other=0.0)
+    h = tl.load(h_ptr + row * m + place[None, :], mask=mask, other=0.0)
+    tl.store(h_ptr + row * m + place[None, :], tl.where(kept(v, threshold), v * h, 0.0), mask=mask)
+
+
+def plan_paper(
+    variant: str,
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight_t: Tensor,
+    threshold: float,
+    activation: str,
+    y: Tensor,
+    target: Target,
+) -> list[Launch]:
+    """The launches of "gather", "fused-compact" or "fused-mask" for x (rows, d), rows <= 8."""
+    rows, d = x.shape
+    m = gate_weight.shape[0]
+    by_mask, fused = variant == "fused-mask", variant != "gather"
+    block_d = min(power_of_2(d), 4096 if rows <= 2 else 1024)
+    tile = 4 if rows <= 2 else 8
+    shape: dict[str, Any] = {"ROWS": rows, "BLOCK_ROWS": power_of_2(rows), "D": d, "BLOCK_D": block_d, "TILE": tile}
+    v = torch.empty((rows, m), dtype=torch.float32, device=x.device)
+    h = torch.empty_like(v)
+    mark = torch.empty(m, dtype=torch.int32, device=x.device)
+    count = torch.empty(1, dtype=torch.int32, device=x.device) if by_mask else torch.zeros_like(mark[:1])
+    tiles = (triton.cdiv(m, tile),)
+    listing = {"indices_ptr": mark, "count_ptr": count, "threshold": threshold, "m": m}
+    elementwise = {"ROWS": rows, "BLOCK_ROWS": power_of_2(rows), "BLOCK": 256}
+    launches = [
+        Launch(
+            gate_kernel,
+            tiles,
+            dict(x_ptr=x, gate_ptr=gate_weight, v_ptr=v, mark_ptr=mark, count_ptr=count, threshold=threshold, m=m),
+            dict(
+                shape,
+                MARK={"gather": "PLAIN", "fused-compact": "ATOMIC", "fused-mask": "MASK"}[variant],
+                ACTIVATION=activation,
+                EVEN_M=m % tile == 0,
+                PDL=False,
+            ),
+            warps=8,
+        )
+    ]
+    if not fused:
+        launches.append(Launch(compact_kernel, (triton.cdiv(m, 256),), dict(v_ptr=v, **listing), elementwise, warps=4))
+    launches.append(
+        Launch(
+            gated_up_kernel,
+            tiles,
+            dict(x_ptr=x, up_ptr=up_weight, v_ptr=v, mark_ptr=mark, count_ptr=count, h_ptr=h, m=m),
+            dict(shape, BY_MASK=by_mask, FUSED=fused),
+            warps=8,
+        )
+    )
+    if not fused:
+        launches.append(
+            Launch(multiply_kernel, (triton.cdiv(m, 256),), dict(v_ptr=v, h_ptr=h, **listing), elementwise, warps=4)
+        )
+    return launches + plan_down(h, down_weight_t, mark, count, y, by_mask, target)
+
+
+def plan_down(
+    h: Tensor,
+    down_weight_t: Tensor,
+    mark: Tensor,
+    count: Tensor,
+    y: Tensor,
+    by_mask: bool,
+    target: Target,
+    block_d: int = 512,
+    tile: int = 16,
+    programs_per_processor: int = 4,
+    dependent: bool = False,
+) -> list[Launch]:
+    """The down projection over the marked rows: partial sums over splits of the neurons, then one reduction into y."""
+    rows, m = h.shape
+    d = y.shape[-1]
+    block_d = min(power_of_2(d), block_d)
+    blocks = triton.cdiv(d, block_d)
+    splits = max(1, min(programs_per_processor * target.processors // blocks, triton.cdiv(m, tile)))
+    partial = torch.empty((splits, rows, d), dtype=torch.float32, device=h.device)
+    down = Launch(
+        down_kernel,
+        (splits, blocks),
+        dict(h_ptr=h, down_ptr=down_weight_t, mark_ptr=mark, count_ptr=count, partial_ptr=partial, m=m),
+        dict(BY_MASK=by_mask, ROWS=rows, BLOCK_ROWS=power_of_2(rows), D=d, BLOCK_D=block_d, TILE=tile, PDL=dependent),
+        warps=4,
+        dependent=dependent,
+    )
+    return [down, plan_reduce(partial, y, dependent)]
+
+
+def plan_reduce(partial: Tensor, y: Tensor, dependent: bool) -> Launch:
+    """The sum of partial (parts, rows, d) into y."""
+    parts, n = partial.shape[0], y.numel()
+    block = 32
+    return Launch(
+        reduce_kernel,
+        (triton.cdiv(n, block),),
+        dict(partial_ptr=partial, y_ptr=y, parts=parts, n=n),
+        dict(BLOCK_PARTS=power_of_2(parts), BLOCK=block, PDL=dependent),
+        warps=8,
+        dependent=dependent,
+    )

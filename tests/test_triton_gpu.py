@@ -1,0 +1,138 @@
+"""The Triton kernels on a real card: the correctness matrix, special values, determinism, CUDA graphs, torch.compile.
+
+Run: ``python -m pytest tests/test_triton_gpu.py``, and for out-of-bounds accesses
+``compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest tests/test_triton_gpu.py -k memcheck``.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from cats_kernels.triton_mlp import MAX_ROWS, VARIANTS, Config, launch
+from torch import nn
+
+from tests.triton_cases import ACTIVATIONS, DTYPES, TOLERANCE, case, expected, relative_error, tie_case
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = ((4096, 14336), (4096, 11008), (5120, 13824), (256, 688), (40, 77), (33, 1), (1, 50), (1000, 1003))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_matches_the_float64_reference(variant: str, dtype: torch.dtype, rows: int):
+    for d, m in SHAPES:
+        for sparsity in (0.0, 0.5, 0.9, 1.0):
+            problem = case(rows, d, m, dtype, sparsity, device="cuda")
+            for activation in ACTIVATIONS if d < 4096 else ("silu",):
+                problem = case(rows, d, m, dtype, sparsity, activation, device="cuda")
+                error = relative_error(VARIANTS[variant](*problem), expected(*problem))
+                assert error < TOLERANCE[dtype], f"{variant} rows={rows} d={d} m={m} s={sparsity}: {error:.2e}"
+
+
+@pytest.mark.parametrize("rows", range(1, MAX_ROWS + 1))
+def test_every_number_of_rows(rows: int):
+    problem = case(rows, 4096, 4000, torch.bfloat16, 0.6, device="cuda")
+    assert relative_error(VARIANTS["cats"](*problem), expected(*problem)) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ties_are_kept_and_the_next_float_drops_them(variant: str):
+    kept, dropped = tie_case("cuda")
+    assert torch.equal(VARIANTS[variant](*kept), expected(*kept).float())
+    assert VARIANTS[variant](*kept).abs().max() > 0
+    assert VARIANTS[variant](*dropped).abs().max() == 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_non_finite_inputs_come_out_as_in_the_reference(variant: str, value: float, rows: int):
+    x, *rest = case(rows, 512, 600, torch.float32, 0.5, device="cuda")
+    x[0, 3] = value
+    y, reference = VARIANTS[variant](x, *rest), expected(x, *rest)
+    assert torch.equal(y.isnan(), reference.isnan())
+    assert torch.equal(y.isinf(), reference.isinf())
+    if rows > 1:
+        assert relative_error(y[1:], reference[1:]) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["cats", "fused-mask"])
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_deterministic_bit_for_bit_also_in_poisoned_memory(variant: str, rows: int):
+    problem = case(rows, 4096, 14336, torch.bfloat16, 0.5, device="cuda")
+    first = VARIANTS[variant](*problem)
+    for _ in range(20):
+        poison = [torch.full((2**k,), float("nan"), device="cuda") for k in range(9, 23)]
+        del poison
+        assert torch.equal(VARIANTS[variant](*problem), first)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_cuda_graph_replays_follow_new_inputs(variant: str, rows: int):
+    x, *rest = case(rows, 1024, 3000, torch.float16, 0.7, device="cuda")
+    VARIANTS[variant](x, *rest)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = VARIANTS[variant](x, *rest)
+    for seed in range(5):
+        fresh = case(rows, 1024, 3000, torch.float16, 0.7, seed=seed, device="cuda")[0]
+        x.copy_(fresh)
+        y.fill_(float("nan"))
+        graph.replay()
+        assert relative_error(y, expected(fresh, *rest)) < TOLERANCE[torch.float16]
+
+
+def test_back_to_back_calls_do_not_overtake_each_other():
+    """Dependent launch lets a kernel start early: each call must still see its predecessor's output as its input."""
+    x, *rest = case(1, 4096, 14336, torch.float32, 0.5, device="cuda")
+
+    def chain(wait: bool) -> torch.Tensor:
+        y = x
+        for _ in range(16):
+            y = VARIANTS["cats"](y, *rest)
+            y = y / y.norm() * 64
+            if wait:
+                torch.cuda.synchronize()
+        return y
+
+    assert torch.equal(chain(wait=False), chain(wait=True))
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("fused", [True, False])
+def test_other_configurations_agree(stages: int, fused: bool):
+    problem = case(2, 2048, 5000, torch.bfloat16, 0.5, device="cuda")
+    config = Config(gate_tile=4, gate_warps=4, tile=2, warps=4, programs=3, stages=stages, fused=fused)
+    error = relative_error(launch("cats", *problem, config=config), expected(*problem))
+    assert error < TOLERANCE[torch.bfloat16]
+
+
+def test_torch_compile_without_graph_break():
+    from cats_kernels import sparse_gated_mlp
+
+    problem = case(1, 1024, 2816, torch.bfloat16, 0.5, device="cuda")
+
+    class Layer(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + sparse_gated_mlp(x * 1.0, *problem[1:], backend="triton")
+
+    with torch.no_grad():
+        y = torch.compile(Layer(), fullgraph=True, mode="reduce-overhead")(problem[0])
+    assert relative_error(y - problem[0], expected(*problem)) < 2e-2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_memcheck(variant: str):
+    """Small and odd sizes of every kernel, for compute-sanitizer."""
+    for dtype in DTYPES:
+        for rows, d, m in ((1, 64, 96), (1, 33, 37), (2, 72, 130), (3, 130, 50), (8, 1, 1)):
+            problem = case(rows, d, m, dtype, 0.5, device="cuda")
+            assert relative_error(VARIANTS[variant](*problem), expected(*problem)) < TOLERANCE[dtype]
