@@ -55,7 +55,7 @@ def tests(s: nox.Session) -> None:
 
 @session
 def kernels(s: nox.Session) -> None:
-    """Check every kernel backend: CPU, Triton interpreted, Triton compiled ahead of time, and on a GPU if there is one."""
+    """Check every kernel backend: CPU, Triton interpreted, Triton compiled ahead of time, and a GPU if there is one."""
     run(s, "-m", "pytest", "-rs", *(s.posargs or KERNEL_TESTS))
 
 
@@ -75,7 +75,7 @@ def lint(s: nox.Session) -> None:
 
 @session
 def pretrain(s: nox.Session) -> None:
-    """Train the pocket model again from the standard library's source (a minute on a GPU, under two hours on two cores)."""
+    """Train the pocket model again from the standard library's source, on a GPU if there is one, else on the CPU."""
     run(s, "-m", "experiments.pocket.pretrain", *s.posargs)
 
 
