@@ -91,10 +91,16 @@ def configs(rows: int, element_size: int, d: int, target: Target) -> list[Config
     """The search space for "cats": the gate kernel's parameters, then the other's, each around the present choice."""
     best = choose_config(target, element_size, rows, d)
     found = [best]
-    for tile, warps in itertools.product((2, 4, 8, 16), (4, 8, 16)):
-        elements = tile * d // (32 * warps)
-        if 32 <= elements <= 128 // (element_size // 2):
-            found.append(replace(best, gate_tile=tile, gate_warps=warps))
+    found.append(replace(best, dependent=False))
+    for tile, warps, tiles, stages in itertools.product((2, 4, 8, 16), (4, 8, 16), (1, 2, 4, 8), (1, 2, 3)):
+        gate = replace(best, gate_tile=tile, gate_warps=warps, gate_tiles=tiles, gate_stages=stages)
+        a_thread = tile * d * element_size // (32 * warps)  # bytes of one tile
+        if stages > 1:
+            fits = rows == 1 and tiles >= 4 and 64 <= a_thread <= 128 and tile * tiles <= 32
+        else:
+            fits = 64 <= a_thread <= 256 and tile * tiles <= 16
+        if fits:
+            found.append(gate)
     if rows <= 2:
         for tile, warps, programs, stages in itertools.product((1, 2, 4, 8), (4, 8, 16), (1, 2, 3, 4), (1, 2, 3)):
             resident = warps * programs  # warps on one multiprocessor

@@ -110,7 +110,7 @@ def test_back_to_back_calls_do_not_overtake_each_other():
 @pytest.mark.parametrize("fused", [True, False])
 def test_other_configurations_agree(stages: int, fused: bool):
     problem = case(2, 2048, 5000, torch.bfloat16, 0.5, device="cuda")
-    config = Config(gate_tile=4, gate_warps=4, tile=2, warps=4, programs=3, stages=stages, fused=fused)
+    config = Config(4, 4, 2, stages, tile=2, warps=4, programs=3, stages=stages, fused=fused, dependent=fused)
     error = relative_error(launch("cats", *problem, config=config), expected(*problem))
     assert error < TOLERANCE[torch.bfloat16]
 

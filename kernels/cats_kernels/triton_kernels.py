@@ -38,30 +38,40 @@ def gate_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    STAGES: tl.constexpr,
     EVEN_M: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """v = activation(x W_gate^T) for TILE neurons, masked unless MARK is PLAIN, and what the next kernel skips by."""
+    """v = activation(x W_gate^T) for TILES tiles of TILE neurons, masked unless MARK is PLAIN, and the marks by which
+    the next kernel skips."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    tile = tl.program_id(0)
-    neuron = tile * TILE + tl.arange(0, TILE)
-    live = neuron < m
-    v = activate(project(x_ptr, gate_ptr, neuron, live, ROWS, BLOCK_ROWS, D, BLOCK_D, EVEN_M), ACTIVATION)
+    if D <= BLOCK_D:
+        x = load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D)
     row = tl.arange(0, BLOCK_ROWS)[:, None]
-    keep = kept(v, threshold) & live[None, :] & (row < ROWS)
-    if MARK != "PLAIN":
-        v = tl.where(keep, v, 0.0)
-    tl.store(v_ptr + row * m + neuron[None, :], v, mask=live[None, :] & (row < ROWS))
-    active = tl.max(keep.to(tl.int32), 0)  # the union over the rows of x
-    if MARK == "WORDS":
-        bits = tl.sum(active << tl.arange(0, TILE), 0)
-        tl.store(mark_ptr + tile, bits | (tl.sum(active, 0) << 16))
-    elif MARK == "MASK":
-        tl.store(mark_ptr + neuron, active, mask=live)
-    elif MARK == "ATOMIC":
-        first = tl.atomic_add(count_ptr, tl.sum(active, 0))
-        tl.store(mark_ptr + first + tl.cumsum(active, 0) - active, neuron, mask=active == 1)
+    first = tl.program_id(0) * TILES
+    for tile in tl.range(first, first + TILES, num_stages=STAGES):
+        neuron = tile * TILE + tl.arange(0, TILE)
+        live = neuron < m
+        if D <= BLOCK_D:
+            z = dot_rows(x, load_rows(gate_ptr, neuron, live, 0, D, BLOCK_D, EVEN_M))
+        else:
+            z = project(x_ptr, gate_ptr, neuron, live, ROWS, BLOCK_ROWS, D, BLOCK_D, EVEN_M)
+        v = activate(z, ACTIVATION)
+        keep = kept(v, threshold) & live[None, :] & (row < ROWS)
+        if MARK != "PLAIN":
+            v = tl.where(keep, v, 0.0)
+        tl.store(v_ptr + row * m + neuron[None, :], v, mask=live[None, :] & (row < ROWS))
+        active = tl.max(keep.to(tl.int32), 0)  # the union over the rows of x
+        if MARK == "WORDS":
+            bits = tl.sum(active << tl.arange(0, TILE), 0)
+            tl.store(mark_ptr + tile, bits | (tl.sum(active, 0) << 16), mask=tile * TILE < m)
+        elif MARK == "MASK":
+            tl.store(mark_ptr + neuron, active, mask=live)
+        elif MARK == "ATOMIC":
+            place = tl.atomic_add(count_ptr, tl.sum(active, 0)) + tl.cumsum(active, 0) - active
+            tl.store(mark_ptr + place, neuron, mask=active == 1)
 
 
 @triton.jit

@@ -32,6 +32,8 @@ class Config:
 
     gate_tile: int
     gate_warps: int
+    gate_tiles: int  # per program, and
+    gate_stages: int  # software pipelining depth over them
     tile: int  # of the up-and-down kernel (fused), or of the up kernel
     warps: int
     programs: int  # per streaming multiprocessor
@@ -39,14 +41,15 @@ class Config:
     fused: bool = True  # up and down in one kernel; needs rows * d float32 sums in the registers of one program
     down_block: int = 512  # columns, and
     down_tile: int = 16  # weight rows, of the separate down kernel
+    dependent: bool = True  # programmatic dependent launch, where the chip has it
 
 
 def choose_config(target: Target, element_size: int, rows: int, d: int) -> Config:
     """The launch configuration for rows of x, weights of element_size bytes and width d on a target."""
     wide = element_size == 4
     if rows <= 2 and power_of_2(d) <= 8192:
-        return Config(gate_tile=8, gate_warps=8, tile=2 if wide else 4, warps=8, programs=2 if d >= 2048 else 4)
-    return Config(gate_tile=8, gate_warps=8, tile=8, warps=8, programs=4, fused=False)
+        return Config(8, 8, 1, 1, tile=2 if wide else 4, warps=8, programs=2 if d >= 2048 else 4)
+    return Config(8, 8, 1, 1, tile=8, warps=8, programs=4, fused=False)
 
 
 def plan_cats(
@@ -64,7 +67,7 @@ def plan_cats(
     rows, d = x.shape
     m = gate_weight.shape[0]
     config = config or choose_config(target, x.element_size(), rows, d)
-    pdl = target.dependent_launch
+    pdl = target.dependent_launch and config.dependent
     shape: dict[str, Any] = {"ROWS": rows, "BLOCK_ROWS": power_of_2(rows), "D": d, "PDL": pdl}
     block_d = power_of_2(d)
     part_d = min(block_d, 4096 if rows <= 2 else 1024)  # columns at a time where the sums are only of products
@@ -74,15 +77,17 @@ def plan_cats(
     word, indices, count = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (words, m, 1))
     gate = Launch(
         gate_kernel,
-        (words,),
+        (triton.cdiv(words, config.gate_tiles),),
         dict(x_ptr=x, gate_ptr=gate_weight, v_ptr=v, mark_ptr=word, count_ptr=count, threshold=threshold, m=m),
         dict(
             shape,
             BLOCK_D=part_d,
             TILE=config.gate_tile,
+            TILES=config.gate_tiles,
+            STAGES=config.gate_stages,
             MARK="WORDS",
             ACTIVATION=activation,
-            EVEN_M=m % config.gate_tile == 0,
+            EVEN_M=m % (config.gate_tile * config.gate_tiles) == 0,
         ),
         warps=config.gate_warps,
     )

@@ -126,6 +126,8 @@ def plan_paper(
                 shape,
                 MARK={"gather": "PLAIN", "fused-compact": "ATOMIC", "fused-mask": "MASK"}[variant],
                 ACTIVATION=activation,
+                TILES=1,
+                STAGES=1,
                 EVEN_M=m % tile == 0,
                 PDL=False,
             ),
