@@ -53,7 +53,7 @@ def draw_all(runs: list[Run], folder: Path) -> dict[tuple[str, str], str]:
 
 
 def draw_headline(runs: list[Run], folder: Path) -> str | None:
-    """figures/headline: accuracy against sparsity (left) and MLP speed-up against sparsity (right), whatever is there."""
+    """figures/headline: accuracy (left) and MLP speed-up (right) against sparsity, whichever is there."""
     accurate = next((run for run in runs if "e02_zero_shot" in run.tables), None)
     timed = [run for run in runs if "e05_mlp_latency" in run.tables]
     count = (accurate is not None) + bool(timed)

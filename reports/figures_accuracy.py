@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
 
 from reports import style
 from reports.load import paper_models, paper_table
@@ -56,22 +56,13 @@ def _histogram_panel(ax: Axes, layer: pd.DataFrame) -> None:
 
 
 def _threshold_lines(ax: Axes, thresholds: pd.DataFrame) -> None:
-    left, right = ax.get_xlim()
-    rows = thresholds.sort_values("sparsity_target").to_dict("records")
-    for place, row in enumerate(rows):
+    for place, row in enumerate(thresholds.sort_values("sparsity_target").to_dict("records")):
         target = round(row["sparsity_target"], 2)
         colour = LEVEL_COLOURS.get(target, style.BLACK)
         ax.axvline(row["threshold"], color=colour, lw=1.2)
-        ax.annotate(
-            f"{100 * target:g} %: {row['threshold']:.3f}",
-            (row["threshold"], 0.93 - 0.14 * place),
-            xycoords=("data", "axes fraction"),
-            xytext=(3 if row["threshold"] < left + 0.6 * (right - left) else -3, 0),
-            textcoords="offset points",
-            ha="left" if row["threshold"] < left + 0.6 * (right - left) else "right",
-            color=colour,
-            fontsize=8,
-        )
+        label = f"{100 * target:g} %: {row['threshold']:.3f}"
+        ax.text(0.99, 0.97 - 0.13 * place, label, transform=ax.transAxes, ha="right", va="top", color=colour, fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
 
 
 def e01_thresholds(tables: Tables) -> Figure:
@@ -97,7 +88,7 @@ def e01_thresholds(tables: Tables) -> Figure:
         right.set_ylim(
             *(f(bound, limit) for f, bound, limit in zip((min, max), right.get_ylim(), (-1.3, 1.3), strict=True))
         )
-        for ax, label in ((left, "threshold"), (right, "held-out sparsity − target, points")):
+        for ax, label in ((left, "threshold"), (right, f"held-out sparsity {style.MINUS} target, points")):
             ax.set(xlabel="layer", ylabel=label, title=model)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         style.label_ends(left, ends)
@@ -127,12 +118,19 @@ def e02_accuracy(tables: Tables) -> Figure:
     if extra:
         for model in models:
             accuracy_panel(flat[count - 1], perplexity[perplexity["model"] == model])
-        flat[count - 1].set_yscale("log")
-        flat[count - 1].yaxis.set_major_formatter(plt.matplotlib.ticker.ScalarFormatter())
-        flat[count - 1].yaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
-        flat[count - 1].set(title="held-out text (ours)", ylabel="perplexity, log scale")
+        _perplexity_axis(flat[count - 1], perplexity["value"])
     flat[0].set_ylabel("mean zero-shot accuracy")
     return figure
+
+
+def _perplexity_axis(ax: Axes, values: pd.Series) -> None:
+    ax.set(title="held-out text (ours)", ylabel="perplexity")
+    if values.max() > 3 * values.min():
+        ax.set_yscale("log")
+        ax.set_ylabel("perplexity, log scale")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+        ax.yaxis.set_major_formatter(ScalarFormatter())
+        ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _as_means(paper: pd.DataFrame) -> pd.DataFrame:
@@ -167,7 +165,7 @@ def accuracy_panel(ax: Axes, means: pd.DataFrame) -> None:
 
 
 def e03_curves(tables: Tables) -> Figure:
-    """The paper's Figure 2: mean accuracy against LoRA steps, all variants, the band from the lowest to the highest seed."""
+    """The paper's Figure 2: mean accuracy against LoRA steps, all variants; the band spans the seeds."""
     means = finetuning_means(tables["e03_finetuning"])
     paper = paper_table("figure2_finetuning_accuracy")
     models = [str(model) for model in means["model"].unique()]
@@ -206,7 +204,7 @@ def e03_curves(tables: Tables) -> Figure:
 
 
 def e03_sparsity(tables: Tables) -> Figure:
-    """The paper's Figure 5, by layer: sparsity left after fine-tuning, with and without recalibration; means at the right."""
+    """The paper's Figure 5, by layer: sparsity left after fine-tuning, with and without recalibration; means beside."""
     table = tables["e03_sparsity"]
     table = table[table["step"] == table.groupby(["model", "variant"])["step"].transform("max")]
     paper = paper_table("figure5_finetuned_sparsity")
@@ -252,7 +250,7 @@ def _sparsity_means_panel(ax: Axes, means: pd.DataFrame, paper: pd.DataFrame) ->
 
 
 def e04_tasks(tables: Tables) -> Figure:
-    """The paper's Table 2 as a picture: accuracy lost against base after task fine-tuning, per task, ours and the paper's."""
+    """The paper's Table 2 as a picture: accuracy against base after task fine-tuning, ours and the paper's."""
     means = task_means(tables["e04_task_finetuning"])
     paper = paper_table("table2_task_finetuning").assign(stderr=np.nan)
     models = [str(model) for model in means["model"].unique()]
@@ -285,7 +283,7 @@ def e04_tasks(tables: Tables) -> Figure:
         ax.axhline(0, color=style.GREY, lw=0.8)
         ax.set_xticks(range(len(tasks)), [style.task_name(task) for task in tasks])
         ax.set_title(title)
-    axes[0][0].set_ylabel("accuracy − base, points")
+    axes[0][0].set_ylabel(f"accuracy {style.MINUS} base, points")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
     return figure

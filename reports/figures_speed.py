@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from reports import style
 from reports.load import paper_models, paper_table
@@ -207,7 +208,14 @@ def e06_throughput(tables: Tables) -> Figure | None:
                 if j:
                     for position, height, ratio in zip(x, of_loop[column], of_loop["speedup"], strict=True):
                         if np.isfinite(height):
-                            ax.annotate(style.times(ratio), (position, height), ha="center", va="bottom", fontsize=7.5)
+                            ax.annotate(
+                                style.times(ratio),
+                                (position, height),
+                                ha="center",
+                                va="bottom",
+                                fontsize=7.5,
+                                path_effects=[withStroke(linewidth=2, foreground="white")],
+                            )
         ax.set_xticks(range(len(ticks)), [f"{tick:.0f}" for tick in ticks])
         ax.set_title(f"{model}, {layers:.0f} layers, {style.dtype_name(str(dtype))}")
         ax.margins(y=0.12)
@@ -220,7 +228,7 @@ def e06_throughput(tables: Tables) -> Figure | None:
 
 
 def e06_ratio(tables: Tables) -> Figure | None:
-    """Figure 4 as ratios to dense, ours beside the paper's bars: the only form in which different machines compare."""
+    """Figure 4 as ratios to dense, ours beside the paper's bars: the form in which different machines compare."""
     lengths = throughput_by_length(generation_speedups(tables["e06_throughput"]))
     if lengths.empty:
         return None
@@ -240,7 +248,7 @@ def e06_ratio(tables: Tables) -> Figure | None:
         for (model, layers, dtype, loop), part in lengths.groupby(["model", "layers", "dtype", "loop"], sort=False)
     ]
     groups += [(f"{name}\npaper, eager", paper_ratio[paper_ratio["model"] == name], style.GREEN, "") for name in beside]
-    figure, ax = plt.subplots(figsize=(style.WIDTH, 0.45 + 0.42 * len(groups)))
+    figure, ax = plt.subplots(figsize=(style.WIDTH, 0.5 + 0.15 * sum(len(part) + 1 for _, part, _, _ in groups)))
     for place, (_, part, colour, hatch) in enumerate(groups):
         part = part.sort_values("generated_tokens")
         height = 0.8 / len(part)
@@ -249,7 +257,7 @@ def e06_ratio(tables: Tables) -> Figure | None:
         for position, row in zip(y, part.to_dict("records"), strict=True):
             text = f"{style.times(row['speedup'])}  {row['generated_tokens']:.0f} tokens"
             ax.annotate(text, (max(row["speedup"], 1), position), xytext=(3, 0), textcoords="offset points", va="center",
-                        fontsize=min(7.5, 22 * height))  # fmt: skip
+                        fontsize=7)  # fmt: skip
     ax.axvline(1, color=style.GREY, lw=0.8)
     ax.set_yticks(range(len(groups)), [title for title, *_ in groups], fontsize=7.5)
     ax.invert_yaxis()
@@ -298,7 +306,6 @@ def e06_growth(tables: Tables) -> Figure | None:
         style.BLACK,
     ]
     for ax, (dimension, part) in zip(axes.flat, found.items(), strict=False):
-        ends = []
         for key, line in part.groupby(["model", "dtype", "loop"], sort=False):
             name = tuple(str(piece) for piece in key)
             colour = looks.setdefault(name, palette[len(looks) % len(palette)])
@@ -306,9 +313,6 @@ def e06_growth(tables: Tables) -> Figure | None:
             ax.plot(x, line["speedup"], "o-", color=colour)
             below = line["speedup"] < 1
             ax.plot(x[below], line["speedup"][below], "x", color=style.BLACK, ms=7, mew=1.5)
-            ends.append(
-                (x.iloc[-1], line["speedup"].iloc[-1], f"{name[0]}, {style.dtype_name(name[1])}, {name[2]}", colour)
-            )
         ax.axhline(1, color=style.GREY, lw=0.8)
         ax.set_xlabel(GROWTH[dimension])
         if dimension != "sparsity_target":

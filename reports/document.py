@@ -1,0 +1,105 @@
+"""A report as a list of blocks, and its two written forms: Markdown for the web, Markdown for pandoc on the way to PDF.
+
+The two differ in three points: pictures are PNG on the web and SVG in the PDF; captions are text on the web and captions
+of numbered figures in the PDF; and column widths, which the web ignores, keep tables inside the page.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading; level 1 is a section."""
+
+    level: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph or list, in Markdown."""
+
+    markdown: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells in Markdown (`escape` what comes from data), a caption, and relative column widths (default: by content)."""
+
+    frame: pd.DataFrame
+    caption: str
+    widths: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure by the stem of its file in figures/, and its caption."""
+
+    stem: str
+    caption: str
+
+
+Block = Heading | Text | Table | Picture
+
+
+def escape(text: str) -> str:
+    """Data as Markdown text: nothing in it is markup."""
+    return re.sub(r"([\\`*_\[\]<>#|~$^@])", r"\\\1", " ".join(str(text).split()))
+
+
+def to_markdown(title: str, blocks: Iterable[Block]) -> str:
+    """The report for the web (GitHub's Markdown); pictures are figures/*.png beside it."""
+    parts, figures, tables = [f"# {title}"], 0, 0
+    for block in blocks:
+        match block:
+            case Heading(level, text):
+                parts.append(f"{'#' * (level + 1)} {text}")
+            case Text(markdown):
+                parts.append(markdown)
+            case Table(frame, caption):
+                tables += 1
+                parts += [f"**Table {tables}.** {caption}", _pipe_table(frame)]
+            case Picture(stem, caption):
+                figures += 1
+                parts += [f"![Figure {figures}](figures/{stem}.png)", f"**Figure {figures}.** {caption}"]
+    return "\n\n".join(parts) + "\n"
+
+
+def to_pandoc(blocks: Iterable[Block]) -> str:
+    """The report's body for pandoc; pictures are figures/*.svg, numbering and title are the template's."""
+    parts = []
+    for block in blocks:
+        match block:
+            case Heading(level, text):
+                parts.append(f"{'#' * level} {text}")
+            case Text(markdown):
+                parts.append(markdown)
+            case Table(frame, caption, widths):
+                parts.append(f"{_pipe_table(frame, widths or _widths(frame))}\n\n: {caption}")
+            case Picture(stem, caption):
+                parts.append(f"![{caption}](figures/{stem}.svg)")
+    return "\n\n".join(parts) + "\n"
+
+
+def _pipe_table(frame: pd.DataFrame, widths: tuple[float, ...] = ()) -> str:
+    """A pipe table. With `widths`, the rule's dashes carry them: pandoc then wraps the cells inside the page's width."""
+    dashes = [max(3, round(150 * width / sum(widths))) for width in widths] or [3] * frame.shape[1]
+    rule = "|".join("-" * count for count in dashes)
+    rows = [" | ".join(map(str, frame.columns)), None, *(" | ".join(map(str, row)) for row in frame.to_numpy())]
+    return "\n".join(f"|{rule}|" if row is None else f"| {row} |" for row in rows)
+
+
+def _widths(frame: pd.DataFrame) -> tuple[float, ...]:
+    """By content: room for the longest word of each column, then by the square root of the longest cell."""
+    widths = []
+    for place, column in enumerate(frame.columns):
+        cells = [str(column), *map(str, frame.iloc[:, place])]
+        word = max(len(part) for cell in cells for part in re.split(r"[\s/-]+", cell.replace("\\", "")) or [""])
+        widths.append(max(word + 1.5, 2.6 * max(len(cell) for cell in cells) ** 0.5))
+    return tuple(widths)
