@@ -1,0 +1,175 @@
+"""What the accuracy experiments share: the list of variants, how to put one onto a model, and what to measure it with."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+import cats
+from cats.calibration import Thresholds, check_sparsity, write_text_atomically
+from cats.evaluation import TaskResult, Tasks, check_tasks, evaluate, load_tasks
+from cats.models import load_config, load_model
+from experiments.config import Config
+from experiments.data import batches
+
+ALL_SITES = ("gate", "attention_input", "mlp_input")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One curve of a figure: the dense model, CATS at a target sparsity (of ``sites``), or ReLUfication."""
+
+    name: str
+    sparsity: float | None = None
+    sites: tuple[str, ...] = ("gate",)
+
+    @property
+    def family(self) -> str:
+        """``dense``, ``cats`` or ``relufication``: what shares a learning rate."""
+        return self.name.split("-")[0]
+
+
+DENSE, RELUFICATION = Variant("dense"), Variant("relufication")
+
+
+def cats_variant(sparsity: float, sites: tuple[str, ...] = ("gate",)) -> Variant:
+    """CATS-50 and so on. Raises ValueError for a sparsity outside [0, 1)."""
+    check_sparsity(sparsity)
+    return Variant(f"cats-{100 * sparsity:g}" + ("-attention" if sites == ALL_SITES else ""), sparsity, sites)
+
+
+def put(model: torch.nn.Module, variant: Variant, thresholds: Thresholds | None = None) -> None:
+    """Make ``model`` this variant, whatever it is now; from one CATS level to another only thresholds change.
+
+    Accuracy is measured on the dense masked path, the one that training uses: lm-eval's batches are longer than the
+    sparse kernel's limit in any case.
+    """
+    if variant.family != "cats":
+        cats.remove(model)
+        if variant == RELUFICATION:
+            cats.relufy(model)
+        return
+    assert thresholds is not None
+    cats.apply(model, thresholds, kernel="reference")
+
+
+def mean(values: Sequence[float]) -> float:
+    """Plain mean."""
+    return sum(values) / len(values)
+
+
+class Subject:
+    """One model with its tasks and texts, each loaded when it is first needed: resuming a finished unit needs none.
+
+    Options read: tasks, limit, batch_size, calibration_blocks, heldout_blocks, length.
+    """
+
+    def __init__(self, config: Config, name: str) -> None:
+        self.config, self.name = config, name
+        self._tuned: dict[tuple[float, tuple[str, ...]], Thresholds] = {}
+
+    @cached_property
+    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        state = accelerate.PartialState()
+        device = str(state.device) if state.num_processes > 1 else self.config.device
+        model, tokenizer = load_model(self.name, self.config.dtype, device)
+        assert tokenizer is not None  # check() refuses models without one
+        return model, tokenizer
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._loaded[1]
+
+    @cached_property
+    def tasks(self) -> Tasks:
+        return load_tasks(self.config.options["tasks"], task_folder(self.config))
+
+    def text(self, purpose: str, blocks: int) -> list[Tensor]:
+        """Batches of token ids for ``train`` or ``heldout``."""
+        options = self.config.options
+        return batches(self.config, self.tokenizer, purpose, blocks, options["length"], options["batch_size"])
+
+    @cached_property
+    def heldout(self) -> list[Tensor]:
+        return self.text("heldout", self.config.options["heldout_blocks"])
+
+    def thresholds(self, variants: Sequence[Variant]) -> dict[Variant, Thresholds]:
+        """Thresholds of the dense model for all CATS ``variants``, in one pass over the calibration text."""
+        missing = [v for v in variants if v.sparsity is not None and (v.sparsity, v.sites) not in self._tuned]
+        for sites in {v.sites for v in missing}:
+            targets = [v.sparsity for v in missing if v.sites == sites and v.sparsity is not None]
+            put(self.model, DENSE)
+            text = self.text("train", self.config.options["calibration_blocks"])
+            for target, thresholds in cats.calibrate(self.model, text, targets, sites).items():
+                self._tuned[target, sites] = thresholds
+        return {v: self._tuned[v.sparsity, v.sites] for v in variants if v.sparsity is not None}
+
+    def evaluate(self, model: torch.nn.Module | None = None) -> list[TaskResult]:
+        """Accuracy of the model as it is now on the tasks of the options."""
+        options = self.config.options
+        return evaluate(model or self.model, self.tokenizer, self.tasks, options.get("limit"), options["batch_size"])
+
+
+def save_results(path: Path, results: Sequence[TaskResult]) -> None:
+    """Keep results with their item-by-item vectors, for differences taken after an interruption."""
+    write_text_atomically(path, json.dumps([vars(result) for result in results]))
+
+
+def read_results(path: Path) -> list[TaskResult]:
+    """What `save_results` wrote."""
+    return [TaskResult(**{**fields, "correct": tuple(fields["correct"])}) for fields in json.loads(path.read_text())]
+
+
+def task_folder(config: Config) -> Path | None:
+    """Folder of local YAML tasks: built from the standard library for ``source = "pocket"``, else none."""
+    if config.data.get("source", "pocket") != "pocket":
+        return None
+    from experiments.pocket.tasks import build_tasks
+
+    folder = config.output / "tasks"
+    state = accelerate.PartialState()
+    if state.is_local_main_process:
+        build_tasks(folder)
+    state.wait_for_everyone()
+    return folder
+
+
+def check(config: Config, levels: Sequence[float] = (), tasks: Sequence[str] = ()) -> None:
+    """Refuse what cannot work before any long work starts.
+
+    Raises:
+        ValueError: a level outside [0, 1), an unknown task, a model without gated MLPs or without a tokenizer.
+        OSError: a model's configuration cannot be read.
+    """
+    for level in levels:
+        check_sparsity(level)
+    for name in config.models:
+        if name.startswith("shape:"):
+            raise ValueError(f"{config.experiment} needs real weights and a tokenizer, which {name} does not have")
+        with torch.device("meta"):
+            cats.gated_mlps(AutoModelForCausalLM.from_config(load_config(name)))
+    for key in ("calibration_blocks", "heldout_blocks"):
+        if config.options.get(key, 1) < 1:
+            raise ValueError(
+                f"{config.experiment}.{key} must be at least 1, not {config.options[key]}: there would be no text"
+            )
+    if tasks:
+        check_tasks(tasks, task_folder(config))
+
+
+def parse_tasks(options: dict[str, Any]) -> list[str]:
+    """The option ``tasks``. Raises ValueError when it is missing."""
+    if not options.get("tasks"):
+        raise ValueError("the option tasks is missing: give a list of lm-eval task names")
+    return list(options["tasks"])
