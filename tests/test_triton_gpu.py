@@ -44,9 +44,8 @@ def test_every_number_of_rows(rows: int):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ties_are_kept_and_the_next_float_drops_them(variant: str):
     kept, dropped = tie_case("cuda")
-    assert torch.equal(VARIANTS[variant](*kept), expected(*kept).float())
-    assert VARIANTS[variant](*kept).abs().max() > 0
-    assert VARIANTS[variant](*dropped).abs().max() == 0
+    assert (VARIANTS[variant](*kept) == 16384).all()
+    assert (VARIANTS[variant](*dropped) == 0).all()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

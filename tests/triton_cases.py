@@ -53,7 +53,8 @@ def relative_error(y: Tensor, reference: Tensor) -> float:
 def tie_case(device: str = "cpu") -> tuple[Case, Case]:
     """Gates that are exactly 32 or 0, once with the threshold at 32 (kept) and once one float above it (dropped).
 
-    SiLU(32) is 32 in float32, since sigmoid(32) rounds to 1.
+    SiLU(32) is 32 in float32, since sigmoid(32) rounds to 1; so these two have no float64 reference. The outputs are
+    8 active neurons * 32 * 64 = 16384, and 0.
     """
     d, m = 32, 24
     x = torch.full((1, d), 2.0, device=device)
