@@ -1,7 +1,7 @@
 """A report as a list of blocks, and its two written forms: Markdown for the web, Markdown for pandoc on the way to PDF.
 
-The two differ in three points: pictures are PNG on the web and SVG in the PDF; captions are text on the web and captions
-of numbered figures in the PDF; and column widths, which the web ignores, keep tables inside the page.
+The two differ in three points: pictures are PNG on the web and SVG in the PDF; captions are text on the web and
+belong to numbered figures in the PDF; column widths, which the web ignores, keep tables inside the page.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pandas as pd
+
+LONG_TABLE = 14  # rows; a shorter table stays on one page
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells in Markdown (`escape` what comes from data), a caption, and relative column widths (default: by content)."""
+    """Cells in Markdown (`escape` what comes from data), a caption, relative column widths (default: by content)."""
 
     frame: pd.DataFrame
     caption: str
@@ -81,18 +83,32 @@ def to_pandoc(blocks: Iterable[Block]) -> str:
             case Text(markdown):
                 parts.append(markdown)
             case Table(frame, caption, widths):
-                parts.append(f"{_pipe_table(frame, widths or _widths(frame))}\n\n: {caption}")
+                table = _unbroken(f"{_pipe_table(frame, widths or _widths(frame))}\n\n: {caption}")
+                parts.append(table if len(frame) > LONG_TABLE else f'::: {{typst:breakable="false"}}\n{table}\n:::')
             case Picture(stem, caption):
-                parts.append(f"![{caption}](figures/{stem}.svg)")
+                parts.append(f"![{_unbroken(caption)}](figures/{stem}.svg)")
     return "\n\n".join(parts) + "\n"
 
 
 def _pipe_table(frame: pd.DataFrame, widths: tuple[float, ...] = ()) -> str:
-    """A pipe table. With `widths`, the rule's dashes carry them: pandoc then wraps the cells inside the page's width."""
+    """A pipe table. With `widths`, the rule's dashes carry them: pandoc then wraps cells to the page's width."""
     dashes = [max(3, round(150 * width / sum(widths))) for width in widths] or [3] * frame.shape[1]
-    rule = "|".join("-" * count for count in dashes)
+    rule = "|".join(
+        (":" + "-" * count if _is_text(frame.iloc[:, place]) else ":" + "-" * count + ":")
+        for place, count in enumerate(dashes)
+    )
     rows = [" | ".join(map(str, frame.columns)), None, *(" | ".join(map(str, row)) for row in frame.to_numpy())]
     return "\n".join(f"|{rule}|" if row is None else f"| {row} |" for row in rows)
+
+
+def _is_text(column: pd.Series) -> bool:
+    """Whether a column is set flush left: some cell begins with a letter."""
+    return any(re.match(r"[`*\\]*[A-Za-z]", str(cell)) for cell in column)
+
+
+def _unbroken(markdown: str) -> str:
+    """A number stays with its per cent sign, and a plus-minus with its number."""
+    return re.sub(r"(?<=\d) (?=%)|(?<=±) (?=\d)", "\u00a0", markdown)
 
 
 def _widths(frame: pd.DataFrame) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reports import figures_accuracy, figures_speed, style
+from reports import figures_accuracy, figures_latency, figures_throughput, style
 from reports.load import Run
 from reports.stats import bytes_bound_speedup, zero_shot_means
 
@@ -25,14 +25,14 @@ FIGURES: dict[str, tuple[str, Draw]] = {
     "e03_curves": ("e03_finetuning", figures_accuracy.e03_curves),
     "e03_sparsity": ("e03_sparsity", figures_accuracy.e03_sparsity),
     "e04_tasks": ("e04_task_finetuning", figures_accuracy.e04_tasks),
-    "e05_latency": ("e05_mlp_latency", figures_speed.e05_latency),
-    "e05_speedup": ("e05_mlp_latency", figures_speed.e05_speedup),
-    "e05_ablation": ("e05_mlp_latency", figures_speed.e05_ablation),
-    "e05_rows": ("e05_mlp_latency", figures_speed.e05_rows),
-    "e06_throughput": ("e06_throughput", figures_speed.e06_throughput),
-    "e06_ratio": ("e06_throughput", figures_speed.e06_ratio),
-    "e06_growth": ("e06_throughput", figures_speed.e06_growth),
-    "e06_shares": ("e06_shares", figures_speed.e06_shares),
+    "e05_latency": ("e05_mlp_latency", figures_latency.e05_latency),
+    "e05_speedup": ("e05_mlp_latency", figures_latency.e05_speedup),
+    "e05_ablation": ("e05_mlp_latency", figures_latency.e05_ablation),
+    "e05_rows": ("e05_mlp_latency", figures_latency.e05_rows),
+    "e06_throughput": ("e06_throughput", figures_throughput.e06_throughput),
+    "e06_ratio": ("e06_throughput", figures_throughput.e06_ratio),
+    "e06_growth": ("e06_throughput", figures_throughput.e06_growth),
+    "e06_shares": ("e06_shares", figures_throughput.e06_shares),
 }
 """Figure name -> the table it needs, and what draws it (None where the table holds nothing to draw)."""
 
@@ -94,9 +94,9 @@ def _headline_speed(ax: Axes, runs: list[Run]) -> None:
     palette = iter([style.BLUE, style.ORANGE, style.GREEN, style.VERMILLION, style.SKY, style.BLACK] * 4)
     shapes = []
     for run in runs:
-        table = figures_speed.batch_one(run.tables)
+        table = figures_latency.batch_one(run.tables)
         table = table[table["implementation"] == "cats"]
-        shape = next((name for name in figures_speed.SHAPES if name in set(table["shape"])), None)
+        shape = next((name for name in figures_latency.SHAPES if name in set(table["shape"])), None)
         shapes.append(shape)
         for dtype, part in table[table["shape"] == shape].groupby("dtype", sort=False):
             part = part[part["sparsity"] <= 0.96].sort_values("sparsity")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -61,8 +62,8 @@ def _threshold_lines(ax: Axes, thresholds: pd.DataFrame) -> None:
         colour = LEVEL_COLOURS.get(target, style.BLACK)
         ax.axvline(row["threshold"], color=colour, lw=1.2)
         label = f"{100 * target:g} %: {row['threshold']:.3f}"
-        ax.text(0.99, 0.97 - 0.13 * place, label, transform=ax.transAxes, ha="right", va="top", color=colour, fontsize=8,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
+        look: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "va": "top", "color": colour, "fontsize": 8}
+        ax.text(0.99, 0.97 - 0.13 * place, label, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1}, **look)
 
 
 def e01_thresholds(tables: Tables) -> Figure:
@@ -230,8 +231,9 @@ def _sparsity_lines(ax: Axes, part: pd.DataFrame, colour: str) -> None:
     ax.axhline(100 * part["sparsity_target"].iloc[0], color=colour, lw=0.8, ls=":")
     for recalibrated, of_kind in part.groupby("recalibrated"):
         layers = 100 * of_kind.groupby("layer_index")["sparsity_measured"].mean()
-        look = {"ls": "--", "marker": "s", "mfc": "white"} if recalibrated else {"ls": "-", "marker": "o"}
-        ax.plot(layers.index, layers, color=colour, **look)
+        ax.plot(
+            layers.index, layers, "s--" if recalibrated else "o-", color=colour, mfc="white" if recalibrated else colour
+        )
 
 
 def _sparsity_means_panel(ax: Axes, means: pd.DataFrame, paper: pd.DataFrame) -> None:
@@ -239,8 +241,9 @@ def _sparsity_means_panel(ax: Axes, means: pd.DataFrame, paper: pd.DataFrame) ->
     for row in means.to_dict("records"):
         colour = style.variant_colour(row["variant"])
         ax.axhline(100 * row["sparsity_target"], color=colour, lw=0.8, ls=":")
-        look = {"marker": "s", "mfc": "white"} if row["recalibrated"] else {"marker": "o"}
-        ax.plot(int(row["recalibrated"]), 100 * row["sparsity"], color=colour, ms=5, ls="none", **look)
+        again = row["recalibrated"]
+        marker, fill = ("s", "white") if again else ("o", colour)
+        ax.plot(int(again), 100 * row["sparsity"], marker, color=colour, mfc=fill, ms=5)
     for row in paper.to_dict("records"):
         colour = style.variant_colour(row["variant"])
         ax.plot(names.index(row["model"]), row["average_sparsity_percent"], "D", color=colour, ms=5)

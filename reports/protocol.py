@@ -1,4 +1,4 @@
-"""The paper's protocol beside what a run did, read off its tables and provenance: where the two differ is seen at once."""
+"""The paper's protocol beside what a run did, read off its tables and provenance: deviations are seen at once."""
 
 from __future__ import annotations
 
@@ -60,6 +60,12 @@ def _steps(run: Run, table: pd.DataFrame) -> str:
     return f"steps {_values('step')(run, part)}; {part['seed'].nunique()} seeds; learning rate {rates}"
 
 
+def _timing(run: Run, table: pd.DataFrame) -> str:
+    return "; ".join(
+        filter(None, [f"{_span('rounds')(run, table)} rounds, geometric mean", _option("e05")(run, table)])
+    )
+
+
 PROTOCOL: dict[str, tuple[str, list[tuple[str, str, Told]]]] = {
     "e01": ("e01_thresholds", [
         ("models", "Llama2-7B, Mistral-7B", _values("model")),
@@ -67,8 +73,8 @@ PROTOCOL: dict[str, tuple[str, list[tuple[str, str, Told]]]] = {
     ]),
     "e02": ("e02_zero_shot", [
         ("models", "Mistral-7B, Llama2-7B (13B: averages)", _values("model")),
-        ("tasks", "openbookqa, arc_easy, winogrande, hellaswag, arc_challenge, piqa, boolq, sciq, whole; lm-eval acc, 0-shot",
-         _zero_shot_items),
+        ("tasks", "openbookqa, arc_easy, winogrande, hellaswag, arc_challenge, piqa, boolq, sciq; lm-eval's acc, "
+         "0-shot, all items", _zero_shot_items),
         ("calibration", "500 samples of RefinedWeb", _option("e02")),
     ]),
     "e03": ("e03_finetuning", [
@@ -88,7 +94,7 @@ PROTOCOL: dict[str, tuple[str, list[tuple[str, str, Told]]]] = {
         ("shapes", "Mistral-7B 4096 x 14336, Llama2-7B 4096 x 11008", _values("shape")),
         ("dtype", "float32", _values("dtype")),
         ("timing", "20 warm-ups, 80 rounds, geometric mean, 256 MB cleared between rounds",
-         lambda run, table: f"{_span('rounds')(run, table)} rounds, geometric mean; {_option('e05')(run, table)}"),
+         _timing),
     ]),
     "e06": ("e06_throughput", [
         ("machine", "one L40S", _values("machine")),

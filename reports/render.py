@@ -7,12 +7,12 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-
+from reports.appendix import commit, machine
 from reports.claims import judge
 from reports.document import Block, escape, to_markdown, to_pandoc
 from reports.figures import draw_all, draw_headline
 from reports.load import Run
-from reports.sections import build, commit, machine
+from reports.sections import build
 
 TEMPLATE = Path(__file__).parent / "template" / "report.typ"
 TITLE = "CATS: a reproduction"
@@ -54,16 +54,17 @@ def _run_line(run: Run) -> str:
         str((entry.get("settings") or {}).get("profile") or entry.get("profile") or "") for entry in entries
     } - {""}
     days = sorted({str(entry["started"])[:10] for entry in entries if entry.get("started")})
-    commits = sorted({commit(entry) for entry in entries})
+    commits = sorted({commit({**entry, "dirty": False}) for entry in entries})
+    changed = ", in part with uncommitted changes" if any(entry.get("dirty") for entry in entries) else ""
     said = [machine(run)]
     said += [f"profile {', '.join(sorted(profiles))}"] if profiles else []
     said += [f"measured {days[0]}" + (f" to {days[-1]}" if len(days) > 1 else "")] if days else []
-    said += [f"commit {' and '.join(commits)}"] if commits else ["no provenance"]
+    said += [f"commit {' and '.join(commits)}{changed}"] if commits else ["no provenance"]
     return f"{run.label}: {'; '.join(said)}"
 
 
 def _set_pdf(blocks: list[Block], lines: list[str], pdf: Path) -> None:
-    """Markdown -> typst (pandoc, our template) -> PDF, with the fonts inside the typst wheel alone: the same everywhere."""
+    """Markdown -> typst (pandoc, our template) -> PDF, with the fonts inside the typst wheel: the same everywhere."""
     try:
         import pypandoc
         import typst
@@ -76,17 +77,14 @@ def _set_pdf(blocks: list[Block], lines: list[str], pdf: Path) -> None:
     arguments += [f"--metadata=date:{datetime.now(UTC):%Y-%m-%d}"]
     try:
         source = pypandoc.convert_text(to_pandoc(blocks), "typst", format=reader, extra_args=arguments)
-        # typst reads pictures from below its root: the source stands beside them for a moment.
-        with tempfile.TemporaryDirectory(dir=pdf.parent, prefix=".typeset-") as scratch:
-            main = pdf.parent / f"{Path(scratch).name}.typ"
-            try:
-                main.write_text(source, encoding="utf-8")
-                done = typst.compile(str(main), root=str(pdf.parent), ignore_system_fonts=True)
-            finally:
-                main.unlink(missing_ok=True)
+        # typst reads pictures from below its root, so the source has to stand beside them for a moment.
+        with tempfile.NamedTemporaryFile(dir=pdf.parent, prefix=".report-", suffix=".typ") as main:
+            main.write(source.encode())
+            main.flush()
+            content = typst.compile(main.name, root=str(pdf.parent), ignore_system_fonts=True)
     except (RuntimeError, typst.TypstError) as error:
         raise RuntimeError(f"report.pdf could not be set: {error}") from error
-    _write(pdf, done)
+    _write(pdf, content)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -7,6 +7,8 @@ rest.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -212,11 +214,11 @@ def generation_speedups(table: pd.DataFrame) -> pd.DataFrame:
         suffixes=("", "_dense"),
     )
     rows = []
-    for key, part in pairs.groupby(columns, sort=False, dropna=False):
+    for _, part in pairs.groupby(columns, sort=False, dropna=False):
         log_ratio = np.log(part["tokens_per_second"] / part["tokens_per_second_dense"])
         rows.append(
             {
-                **dict(zip(columns, list(key), strict=True)),
+                **part[columns].iloc[0].to_dict(),
                 "tokens_per_second": float(np.exp(np.log(part["tokens_per_second"]).mean())),
                 "dense_tokens_per_second": float(np.exp(np.log(part["tokens_per_second_dense"]).mean())),
                 "speedup": float(np.exp(log_ratio.mean())),
@@ -243,14 +245,14 @@ def throughput_by_length(speedups: pd.DataFrame, target: float = 0.5) -> pd.Data
         at = at[lengths == lengths.groupby([at[g] for g in group]).transform("max")]
         group.append(column)
     keys = ["machine", "model", "layers", "dtype", "loop", "generated_tokens"]
-    rows = []
-    for key, part in at.groupby(keys, sort=False):
+    rows: list[dict[Any, Any]] = []
+    for _, part in at.groupby(keys, sort=False):
         weight = part["prompts"] / part["prompts"].sum()
         logs = {name: float((np.log(part[name]) * weight).sum()) for name in ("speedup", "dense_tokens_per_second")}
         logs["tokens_per_second"] = float((np.log(part["tokens_per_second"]) * weight).sum())
         rows.append(
             {
-                **dict(zip(keys, list(key), strict=True)),
+                **part[keys].iloc[0].to_dict(),
                 **{name: float(np.exp(value)) for name, value in logs.items()},
                 "log_stderr": float(np.sqrt(((part["log_stderr"] * weight) ** 2).sum(skipna=False))),
                 "sparsity_measured": part["sparsity_measured"].mean(),

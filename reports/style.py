@@ -6,6 +6,8 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import matplotlib
 
@@ -58,6 +60,9 @@ PAPER_IMPLEMENTATIONS = {  # the paper's CSV names -> the same algorithm's name 
     "ablation-baseline": "gather",
     "optimal-all-three-shrunk": "optimal-all-three-shrunk",
 }
+
+End = tuple[float, float, str, str]
+_LABELS: WeakKeyDictionary[Figure, list[tuple[Axes, list[End], float]]] = WeakKeyDictionary()
 
 plt.rcParams.update(
     {
@@ -144,40 +149,43 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s"
 
 
-def label_ends(ax: Axes, ends: Iterable[tuple[float, float, str, str]], pad: float = 4.0, size: float = 8.0) -> None:
-    """Write each line's name at its end, pushed apart so that no two names overlap. `ends`: (x, y, text, colour)."""
-    ax.figure.canvas.draw()
-    gap = size * 1.15 * ax.figure.dpi / 72
-    placed: list[list[float]] = []
-    items = sorted((e for e in ends if math.isfinite(e[1])), key=lambda e: e[1])
-    for x, y, _, _ in items:
-        pixel = ax.transData.transform((x, y))[1]
-        placed.append([pixel, pixel])
-    for i in range(1, len(placed)):
-        placed[i][0] = max(placed[i][0], placed[i - 1][0] + gap)
-    if placed:
-        # Pushing only upwards would drift a crowded group: bring each crowded group back around its middle.
-        shift = sum(now - then for now, then in placed) / len(placed)
-        for entry in placed:
-            entry[0] -= shift
-        for i in range(1, len(placed)):
-            placed[i][0] = max(placed[i][0], placed[i - 1][0] + gap)
-    for (x, y, text, colour), (now, then) in zip(items, placed, strict=True):
-        ax.annotate(
-            text,
-            (x, y),
-            xytext=(pad, (now - then) * 72 / ax.figure.dpi),
-            textcoords="offset points",
-            color=colour,
-            fontsize=size,
-            va="center",
-            annotation_clip=False,
-        )
+def label_ends(ax: Axes, ends: Iterable[End], size: float = 8.0) -> None:
+    """Write each line's name at its end when the figure is saved. `ends`: (x, y, text, colour)."""
+    figure = ax.get_figure(root=True)
+    if figure is not None:
+        _LABELS.setdefault(figure, []).append((ax, [end for end in ends if math.isfinite(end[1])], size))
+
+
+def _place_labels(figure: Figure) -> None:
+    """Push the names of each axes apart, so that none overlaps another; needs the final layout, hence at saving."""
+    if figure not in _LABELS:
+        return
+    figure.draw_without_rendering()
+    for ax, ends, size in _LABELS.pop(figure):
+        gap = size * 1.15 * figure.dpi / 72
+        items = sorted(ends, key=lambda end: end[1])
+        wanted = [float(ax.transData.transform((x, y))[1]) for x, y, _, _ in items]
+        placed = _apart(wanted, gap)
+        if placed:  # pushing only upwards would drift a crowded group: bring it back to its middle
+            shift = sum(placed) / len(placed) - sum(wanted) / len(wanted)
+            placed = _apart([now - shift for now in placed], gap)
+        for (x, y, text, colour), now, then in zip(items, placed, wanted, strict=True):
+            offset = (4.0, (now - then) * 72 / figure.dpi)
+            look: dict[str, Any] = {"color": colour, "fontsize": size, "va": "center", "annotation_clip": False}
+            ax.annotate(text, (x, y), xytext=offset, textcoords="offset points", **look)
+
+
+def _apart(pixels: list[float], gap: float) -> list[float]:
+    out: list[float] = []
+    for pixel in pixels:
+        out.append(max(pixel, out[-1] + gap) if out else pixel)
+    return out
 
 
 def save(figure: Figure, stem: Path) -> None:
     """Write `stem`.png (200 dpi, for the web) and `stem`.svg (vectors, for the PDF), each whole or not at all."""
     stem.parent.mkdir(parents=True, exist_ok=True)
+    _place_labels(figure)
     for suffix, options in (("png", {"dpi": 200}), ("svg", {"metadata": {"Date": None}})):
         part = stem.with_name(f"{stem.name}.part.{suffix}")
         figure.savefig(part, format=suffix, bbox_inches="tight", pad_inches=0.03, **options)

@@ -11,7 +11,7 @@ import pandas as pd
 from reports import style
 from reports.claims import NOT_TESTED
 from reports.document import escape
-from reports.figures_speed import batch_one, paper_latency
+from reports.figures_latency import batch_one, paper_latency
 from reports.load import paper_models, paper_table
 from reports.stats import (
     bytes_bound_speedup,
@@ -58,23 +58,26 @@ def _paper_average(variant: str, model: str) -> str:
 def zero_shot(table: pd.DataFrame, model: str) -> pd.DataFrame:
     """Table 1's layout: a row a variant, a column a task, then the plain mean; each with its standard error."""
     part = table[(table["model"] == model) & (table["metric"] == "acc")]
-    means = zero_shot_means(part).set_index("variant")
+    means = zero_shot_means(part).set_index("variant").to_dict("index")
     rows = []
     for variant in variants(part):
-        at = part[part["variant"] == variant].drop_duplicates("task").set_index("task")
+        at = part[part["variant"] == variant].drop_duplicates("task").set_index("task").to_dict("index")
         cells = {"": style.variant_name(variant)}
         for task in dict.fromkeys(part["task"]):
-            known = task in at.index
-            cell = style.plus_minus(at.at[task, "value"], at.at[task, "stderr"]) if known else style.DASH
-            cells[escape(style.task_name(task))] = cell
-        mean = means.loc[variant]
+            cell = style.plus_minus(at[task]["value"], at[task]["stderr"]) if task in at else style.DASH
+            cells[_heading(task)] = cell
+        mean = means[variant]
         cells["Average"] = f"**{style.plus_minus(mean['value'], mean['stderr'])}**"
         rows.append(cells)
     chance = {
         escape(style.task_name(str(task))): style.number(of["chance"].iloc[0]) for task, of in part.groupby("task")
     }
-    rows.append({"": "*chance*", **chance, "Average": style.number(means["chance"].iloc[0])})
+    rows.append({"": "*chance*", **chance, "Average": style.number(next(iter(means.values()))["chance"])})
     return pd.DataFrame(rows)
+
+
+def _heading(task: str) -> str:
+    return "Average" if task == "average" else escape(style.task_name(task))
 
 
 def zero_shot_paper(model: str) -> pd.DataFrame:
@@ -85,8 +88,7 @@ def zero_shot_paper(model: str) -> pd.DataFrame:
         of_model = paper[paper["model"] == name]
         for variant in variants(of_model):
             at = of_model[of_model["variant"] == variant].set_index("task")["accuracy"]
-            cells = {task.replace("_", " ").capitalize() if task == "average" else style.task_name(task): style.number(v)
-                     for task, v in at.items()}  # fmt: skip
+            cells = {_heading(str(task)): style.number(value) for task, value in at.items()}
             rows.append({"Model": name, "": style.variant_name(variant), **cells})
     return pd.DataFrame(rows).fillna(style.DASH)
 
@@ -125,13 +127,11 @@ def finetuning(table: pd.DataFrame, model: str) -> pd.DataFrame:
         steps = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, 7).round().astype(int))]
     rows = []
     for variant in variants(means):
-        at = means[means["variant"] == variant].set_index("step")
+        at = means[means["variant"] == variant].set_index("step").to_dict("index")
         cells = {"": style.variant_name(variant)}
         for step in steps:
-            known = step in at.index
-            cells[f"step {step}"] = (
-                style.plus_minus(at.at[step, "accuracy"], at.at[step, "stderr"]) if known else style.DASH
-            )
+            found = at.get(step)
+            cells[f"step {step}"] = style.plus_minus(found["accuracy"], found["stderr"]) if found else style.DASH
         rows.append(cells)
     return pd.DataFrame(rows)
 
@@ -186,15 +186,16 @@ def task_finetuning(table: pd.DataFrame, model: str) -> pd.DataFrame:
     base = means[(means["variant"] == "dense") & (means["task"] == "average")]["accuracy"]
     rows = []
     for variant in variants(means):
-        at = means[means["variant"] == variant].set_index("task")
+        at = means[means["variant"] == variant].set_index("task").to_dict("index")
         cells = {"": style.variant_name(variant)}
         for task in dict.fromkeys(means["task"]):
-            known = task in at.index
-            name = "Average" if task == "average" else escape(style.task_name(task))
-            cells[name] = style.plus_minus(at.at[task, "accuracy"], at.at[task, "stderr"]) if known else style.DASH
-        mean = at.loc["average"] if "average" in at.index else None
-        known = mean is not None and len(base) > 0 and variant != "dense"
-        cells["Relative to base"] = f"{style.points(mean['accuracy'] / base.iloc[0] - 1)} %" if known else style.DASH
+            cells[_heading(task)] = (
+                style.plus_minus(at[task]["accuracy"], at[task]["stderr"]) if task in at else style.DASH
+            )
+        mean = at.get("average")
+        cells["Relative to base"] = style.DASH
+        if mean is not None and len(base) > 0 and variant != "dense":
+            cells["Relative to base"] = f"{style.points(mean['accuracy'] / base.iloc[0] - 1)} %"
         cells["Sparsity left"] = style.percent(mean["sparsity_measured"]) if mean is not None else style.DASH
         cells["Paper, average"] = style.number(average.get(variant, math.nan))
         cells["Paper, sparsity"] = f"{sparsity[variant]:.1f} %" if variant in sparsity else style.DASH
@@ -235,11 +236,11 @@ def latency(tables: Tables) -> pd.DataFrame:
 def latency_errors(table: pd.DataFrame) -> pd.DataFrame:
     """What could not be timed, and why."""
     failed = table[table["error"].str.strip() != ""]
-    rows = failed.groupby(["shape", "dtype", "rows", "implementation", "error"]).size().reset_index(name="rows failed")
+    rows = failed.groupby(["shape", "dtype", "rows", "implementation", "error"]).size().reset_index(name="count")
     return pd.DataFrame(
         [
             {"Shape": r["shape"], "Dtype": style.dtype_name(r["dtype"]), "Rows": f"{r['rows']:.0f}",
-             "Implementation": r["implementation"], "Sparsities": str(r["rows failed"]), "Error": escape(r["error"][:200])}
+             "Implementation": r["implementation"], "Sparsities": str(r["count"]), "Error": escape(r["error"][:200])}
             for r in rows.to_dict("records")
         ]
     )  # fmt: skip

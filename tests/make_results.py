@@ -33,6 +33,7 @@ TASKS = [
     "belongs",
     "operator",
 ]
+UNPAIRED = (np.nan, np.nan, 20000, np.nan)  # difference, difference_stderr, items, chance
 PERPLEXITY = {"dense": 10, "cats-50": 10.5, "cats-70": 12, "cats-90": 30, "cats-matched": 28, "relufication": 20}
 
 
@@ -81,8 +82,7 @@ def zero_shot(model: str = "made-up", accuracy: dict[str, float] | None = None, 
             rows.append((model, variant, target, measured, task, "acc", mean + offset, stderr, *difference, 500, 0.3))
         if variant in PERPLEXITY:
             rows.append(
-                (model, variant, target, measured, "heldout_text", "perplexity", PERPLEXITY[variant], 0.1)
-                + (np.nan, np.nan, 20000, np.nan)
+                (model, variant, target, measured, "heldout_text", "perplexity", PERPLEXITY[variant], 0.1, *UNPAIRED)
             )
     return pd.DataFrame(rows, columns=TABLES["e02_zero_shot"])
 
@@ -107,8 +107,10 @@ def finetuned_sparsity(model: str = "made-up", drift: float = -0.05, layers: int
     """Every layer off its target by `drift` before recalibration, on it after."""
     return pd.DataFrame(
         [
-            (model, v, seed, 400, f"model.layers.{i}.mlp", i, TARGET[v])
-            + (TARGET[v] + (0 if again else drift + 0.01 * (i - 2)), again, 0.69 + 0.002 * again)
+            (
+                *(model, v, seed, 400, f"model.layers.{i}.mlp", i, TARGET[v]),
+                *(TARGET[v] + (0 if again else drift + 0.01 * (i - 2)), again, 0.69 + 0.002 * again),
+            )
             for v in ("cats-50", "cats-70", "cats-90")
             for seed in range(3)
             for i in range(layers)
@@ -158,8 +160,10 @@ def latency(
                     times |= {k: c * bound / (gain if k in ("cats", "fused-mask") else 1) for k, c in cost.items()}
                     for name, ms in times.items():
                         out.append(
-                            (machine, shape, d, m, dtype, n, 2, target, target + 0.001, name, ms, ms * 0.97, ms)
-                            + (ms * 1.04, 80, 3 * d * m * 4, 20.0, 25.0, bound * 0.98, bound / ms, "")
+                            (
+                                *(machine, shape, d, m, dtype, n, 2, target, target + 0.001, name, ms, ms * 0.97, ms),
+                                *(ms * 1.04, 80, 3 * d * m * 4, 20.0, 25.0, bound * 0.98, bound / ms, ""),
+                            )
                         )
     return pd.DataFrame(out, columns=TABLES["e05_mlp_latency"])
 
@@ -176,8 +180,10 @@ def throughput(machine: str = "made-up machine", speedup: float = 1.2, model: st
             for name, rate in (("dense", dense), (variant, dense * gain * (1 + 0.002 * prompt))):
                 at = np.nan if name == "dense" else target
                 rows.append(
-                    (machine, model, layers, dtype, name, at, at + 0.002, loop, batch, prompt, prompt_tokens, new)
-                    + (0.1, new / rate, rate, 0.0 if loop == "eager" else 30.0, 3e9)
+                    (
+                        *(machine, model, layers, dtype, name, at, at + 0.002, loop, batch, prompt, prompt_tokens, new),
+                        *(0.1, new / rate, rate, 0.0 if loop == "eager" else 30.0, 3e9),
+                    )
                 )
 
     for dtype in ("float32", "bfloat16"):
