@@ -87,9 +87,9 @@ class Problem:
         return F.linear(F.silu(F.linear(self.x, self.gate_weight)) * F.linear(self.x, self.up_weight), self.down_weight)
 
 
-def configs(rows: int, element_size: int, d: int, target: Target) -> list[Config]:
+def configs(rows: int, element_size: int, d: int) -> list[Config]:
     """The search space for "cats": the gate kernel's parameters, then the other's, each around the present choice."""
-    best = choose_config(target, element_size, rows, d)
+    best = choose_config(element_size, rows, d)
     found = [best]
     found.append(replace(best, dependent=False))
     for tile, warps, tiles, stages in itertools.product((2, 4, 8, 16), (4, 8, 16), (1, 2, 4, 8), (1, 2, 3)):
@@ -190,7 +190,7 @@ def cases(quick: bool) -> Iterator[tuple[str, str, int, bool]]:
         yield "Mistral-7B", "fp32", rows, False
 
 
-def run_case(shape: str, dtype: str, rows: int, search: bool, bandwidth: float, target: Target) -> Iterator[Result]:
+def run_case(shape: str, dtype: str, rows: int, search: bool, bandwidth: float) -> Iterator[Result]:
     """Check and time dense, the variants over sparsities, and, to search, every configuration at 50 and 90 %."""
     d, m = SHAPES[shape]
     kind = DTYPES[dtype]
@@ -204,7 +204,7 @@ def run_case(shape: str, dtype: str, rows: int, search: bool, bandwidth: float, 
             },
         }
         if search and sparsity in (0.5, 0.9):
-            for config in configs(rows, kind.itemsize, d, target):
+            for config in configs(rows, kind.itemsize, d):
                 key = ("config", " ".join(map(str, astuple(config))))
                 works[key] = [partial(launch, "cats", *p.arguments(sparsity), config=config) for p in problems]
         errors = {}
@@ -258,14 +258,14 @@ def main() -> None:
         kind = DTYPES[dtype]
         tasks += [(name, d, m, kind, rows, None, target) for name in VARIANTS]
         if search:
-            tasks += [("cats", d, m, kind, rows, c, target) for c in configs(rows, kind.itemsize, d, target)]
+            tasks += [("cats", d, m, kind, rows, c, target) for c in configs(rows, kind.itemsize, d)]
     precompile(tasks, options.workers)
     print(f"compiled {len(tasks)} plans in {time.perf_counter() - begin:.0f} s", flush=True)
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}, read bandwidth {bandwidth:.0f} GB/s", flush=True)
     results: list[Result] = []
     for shape, dtype, rows, search in cases(options.quick):
-        results += run_case(shape, dtype, rows, search, bandwidth, target)
+        results += run_case(shape, dtype, rows, search, bandwidth)
         with (options.output / "tune_gpu.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(Result.__dataclass_fields__)

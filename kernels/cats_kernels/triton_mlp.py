@@ -10,7 +10,7 @@ Algorithm 2 does, and are not. No launch depends on data, so a call can be captu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -44,12 +44,25 @@ class Config:
     dependent: bool = True  # programmatic dependent launch, where the chip has it
 
 
-def choose_config(target: Target, element_size: int, rows: int, d: int) -> Config:
-    """The launch configuration for rows of x, weights of element_size bytes and width d on a target."""
-    wide = element_size == 4
-    if rows <= 2 and power_of_2(d) <= 8192:
-        return Config(8, 8, 1, 1, tile=2 if wide else 4, warps=8, programs=2 if d >= 2048 else 4)
-    return Config(8, 8, 1, 1, tile=8, warps=8, programs=4, fused=False)
+CONFIGS: dict[tuple[int, int], Config] = {
+    (2, 1): Config(8, 8, 1, 1, tile=4, warps=8, programs=2),
+    (2, 2): Config(8, 8, 1, 1, tile=4, warps=8, programs=1),
+    (2, 8): Config(8, 8, 1, 1, tile=8, warps=8, programs=4, fused=False),
+    (4, 1): Config(4, 8, 1, 1, tile=2, warps=8, programs=2),
+    (4, 2): Config(4, 8, 1, 1, tile=2, warps=8, programs=1),
+    (4, 8): Config(4, 8, 1, 1, tile=4, warps=8, programs=4, fused=False),
+}
+"""(bytes of a weight, most rows of x) -> configuration, for widths from 1024 up."""
+NARROW = Config(8, 4, 1, 1, tile=8, warps=4, programs=4)
+"""For narrower weights: a row is less than one load of 8 warps."""
+MAX_FUSED_WIDTH = 8192  # columns of float32 sums that one program can keep in registers
+
+
+def choose_config(element_size: int, rows: int, d: int) -> Config:
+    """The launch configuration for weights of element_size bytes, rows of x (1 to 8) and width d."""
+    most = next(key for key in (1, 2, 8) if rows <= key)
+    config = CONFIGS[element_size, most] if d >= 1024 else NARROW
+    return replace(config, fused=config.fused and most * power_of_2(d) <= MAX_FUSED_WIDTH)
 
 
 def plan_cats(
@@ -66,7 +79,7 @@ def plan_cats(
     """The launches of "cats" for x (rows, d), rows <= 8, into y."""
     rows, d = x.shape
     m = gate_weight.shape[0]
-    config = config or choose_config(target, x.element_size(), rows, d)
+    config = config or choose_config(x.element_size(), rows, d)
     pdl = target.dependent_launch and config.dependent
     shape: dict[str, Any] = {"ROWS": rows, "BLOCK_ROWS": power_of_2(rows), "D": d, "PDL": pdl}
     block_d = power_of_2(d)

@@ -1,0 +1,153 @@
+"""Every Triton kernel and configuration compiled ahead of time for sm_80, sm_89 and sm_90, without a GPU.
+
+Checked on the result: weights are loaded 16 bytes at a time, nothing spills or lives in local memory, shared memory
+fits the chip. A table of registers and shared memory is printed (``-s`` shows it). Two kernels broken on purpose, one
+with 2-byte loads and one with too many registers, show that the checks catch them.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter does not compile", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from cats_kernels.triton_launch import Launch, Target
+from cats_kernels.triton_mlp import CONFIGS, VARIANTS, Config, launch, plan
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tests.triton_cases import DTYPES
+
+pytestmark = pytest.mark.slow
+
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a block, CUDA C++ Programming Guide, table 21
+PROCESSORS = {80: 108, 89: 142, 90: 132}  # A100, L40S, H200
+D, M = 4096, 14336  # Mistral-7B
+WEIGHT_KERNELS = ("gate_kernel", "up_down_kernel", "up_kernel", "gated_up_kernel", "down_kernel")
+
+
+def compile_ahead(step: Launch, arch: int) -> triton.compiler.CompiledKernel:
+    """What the launch would run on that architecture: the same types, 16-byte alignment and constants."""
+    signature, attributes = {}, {}
+    for index, name in enumerate(step.kernel.arg_names):
+        value = step.arguments.get(name)
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+        else:
+            signature[name] = "constexpr" if value is None else "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(step.kernel, signature, dict(step.constants), attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=step.compiler_options())
+
+
+def resources(kernel: triton.compiler.CompiledKernel, folder: Path) -> dict[str, int]:
+    """Registers a thread, stack and local memory (both 0 unless something spilled), as cuobjdump reads them."""
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", output)}
+
+
+def complaints(
+    kernel: triton.compiler.CompiledKernel, used: dict[str, int], arch: int, reads_weights: bool
+) -> list[str]:
+    """What is wrong with a compiled kernel; empty if nothing is. Weight loads are those marked evict-first, and the
+    asynchronous copies of more than one element (4-byte copies fetch indices and activations)."""
+    found = []
+    if used["STACK"] or used["LOCAL"]:
+        found.append(f"spills: {used}")
+    if kernel.metadata.shared > SHARED_LIMIT[arch]:
+        found.append(f"{kernel.metadata.shared} bytes of shared memory, {SHARED_LIMIT[arch]} allowed")
+    loads = re.findall(r"ld\.global\.L1::evict_first\S*", kernel.asm["ptx"])
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global\S*[^;]*?, (0x\w+)", kernel.asm["ptx"])
+    narrow = [load for load in loads if not load.endswith(".v4.b32")] + [copy for copy in copies if copy == "0x8"]
+    wide = [load for load in loads if load.endswith(".v4.b32")] + [copy for copy in copies if copy == "0x10"]
+    if reads_weights and (narrow or not wide):
+        found.append(f"weight loads are not 16 bytes wide: {sorted(set(narrow))}")
+    return found
+
+
+def launches(arch: int) -> dict[str, Launch]:
+    """Every distinct kernel that the variants launch at the Mistral-7B shape, over dtypes, rows and configurations."""
+    target = Target(arch, PROCESSORS[arch], dependent_launch=arch >= 90)
+    found: dict[str, Launch] = {}
+    for dtype in DTYPES:
+        for rows in (1, 2, 4, 8):
+            x, weight = (torch.empty(n, D, dtype=dtype, device="meta") for n in (rows, M))
+            names = VARIANTS if rows == 1 and dtype != torch.float16 else ("cats",)
+            for name in names:
+                for step in plan(name, x, weight, weight, weight, 0.5, "silu", x, target):
+                    constants = {key: value for key, value in step.constants.items() if key not in ("D", "ACTIVATION")}
+                    words = " ".join(f"{key}={value}" for key, value in constants.items())
+                    label = f"{step.kernel.__name__} {dtype} warps={step.warps} {words}"
+                    found.setdefault(label.replace("torch.", ""), step)
+    return found
+
+
+@pytest.mark.parametrize("arch", [90, 80, 89])
+def test_every_kernel_compiles_well(arch: int, tmp_path: Path):
+    table, wrong = [], []
+    for label, step in launches(arch).items():
+        kernel = compile_ahead(step, arch)
+        used = resources(kernel, tmp_path)
+        table.append(f"sm_{arch} {used['REG']:4d} registers {kernel.metadata.shared:7d} B shared  {label}")
+        problems = complaints(kernel, used, arch, step.kernel.__name__ in WEIGHT_KERNELS)
+        wrong += [f"{label}: {problem}" for problem in problems]
+    print("\n".join(["", *table]))
+    assert not wrong, "\n".join(wrong)
+
+
+@triton.jit
+def narrow_kernel(w_ptr, y_ptr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Broken on purpose: neighbouring threads read down a column, 2 bytes each."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for column in range(COLUMNS):
+        total += tl.load(w_ptr + row * COLUMNS + column, eviction_policy="evict_first").to(tl.float32)
+    tl.store(y_ptr + row, total)
+
+
+def test_the_check_catches_2_byte_loads(tmp_path: Path):
+    weight, y = torch.empty(M, D, dtype=torch.bfloat16, device="meta"), torch.empty(M, device="meta")
+    step = Launch(narrow_kernel, (M // 128,), {"w_ptr": weight, "y_ptr": y}, {"COLUMNS": D, "BLOCK": 128}, warps=4)
+    kernel = compile_ahead(step, 90)
+    found = complaints(kernel, resources(kernel, tmp_path), 90, reads_weights=True)
+    assert len(found) == 1 and "not 16 bytes wide" in found[0]
+
+
+def test_the_check_catches_spills(tmp_path: Path):
+    x, weight = (torch.empty(n, D, dtype=torch.float32, device="meta") for n in (2, M))
+    greedy = Config(8, 8, 1, 1, tile=16, warps=4, programs=1)
+    steps = plan("cats", x, weight, weight, weight, 0.5, "silu", x, Target(90, 132, True), config=greedy)
+    kernel = compile_ahead(steps[1], 90)
+    assert any("spills" in text for text in complaints(kernel, resources(kernel, tmp_path), 90, reads_weights=True))
+
+
+def test_dependent_launch_only_where_the_chip_has_it():
+    x, weight = (torch.empty(n, D, dtype=torch.bfloat16, device="meta") for n in (1, M))
+    for arch in (80, 90):
+        target = Target(arch, PROCESSORS[arch], dependent_launch=arch >= 90)
+        steps = plan("cats", x, weight, weight, weight, 0.5, "silu", x, target)
+        waits = ["griddepcontrol" in compile_ahead(step, arch).asm["ptx"] for step in steps]
+        assert waits == [arch >= 90] * 3
+
+
+def test_cpu_tensors_are_refused_without_the_interpreter():
+    x, weight = torch.ones(1, 8), torch.ones(4, 8)
+    with pytest.raises(ValueError, match="need CUDA tensors, or TRITON_INTERPRET=1"):
+        launch("cats", x, weight, weight, weight, 0.5)
+
+
+def test_the_table_has_no_unused_key():
+    assert all(element_size in (2, 4) and 1 <= rows <= 8 for element_size, rows in CONFIGS)
