@@ -1,6 +1,6 @@
 """The Triton kernels on a real card: the correctness matrix, special values, determinism, CUDA graphs, torch.compile.
 
-Run: ``python -m pytest tests/test_triton_gpu.py``, and for out-of-bounds accesses
+Run: ``python -m pytest tests/test_triton_gpu.py`` (compiling takes minutes; ``-n 12`` shares it out), and for out-of-bounds accesses
 ``compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest tests/test_triton_gpu.py -k memcheck``.
 """
 
@@ -19,7 +19,7 @@ from tests.triton_cases import ACTIVATIONS, DTYPES, TOLERANCE, case, expected, r
 
 pytestmark = pytest.mark.gpu
 
-SHAPES = ((4096, 14336), (4096, 11008), (5120, 13824), (256, 688), (40, 77), (33, 1), (1, 50), (1000, 1003))
+SHAPES = ((4096, 14336), (4096, 11008), (5120, 13824), (40, 77), (33, 1), (1000, 1003))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -28,7 +28,6 @@ SHAPES = ((4096, 14336), (4096, 11008), (5120, 13824), (256, 688), (40, 77), (33
 def test_matches_the_float64_reference(variant: str, dtype: torch.dtype, rows: int):
     for d, m in SHAPES:
         for sparsity in (0.0, 0.5, 0.9, 1.0):
-            problem = case(rows, d, m, dtype, sparsity, device="cuda")
             for activation in ACTIVATIONS if d < 4096 else ("silu",):
                 problem = case(rows, d, m, dtype, sparsity, activation, device="cuda")
                 error = relative_error(VARIANTS[variant](*problem), expected(*problem))
