@@ -1,6 +1,7 @@
 """The Triton kernels on a real card: the correctness matrix, special values, determinism, CUDA graphs, torch.compile.
 
-Run: ``python -m pytest tests/test_triton_gpu.py`` (compiling takes minutes; ``-n 12`` shares it out), and for out-of-bounds accesses
+Run: ``python -m pytest tests/test_triton_gpu.py`` (compiling takes minutes; ``-n 12`` shares it out), and against
+out-of-bounds accesses
 ``compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest tests/test_triton_gpu.py -k memcheck``.
 """
 
