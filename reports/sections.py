@@ -56,7 +56,7 @@ def _claims(runs: list[Run], judged: pd.DataFrame) -> list[Block]:
     where = f"{len(runs)} runs" if several else f"the run *{escape(runs[0].label)}*"
     intro = (
         f"The paper's claims, judged on {where} by rules that are code (listed below). One row is one claim on "
-        f"one model or condition: {said}. Accuracies are fractions, “points” hundredths of them; SE is a standard error; "
+        f"one model or condition: {said}. Accuracies are fractions, “points” hundredths; SE is one standard error; "
         "“undecided” marks a verdict whose margin is within the measurement's own uncertainty. The paper's numbers "
         "come from its own models and hardware, so a ratio or an ordering is compared, not a value."
     )

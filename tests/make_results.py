@@ -159,12 +159,10 @@ def latency(
                     times = {"dense": dense, "optimal-all-three-shrunk": dense * (1 - target) + 0.2}
                     times |= {k: c * bound / (gain if k in ("cats", "fused-mask") else 1) for k, c in cost.items()}
                     for name, ms in times.items():
-                        out.append(
-                            (
-                                *(machine, shape, d, m, dtype, n, 2, target, target + 0.001, name, ms, ms * 0.97, ms),
-                                *(ms * 1.04, 80, 3 * d * m * 4, 20.0, 25.0, bound * 0.98, bound / ms, ""),
-                            )
-                        )
+                        sizes = (machine, shape, d, m, dtype, n, 2, target, target + 0.001, name)
+                        timing = (ms, ms * 0.97, ms, ms * 1.04, 80)
+                        traffic = (3 * d * m * 4, 20.0, 25.0, bound * 0.98, bound / ms, "")
+                        out.append((*sizes, *timing, *traffic))
     return pd.DataFrame(out, columns=TABLES["e05_mlp_latency"])
 
 
@@ -179,12 +177,21 @@ def throughput(machine: str = "made-up machine", speedup: float = 1.2, model: st
             variant = "cats-sparsity" if target not in (0.5, 0.7, 0.9) else f"cats-{round(100 * target)}"
             for name, rate in (("dense", dense), (variant, dense * gain * (1 + 0.002 * prompt))):
                 at = np.nan if name == "dense" else target
-                rows.append(
-                    (
-                        *(machine, model, layers, dtype, name, at, at + 0.002, loop, batch, prompt, prompt_tokens, new),
-                        *(0.1, new / rate, rate, 0.0 if loop == "eager" else 30.0, 3e9),
-                    )
+                condition = (
+                    machine,
+                    model,
+                    layers,
+                    dtype,
+                    name,
+                    at,
+                    at + 0.002,
+                    loop,
+                    batch,
+                    prompt,
+                    prompt_tokens,
+                    new,
                 )
+                rows.append((*condition, 0.1, new / rate, rate, 0.0 if loop == "eager" else 30.0, 3e9))
 
     for dtype in ("float32", "bfloat16"):
         for loop in ("eager", "compiled"):
