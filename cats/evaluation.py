@@ -53,12 +53,11 @@ class TaskResult:
 class _LanguageModel(HFLM):
     """HFLM around a model object that also splits items among accelerate's processes (HFLM does so only for hub ids).
 
-    Encodings are remembered in ``cache``: for a model of 2 M parameters on a CPU, tokenising the same requests again took
-    more than a third of an evaluation.
+    Encodings are remembered in ``cache``: fine-tuning asks for the same items at every evaluated step.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int, cache: dict[str, list[int]]) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.state = accelerate.PartialState()
         self.cache = cache
 

@@ -13,7 +13,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, TypeVar
+
+import torch
 
 import cats
 from cats.calibration import Thresholds
@@ -28,7 +30,6 @@ from experiments.variants import (
     cats_variant,
     check,
     mean,
-    parse_tasks,
     put,
     read_results,
     save_results,
@@ -57,10 +58,13 @@ class ZeroShotRow(Row):
     chance: float | None = None
 
 
+T = TypeVar("T", bound=ZeroShotRow)
+
+
 def run(config: Config) -> Iterable[Row]:
     """Measure every variant of each model. Options: levels, and those of `Subject`."""
     levels = config.options["levels"]
-    check(config, levels, parse_tasks(config.options))
+    check(config, levels)
     for name in config.models:
         yield from measure_model(config, name, [cats_variant(level) for level in levels])
 
@@ -99,11 +103,12 @@ def _measure(subject: Subject, variant: Variant, calibrated: Sequence[Variant]) 
     return rows
 
 
-def zero_shot_rows(subject: Subject, variant: Variant, row: type[ZeroShotRow]) -> list[ZeroShotRow]:
+def zero_shot_rows(subject: Subject, variant: Variant, row: type[T], model: torch.nn.Module | None = None) -> list[T]:
     """Evaluate the model as it is now; differences are from the dense results that the dense variant left behind."""
+    model = model or subject.model
     dense_file = subject.config.workdir(f"{subject.name}/dense results") / "results.json"
-    measured = mean(list(cats.measure_sparsity(subject.model, subject.heldout).values()))
-    results = subject.evaluate()
+    measured = mean(list(cats.measure_sparsity(model, subject.heldout).values()))
+    results = subject.evaluate(model)
     if variant == DENSE:
         save_results(dense_file, results)
     pairs = [paired_difference(a, b) for a, b in zip(results, read_results(dense_file), strict=True)]
@@ -112,7 +117,7 @@ def zero_shot_rows(subject: Subject, variant: Variant, row: type[ZeroShotRow]) -
         row(*start, *_scores(result), *pair, result.items, result.chance)
         for result, pair in zip(results, pairs, strict=True)
     ]
-    value = perplexity(subject.model, subject.heldout)
+    value = perplexity(model, subject.heldout)
     if not math.isfinite(value):
         raise ValueError(f"perplexity of {variant.name} on held-out text is {value}: the model is broken in this dtype")
     return [*rows, row(*start, "heldout_text", "perplexity", value)]

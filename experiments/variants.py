@@ -1,11 +1,10 @@
-"""What the accuracy experiments share: the list of variants, how to put one onto a model, and what to measure it with."""
+"""What the accuracy experiments share: the variants, how to put one onto a model, and what to measure it with."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import accelerate
 import torch
@@ -91,14 +90,22 @@ class Subject:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._loaded[1]
 
+    def folder(self) -> Path | None:
+        """Where local YAML tasks are."""
+        return task_folder(self.config)
+
     @cached_property
     def tasks(self) -> Tasks:
-        return load_tasks(self.config.options["tasks"], task_folder(self.config))
+        return load_tasks(self.config.options["tasks"], self.folder())
 
     def text(self, purpose: str, blocks: int) -> list[Tensor]:
         """Batches of token ids for ``train`` or ``heldout``."""
         options = self.config.options
         return batches(self.config, self.tokenizer, purpose, blocks, options["length"], options["batch_size"])
+
+    @cached_property
+    def calibration(self) -> list[Tensor]:
+        return self.text("train", self.config.options["calibration_blocks"])
 
     @cached_property
     def heldout(self) -> list[Tensor]:
@@ -110,8 +117,7 @@ class Subject:
         for sites in {v.sites for v in missing}:
             targets = [v.sparsity for v in missing if v.sites == sites and v.sparsity is not None]
             put(self.model, DENSE)
-            text = self.text("train", self.config.options["calibration_blocks"])
-            for target, thresholds in cats.calibrate(self.model, text, targets, sites).items():
+            for target, thresholds in cats.calibrate(self.model, self.calibration, targets, sites).items():
                 self._tuned[target, sites] = thresholds
         return {v: self._tuned[v.sparsity, v.sites] for v in variants if v.sparsity is not None}
 
@@ -131,25 +137,34 @@ def read_results(path: Path) -> list[TaskResult]:
     return [TaskResult(**{**fields, "correct": tuple(fields["correct"])}) for fields in json.loads(path.read_text())]
 
 
+def is_pocket(config: Config) -> bool:
+    """Whether tasks and text are those made from the standard library."""
+    return config.data.get("source", "pocket") == "pocket"
+
+
 def task_folder(config: Config) -> Path | None:
     """Folder of local YAML tasks: built from the standard library for ``source = "pocket"``, else none."""
-    if config.data.get("source", "pocket") != "pocket":
+    if not is_pocket(config):
         return None
     from experiments.pocket.tasks import build_tasks
 
-    folder = config.output / "tasks"
+    return build_once(build_tasks, config.output / "tasks")
+
+
+def build_once(build: Callable[[Path], object], folder: Path) -> Path:
+    """Let one process a machine build ``folder`` while the others wait; returns it."""
     state = accelerate.PartialState()
     if state.is_local_main_process:
-        build_tasks(folder)
+        build(folder)
     state.wait_for_everyone()
     return folder
 
 
-def check(config: Config, levels: Sequence[float] = (), tasks: Sequence[str] = ()) -> None:
+def check(config: Config, levels: Sequence[float], folder: Callable[[Config], Path | None] = task_folder) -> None:
     """Refuse what cannot work before any long work starts.
 
     Raises:
-        ValueError: a level outside [0, 1), an unknown task, a model without gated MLPs or without a tokenizer.
+        ValueError: a level outside [0, 1), no or an unknown task, a model without gated MLPs or without a tokenizer.
         OSError: a model's configuration cannot be read.
     """
     for level in levels:
@@ -164,12 +179,6 @@ def check(config: Config, levels: Sequence[float] = (), tasks: Sequence[str] = (
             raise ValueError(
                 f"{config.experiment}.{key} must be at least 1, not {config.options[key]}: there would be no text"
             )
-    if tasks:
-        check_tasks(tasks, task_folder(config))
-
-
-def parse_tasks(options: dict[str, Any]) -> list[str]:
-    """The option ``tasks``. Raises ValueError when it is missing."""
-    if not options.get("tasks"):
-        raise ValueError("the option tasks is missing: give a list of lm-eval task names")
-    return list(options["tasks"])
+    if not config.options.get("tasks"):
+        raise ValueError(f"{config.experiment}.tasks is missing: give a list of lm-eval task names")
+    check_tasks(config.options["tasks"], folder(config))
