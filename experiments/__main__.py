@@ -89,13 +89,12 @@ def reproduce(arguments: argparse.Namespace, profile: dict[str, Any]) -> int:
         return print_plan(configs)
     with locked(arguments.output):
         failures = run_all(configs, forwarded(arguments), arguments.force, arguments.processes)
-        from reports.render import render
+        from reports.__main__ import main as report
 
-        report = render([arguments.output])
-    print(f"report: {report}")
+        unreported = report([str(arguments.output)])
     for failure in failures:
         print(failure, file=sys.stderr)
-    return 1 if failures else 0
+    return 1 if failures or unreported else 0
 
 
 def run(arguments: argparse.Namespace, profile: dict[str, Any]) -> int:
