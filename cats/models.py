@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from cats.hub import loading, source
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -92,7 +94,8 @@ def load_config(spec: str, layers: int | None = None) -> PretrainedConfig:
     where = resolve(spec)
     if where.startswith("shape:"):
         return SHAPES[where.removeprefix("shape:")].config(layers)
-    config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    with loading(spec):
+        config = AutoConfig.from_pretrained(source(where), trust_remote_code=False)
     if layers is not None:
         config.num_hidden_layers = layers
     return config
@@ -118,7 +121,7 @@ def load_model(
 
     Raises:
         ValueError: unknown dtype, shape or path.
-        OSError: the hub is out of reach or refuses access, or the directory holds no safetensors weights.
+        OSError: the hub is out of reach or refuses access, or the weights are not safetensors, damaged or incomplete.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: allowed are auto, {', '.join(DTYPES)}")
@@ -133,7 +136,14 @@ def load_model(
         options["config"] = load_config(spec, layers)
     if device_map is not None:
         options["device_map"] = device_map
-    model = AutoModelForCausalLM.from_pretrained(where, **options)
+    with loading(spec):
+        where = source(where)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    model, report = loaded
+    if report["missing_keys"]:  # transformers would go on with random numbers in their place
+        missing = sorted(report["missing_keys"])
+        raise OSError(f"the weights of {spec} are incomplete: {len(missing)} tensors are missing, such as {missing[0]}")
     if device_map is None:
         model = model.to(device)
-    return model.eval(), AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    return model.eval(), tokenizer

@@ -23,11 +23,13 @@ def texts(data: dict[str, Any], purpose: str, seed: int) -> Iterator[str]:
     A corpus with only a training split gives its first ``heldout_documents`` documents to ``heldout``.
 
     Raises:
-        ValueError: an unknown purpose.
+        ValueError: an unknown purpose, or a table with neither a known ``source`` nor a ``path``.
     """
     if purpose not in PURPOSES:
         raise ValueError(f"unknown purpose {purpose!r}: allowed are {', '.join(PURPOSES)}")
-    if data.get("source", "pocket") == "pocket":
+    if "path" not in data and data.get("source", "pocket") != "pocket":
+        raise ValueError(f"[data] has source {data['source']!r}: give source = 'pocket', or the path of a data set")
+    if "path" not in data:
         from experiments.pocket.corpus import load_corpus
 
         train, heldout, _report = load_corpus()
