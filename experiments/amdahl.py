@@ -1,0 +1,163 @@
+"""Where the time of a decoded token goes, and the speed-up that Amdahl's law allows CATS from that.
+
+MLP, attention and head are timed alone, on the inputs they get while the model decodes: cold caches, interleaved
+rounds, on a GPU as CUDA graph replays (`experiments.timing`). "other" is what remains of a token's measured time:
+norms, residuals, embedding, launches, and generate's own Python. With f the MLP's share of the dense token and g the
+gain of CATS over dense on the MLP alone, the law allows 1 / ((1 - f) + f / g).
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import cats
+from cats.structure import attention_blocks
+from experiments.results import Row
+from experiments.timing import Timing
+from experiments.timing import measure as measure_calls
+
+STEPS = 4
+"""Decode steps whose inputs the MLP is timed on."""
+
+
+@dataclass(frozen=True)
+class ShareRow(Row):
+    """One component's part of a decoded token's time in the dense model, all layers together."""
+
+    table: ClassVar[str] = "e06_shares"
+    machine: str
+    model: str
+    layers: int
+    dtype: str
+    component: str
+    milliseconds: float
+    share: float
+    loop: str
+
+
+@dataclass(frozen=True)
+class AmdahlRow(Row):
+    """What the MLP's share and the kernel's gain allow, and what was measured end to end, as ratios to dense."""
+
+    table: ClassVar[str] = "e06_amdahl"
+    machine: str
+    model: str
+    layers: int
+    dtype: str
+    kernel_speedup: float
+    mlp_share: float
+    predicted_speedup: float
+    measured_speedup: float
+    loop: str
+    sparsity_target: float
+    fraction_of_predicted: float
+
+
+def amdahl(share: float, gain: float) -> float:
+    """Speed-up of the whole when a part of ``share`` gets faster by ``gain``."""
+    return 1 / ((1 - share) + share / gain)
+
+
+def shares_and_amdahl(
+    model: PreTrainedModel,
+    switch: Callable[[float | None], None],
+    sparsity: float,
+    ids: Tensor,
+    token_ms: dict[float | None, float],
+    common: dict[str, Any],
+    rounds: int,
+) -> list[Row]:
+    """Rows of both tables for one model.
+
+    Args:
+        model: dense when called, and after.
+        switch: makes the model CATS at a sparsity, or dense (None).
+        sparsity: the CATS variant that the law is applied to.
+        ids: (1, context) tokens; the inputs of the components are taken from decode steps that follow them.
+        token_ms: measured milliseconds a token of the dense model (None) and of CATS (``sparsity``) in the loop.
+        common: the columns that all rows share.
+        rounds: timed rounds.
+    """
+    timings = time_components(model, switch, sparsity, ids, rounds)
+    layers = len(cats.gated_mlps(model))
+    dense = token_ms[None]
+    milliseconds = {
+        "mlp": layers * timings["mlp"].geomean_ms,
+        "attention": layers * timings["attention"].geomean_ms,
+        "head": timings["head"].geomean_ms,
+    }
+    milliseconds["other"] = dense - sum(milliseconds.values())
+    rows: list[Row] = [
+        ShareRow(**common, component=name, milliseconds=ms, share=ms / dense) for name, ms in milliseconds.items()
+    ]
+    gain = timings["mlp"].geomean_ms / timings["cats"].geomean_ms
+    share = milliseconds["mlp"] / dense
+    predicted, measured = amdahl(share, gain), dense / token_ms[sparsity]
+    row = AmdahlRow(
+        **common,
+        kernel_speedup=gain,
+        mlp_share=share,
+        predicted_speedup=predicted,
+        measured_speedup=measured,
+        sparsity_target=sparsity,
+        fraction_of_predicted=measured / predicted,
+    )
+    return [*rows, row]
+
+
+def time_components(
+    model: PreTrainedModel, switch: Callable[[float | None], None], sparsity: float, ids: Tensor, rounds: int
+) -> dict[str, Timing]:
+    """Time one call of the middle layer's MLP (dense: ``mlp``, sparse: ``cats``), its attention block and the head."""
+    name, mlp = list(cats.gated_mlps(model).items())[len(cats.gated_mlps(model)) // 2]
+    attention = attention_blocks(model)[f"{name.rpartition('.')[0]}.self_attn"]
+    head = model.get_output_embeddings()
+    inputs = decode_inputs(model, ids, {"mlp": mlp, "attention": attention, "head": head})
+    switch(sparsity)
+    sparse = copy.deepcopy(mlp)
+    switch(None)
+    calls = {
+        "mlp": [partial(mlp, *args, **kwargs) for args, kwargs in inputs["mlp"]],
+        "cats": [partial(sparse, *args, **kwargs) for args, kwargs in inputs["mlp"]],
+        "attention": [partial(attention, *args, **kwargs) for args, kwargs in inputs["attention"][-1:]],
+        "head": [partial(head, *args, **kwargs) for args, kwargs in inputs["head"][-1:]],
+    }
+    device = model.device.type
+    if device == "cuda":
+        return measure_calls(calls, warmups=3, rounds=rounds, device=device)
+    return measure_calls({key: _in_turn(group) for key, group in calls.items()}, warmups=2, rounds=rounds)
+
+
+def _in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    turns = cycle(calls)
+    return lambda: next(turns)()
+
+
+def decode_inputs(
+    model: PreTrainedModel, ids: Tensor, modules: dict[str, nn.Module]
+) -> dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Arguments that ``modules`` get in `STEPS` greedy decode steps after the prompt ``ids``, in the eager loop."""
+    seen: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {name: [] for name in modules}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen[name].append((args, dict(kwargs)))
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(keep(name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        ids = ids.to(model.device)
+        with torch.no_grad():
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=STEPS + 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: calls[1:] for name, calls in seen.items()}  # without prefill

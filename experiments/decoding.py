@@ -1,0 +1,202 @@
+"""Greedy decoding with ``model.generate``, timed from the first to the last token without disturbing it.
+
+Two loops, both transformers' own. ``eager`` is the one the paper timed: a growing cache, every kernel launched from
+Python. ``compiled`` is what transformers does with a static cache on a GPU: the decode step goes through torch.compile
+in mode reduce-overhead, that is, it is replayed as a CUDA graph; prefill stays eager. CATS is one opaque operator in
+that graph.
+"""
+
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import (
+    CompileConfig,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StaticCache,
+)
+
+LOOPS = ("eager", "compiled")
+WARM_TOKENS = 6
+"""New tokens of a warm-up: prefill, then steps to compile, to warm the graph's memory, to record and to replay."""
+WARM_PROMPT = 16
+ATTEMPTS = 3
+
+
+class Clock(LogitsProcessor):
+    """Notes when chosen tokens were decided, from inside generate's loop.
+
+    On a GPU it records an event into the stream and never waits, so the loop runs as it would without it.
+    """
+
+    def __init__(self, prompt_tokens: int, marks: Sequence[int], device: torch.device) -> None:
+        self.prompt_tokens, self.marks, self.device = prompt_tokens, frozenset(marks), device
+        self.times: dict[int, Any] = {}
+
+    def now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token = input_ids.shape[1] - self.prompt_tokens + 1
+        if token in self.marks:
+            self.times[token] = self.now()
+        return scores
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Between two results of `now`; on a GPU the caller has synchronised."""
+        return float(begin.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - begin)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One timed call of generate.
+
+    Attributes:
+        tokens: int64 (batch, prompt + new), on the host.
+        prefill_s: seconds from the call to the first token's logits.
+        decode_s: generated tokens n to seconds from the first token to token n: n - 1 decode steps.
+        peak_memory_bytes: largest resident set (CPU) or allocation (GPU) meanwhile; None where it cannot be read.
+    """
+
+    tokens: Tensor
+    prefill_s: float
+    decode_s: dict[int, float]
+    peak_memory_bytes: int | None
+
+
+def make_greedy(model: PreTrainedModel, context: int) -> None:
+    """Let ``model`` generate greedily up to the length asked for, whatever its own generation settings say.
+
+    A sliding window that no token of ``context`` reaches is switched off: it changes no value, but transformers' static
+    cache counts tokens of a windowed layer in a Python int, on which torch.compile specialises.
+    """
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=None)
+    window = getattr(model.config, "sliding_window", None)
+    if window is not None and window >= context and getattr(model.config, "layer_types", None) is None:
+        model.config.sliding_window = None
+
+
+@dataclass
+class Decoder:
+    """One of the two loops, at a fixed batch and context, for a model that may be patched and unpatched in between.
+
+    Attributes:
+        model: made ready by `make_greedy`.
+        loop: ``eager`` or ``compiled``.
+        context: prompt and generated tokens together, at most; the size of the static cache.
+    """
+
+    model: PreTrainedModel
+    loop: str
+    context: int
+    options: dict[str, Any] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.loop not in LOOPS:
+            raise ValueError(f"unknown loop {self.loop!r}: allowed are {', '.join(LOOPS)}")
+        if self.loop == "compiled":
+            # 8 compiled variants of one forward are allowed before dynamo goes back to eager, and shapes seen before
+            # would make it try dynamic ones: every decoder starts afresh
+            torch._dynamo.reset()
+            # The cache that cache_implementation="static" builds for every call, but kept: CUDA graphs are recorded
+            # again when its address moves
+            cache = StaticCache(config=self.model.config, max_cache_len=self.context)
+            self.options = {"past_key_values": cache, "compile_config": _compile_config(self.model.device)}
+
+    def generate(self, ids: Tensor, new_tokens: int, marks: Sequence[int] = ()) -> Generation:
+        """Continue ``ids`` (batch, prompt) by ``new_tokens`` and time tokens 1 and ``marks``.
+
+        Raises:
+            RuntimeError: generate stopped early, or dynamo gave up on compiling.
+        """
+        device = self.model.device
+        clock = Clock(ids.shape[1], [1, *marks], device)
+        if "past_key_values" in self.options:
+            self.options["past_key_values"].reset()
+        ids = ids.to(device)
+        resettable = reset_peak_memory(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = clock.now()
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            tokens = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                logits_processor=LogitsProcessorList([clock]),
+                **self.options,
+            ).cpu()
+        if tokens.shape[1] != ids.shape[1] + new_tokens:
+            raise RuntimeError(f"generate stopped after {tokens.shape[1] - ids.shape[1]} of {new_tokens} tokens")
+        first = clock.times[1]
+        decode_s = {mark: clock.seconds(first, clock.times[mark]) for mark in marks}
+        peak = peak_memory(device) if resettable else None
+        return Generation(tokens, clock.seconds(begin, first), decode_s, peak)
+
+    def timed(self, ids: Tensor, marks: Sequence[int]) -> Generation:
+        """`generate` up to the last of ``marks``, repeated if anything was compiled or recorded meanwhile.
+
+        Raises:
+            RuntimeError: it was, in every attempt.
+        """
+        for _ in range(ATTEMPTS):
+            before = compilations()
+            generation = self.generate(ids, max(marks), marks)
+            if compilations() == before:
+                return generation
+        raise RuntimeError(f"torch.compile compiled again in each of {ATTEMPTS} generations after the warm-up")
+
+    def warm_up(self, ids: Tensor) -> float:
+        """Generate a few tokens: whatever is compiled, recorded or paged in is now. Returns seconds taken."""
+        begin = time.perf_counter()
+        self.generate(ids[:, :WARM_PROMPT], WARM_TOKENS if self.loop == "compiled" else 2)
+        return time.perf_counter() - begin
+
+
+def _compile_config(device: torch.device) -> CompileConfig | None:
+    if device.type == "cuda":
+        return None  # transformers' default: inductor, mode reduce-overhead
+    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+        raise ValueError('the "compiled" loop on a CPU needs a C++ compiler (c++, g++ or clang++): use "eager"')
+    config = CompileConfig(mode="default")
+    config._compile_all_devices = True  # transformers compiles on a CPU only when told so
+    return config
+
+
+def compilations() -> int:
+    """How many graphs dynamo has compiled and how many inputs CUDA graphs were recorded with, so far, in one number."""
+    return int(counters["stats"]["unique_graphs"] + counters["inductor"]["cudagraph_recorded_non_static_inputs"])
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Start `peak_memory` afresh; False where that cannot be done (a CPU without Linux's clear_refs)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Largest allocation (GPU) or resident set (CPU), in bytes, since `reset_peak_memory`; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found.group(1)) * 1024 if found else None
