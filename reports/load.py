@@ -35,6 +35,7 @@ _COLUMNS = {
     "prompt_tokens,generated_tokens,prefill_s,decode_s,tokens_per_second,compile_s,peak_memory_bytes",
     "e06_shares": "machine,model,layers,dtype,component,milliseconds,share",
     "e06_amdahl": "machine,model,layers,dtype,kernel_speedup,mlp_share,predicted_speedup,measured_speedup",
+    "e06_greedy": "machine,model,layers,dtype,check,tokens,identical_tokens",
     "e07_attention": _ZERO_SHOT,
 }
 TABLES: dict[str, tuple[str, ...]] = {name: tuple(columns.split(",")) for name, columns in _COLUMNS.items()}
@@ -51,7 +52,7 @@ EXPERIMENTS = {
 }
 
 _TEXT = {"model", "layer", "variant", "task", "metric", "machine", "shape", "dtype", "implementation", "error"}
-_TEXT |= {"loop", "component", "prompt"}
+_TEXT |= {"loop", "component", "prompt", "check"}
 _FLAGS = {"recalibrated", "chosen"}
 _TRUE, _FALSE = {"true", "1", "1.0", "yes"}, {"false", "0", "0.0", "no", ""}
 

@@ -180,6 +180,8 @@ def _e06(run: Run) -> list[Block]:
             "Amdahl's law: what the MLP's share of the time and the kernel's own gain allow, and what was measured."
         )
         blocks.append(Table(tables.amdahl(table), caption))
+    if (table := run.table("e06_greedy")) is not None:
+        blocks.append(Table(tables.greedy(table), CAPTIONS["table_greedy"]))
     return blocks
 
 
@@ -189,7 +191,7 @@ def _e07(run: Run) -> list[Block]:
     for model in table["model"].unique():
         caption = f"{escape(model)}: {CAPTIONS['table_attention']}"
         blocks += [
-            Table(tables.zero_shot_summary(table, model).drop(columns="Perplexity").pipe(_without_paper), caption),
+            Table(tables.zero_shot_summary(table, model).pipe(_without_paper), caption),
             Table(tables.zero_shot(table, model), f"{escape(model)}: the same by task, ± one standard error."),
         ]
     return blocks

@@ -13,18 +13,17 @@ import numpy as np
 import pandas as pd
 
 ORDER = ("dense", "cats-50", "cats-70", "cats-90", "cats-matched", "relufication")
-BEYOND = 1e9  # a rank after every known variant
 NEAR_SPARSITY = 0.05  # a measured row this near to a sparsity stands for it; else two neighbours are interpolated
 
 
-def variant_rank(variant: str) -> float:
-    """Sort key: the paper's order, then everything else by name."""
-    return ORDER.index(variant) if variant in ORDER else BEYOND
-
-
 def variants(table: pd.DataFrame) -> list[str]:
-    """The variants of a table in the paper's order."""
-    return sorted(table["variant"].unique(), key=lambda name: (variant_rank(name), name))
+    """The variants of a table: in the paper's order, then others by name, then all those fine-tuned."""
+
+    def rank(name: str) -> tuple[bool, int, str]:
+        plain = name.removesuffix("-finetuned")
+        return plain != name, ORDER.index(plain) if plain in ORDER else len(ORDER), name
+
+    return sorted(table["variant"].unique(), key=rank)
 
 
 def sum_in_quadrature(errors: pd.Series) -> float:
@@ -205,8 +204,14 @@ def generation_speedups(table: pd.DataFrame) -> pd.DataFrame:
 
     log_stderr is the standard error of the mean log ratio over prompts (NaN with a single prompt).
     """
-    table = table[table["tokens_per_second"] > 0]
     columns = [*GENERATION_KEYS, "variant", "sparsity_target"]
+    table = table[table["tokens_per_second"] > 0]
+    # A condition may be timed more than once on a prompt: those are one prompt still.
+    table = table.assign(tokens_per_second=np.log(table["tokens_per_second"]))
+    means = table.groupby([*columns, "prompt"], sort=False, dropna=False)[
+        ["tokens_per_second", "sparsity_measured"]
+    ].mean()
+    table = means.reset_index().assign(tokens_per_second=lambda mean: np.exp(mean["tokens_per_second"]))
     dense = table[table["variant"] == "dense"]
     pairs = table[table["variant"] != "dense"].merge(
         dense[[*GENERATION_KEYS, "prompt", "tokens_per_second"]],
@@ -235,14 +240,15 @@ def throughput_by_length(speedups: pd.DataFrame, target: float = 0.5) -> pd.Data
     """Figure 4's conditions out of `generation_speedups`: batch 1, one target sparsity, a row per generated length.
 
     Growth measurements (longer contexts, more layers) stand in the same table; the conditions kept per
-    (machine, model, dtype) are those that were timed at the most generated lengths. Prompts of several natural
-    lengths are pooled, weighted by their number.
+    (machine, model, dtype) are those that were timed at the most generated lengths, then on the most prompts. What
+    is still several is pooled, weighted by the number of prompts.
     """
     at = speedups[(speedups["batch"] == 1) & np.isclose(speedups["sparsity_target"], target)]
     group = ["machine", "model", "dtype"]
     for column in ("layers", "prompt_tokens"):
-        lengths = at.groupby([*group, column])["generated_tokens"].transform("nunique")
-        at = at[lengths == lengths.groupby([at[g] for g in group]).transform("max")]
+        timed = at.groupby([*group, column])
+        score = 1e6 * timed["generated_tokens"].transform("nunique") + timed["prompts"].transform("sum")
+        at = at[score == score.groupby([at[g] for g in group]).transform("max")]
         group.append(column)
     keys = ["machine", "model", "layers", "dtype", "loop", "generated_tokens"]
     rows: list[dict[Any, Any]] = []

@@ -95,10 +95,9 @@ def variant_colour(variant: str) -> str:
 
 def variant_name(variant: str) -> str:
     """`cats-50` -> `CATS-50`, `dense` -> `Base`, `cats-50-attention` -> `CATS-50, attention too`."""
-    if variant in VARIANT_NAMES:
-        return VARIANT_NAMES[variant]
-    name = variant.replace("cats-", "CATS-")
-    return name.replace("-attention", ", attention too").replace("-recalibrated", ", recalibrated")
+    plain = variant.removesuffix("-finetuned")
+    name = VARIANT_NAMES.get(plain, plain.replace("cats-", "CATS-").replace("-attention", ", attention too"))
+    return name + ", fine-tuned" * (plain != variant)
 
 
 def dtype_name(dtype: str) -> str:

@@ -98,6 +98,11 @@ def zero_shot_summary(table: pd.DataFrame, model: str) -> pd.DataFrame:
     part = table[table["model"] == model]
     means = zero_shot_means(part)
     perplexity = part[part["metric"] == "perplexity"].groupby("variant")["value"].first()
+    sites = {
+        f"at {str(metric).removeprefix('sparsity_').replace('_', ' ')}": of_site.set_index("variant")["value"]
+        for metric, of_site in part.groupby("metric", sort=False)
+        if str(metric).startswith("sparsity_")
+    }
     rows = []
     for row in means.to_dict("records"):
         variant = row["variant"]
@@ -109,6 +114,7 @@ def zero_shot_summary(table: pd.DataFrame, model: str) -> pd.DataFrame:
                 "": style.variant_name(variant),
                 "Target": style.percent(row["sparsity_target"], 0),
                 "Sparsity measured": style.percent(row["sparsity_measured"]),
+                **{name: style.percent(of_site.get(variant, math.nan)) for name, of_site in sites.items()},
                 "Mean accuracy": style.plus_minus(row["value"], row["stderr"]),
                 "Against base, points": change,
                 "Perplexity": style.number(perplexity.get(variant, math.nan), 2),
@@ -289,6 +295,21 @@ def amdahl(table: pd.DataFrame) -> pd.DataFrame:
                 "Predicted": style.times(row["predicted_speedup"]),
                 "Measured": style.times(row["measured_speedup"]),
                 "Measured / predicted": style.number(row["measured_speedup"] / row["predicted_speedup"], 3),
+            }
+            for row in table.to_dict("records")
+        ]
+    )
+
+
+def greedy(table: pd.DataFrame) -> pd.DataFrame:
+    """Whether CATS generates the tokens it must."""
+    return pd.DataFrame(
+        [
+            {
+                "Model": f"{escape(row['model'])}, {row['layers']:.0f} layers",
+                "Dtype": style.dtype_name(row["dtype"]),
+                "Check": escape(row["check"]),
+                "Identical tokens": f"{row['identical_tokens']:.0f} of {row['tokens']:.0f}",
             }
             for row in table.to_dict("records")
         ]

@@ -206,6 +206,14 @@ def test_c10_compares_with_the_mlp_only_variant(accuracy: float, holds: bool) ->
     assert only(claims.c10_attention({"e07_attention": table})).holds is holds
 
 
+def test_c10_prefers_what_the_paper_measured_after_fine_tuning() -> None:
+    accuracy = {"dense": 0.70, "cats-50": 0.69, "cats-50-attention": 0.50}
+    accuracy |= {"cats-50-finetuned": 0.69, "cats-50-attention-finetuned": 0.66}
+    finding = only(claims.c10_attention({"e07_attention": made.attention(accuracy=accuracy)}))
+    assert finding.holds is True
+    assert finding.ours.endswith("before fine-tuning \u221219.00 points")
+
+
 def test_judge_names_the_command_for_what_is_missing_or_broken() -> None:
     run = Run("made-up", Path(), {"e05_mlp_latency": made.latency()}, {"e02_zero_shot": "column stderr missing"})
     judged = claims.judge([run])
@@ -256,6 +264,9 @@ def test_generation_ratio_is_paired_by_prompt() -> None:
     row = stats.generation_speedups(table).iloc[0]
     gain = 1 + 0.2 * 0.95  # prompts are 1, 1.002 and 1.004 times that
     assert row["speedup"] == pytest.approx(gain * (1.002 * 1.004) ** (1 / 3))
+    twice = stats.generation_speedups(pd.concat([table, table])).iloc[0]
+    assert twice["log_stderr"] == pytest.approx(row["log_stderr"])  # timing again adds no prompts
+    assert twice["prompts"] == 3
     logs = np.log([1, 1.002, 1.004])
     assert row["log_stderr"] == pytest.approx(logs.std(ddof=1) / math.sqrt(3))
 
