@@ -6,6 +6,7 @@ Cost: two passes over a few hundred blocks of text; about half a minute for the 
     nox -s experiment -- e01 --model PATH_OR_HUB_ID
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -55,7 +56,7 @@ def run(config: Config) -> Iterable[Row]:
 
 
 def measure(config: Config, name: str) -> list[Row]:
-    """Rows of one model. Options: blocks, length (tokens), targets, bins, largest (right end of the histogram)."""
+    """Rows of one model. Options: blocks, length (tokens), targets, bins, largest (where the open last bin begins)."""
     options = config.options
     model, tokenizer = load_model(name, config.dtype, config.device)
     if tokenizer is None:
@@ -75,7 +76,7 @@ def measure(config: Config, name: str) -> list[Row]:
     }
     below = fractions_below(model, config.progress(text["heldout"], f"{name} held-out"), made)
     rows: list[Row] = []
-    edges = torch.linspace(0, options["largest"], options["bins"] + 1)
+    edges = torch.cat([torch.linspace(0, options["largest"], options["bins"] + 1), torch.tensor([math.inf])])
     shown = {0, len(found) // 2, len(found) - 1}
     for index, ((_, layer), histogram) in enumerate(found.items()):
         if index in shown:
