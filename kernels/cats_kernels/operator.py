@@ -36,7 +36,7 @@ def sparse_gated_mlp(
 ) -> Tensor:
     """The gated MLP that skips neurons whose gate activation is below the threshold (eq. 1, 4, 5; figures 3 and 6).
 
-    ``v = act(x Wg^T)``, kept where ``|v| >= threshold`` (ties and NaN too), then ``y = (v * (x Wu^T)) @ down_weight_t``.
+    ``v = act(x Wg^T)``, kept where ``|v| >= threshold`` (ties and NaN too); ``y = (v * (x Wu^T)) @ down_weight_t``.
     Accumulates in float32. A dropped neuron's rows of ``up_weight`` and ``down_weight_t`` are not read.
 
     Args:
