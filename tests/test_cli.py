@@ -1,0 +1,167 @@
+"""`python -m cats`: what each command prints and writes on a tiny local model, and what it says to bad input."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import cats
+from cats.__main__ import Clock, main, sample_text, token_batches
+
+from .hub_content import save_model
+
+TEXT = "The quick brown fox jumps over the lazy dog, said the printer to the typesetter. " * 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_model(tmp_path_factory.mktemp("a model"), "Llama"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "some text.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def thresholds(model: str, text: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("made") / "thresholds.json")
+    words = ["calibrate", model, "--text", text, "--tokens", "600", "--sparsity", "0.6", "--output", path]
+    assert main(words) == 0
+    return path
+
+
+def test_calibrate_finds_the_quantile_of_the_text(model: str, thresholds: str) -> None:
+    made = cats.Thresholds.load(thresholds)
+    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :600]
+    seen = []
+    loaded.model.layers[0].mlp.gate_proj.register_forward_hook(lambda _m, _a, gate: seen.append(gate.flatten()))
+    with torch.no_grad():
+        for block in ids.split(128, dim=1):  # the model reads 128 positions at most
+            loaded(block)
+    values = torch.nn.functional.silu(torch.cat(seen).double()).abs()
+    assert made.tokens == 600 and made.sparsity == 0.6
+    expected = torch.quantile(values, 0.6).item()
+    assert made.gate["model.layers.0.mlp"] == pytest.approx(expected, rel=2e-3)
+
+
+def test_sparsity_prints_every_layer_and_their_mean(model: str, thresholds: str, text: str, capsys) -> None:
+    assert main(["sparsity", model, "--thresholds", thresholds, "--text", text, "--tokens", "600"]) == 0
+    *layers, mean = capsys.readouterr().out.splitlines()
+    values = [float(line.split()[1]) for line in layers]
+    assert [line.split()[0] for line in layers] == [f"model.layers.{i}.mlp" for i in range(3)]
+    assert all(abs(value - 0.6) < 0.002 for value in values)  # the text it was calibrated on
+    assert float(mean.split()[4]) == pytest.approx(sum(values) / 3, abs=1e-4) and "target 0.6" in mean
+
+
+def test_generate_is_the_sparse_model(model: str, thresholds: str, capsys) -> None:
+    assert main(["generate", model, "--thresholds", thresholds, "--new-tokens", "12", "The quick"]) == 0
+    printed = capsys.readouterr().out
+    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    made = cats.Thresholds.load(thresholds)
+    for name, mlp in cats.gated_mlps(loaded).items():
+        inner = torch.nn.functional.silu
+
+        def activation(x, inner=inner, t=made.gate[name]):
+            return inner(x) * (inner(x).abs() >= t)
+
+        mlp.act_fn.forward = activation
+    ids = tokenizer("The quick", return_tensors="pt")["input_ids"]
+    for _ in range(12):  # greedy, written out
+        with torch.no_grad():
+            ids = torch.cat([ids, loaded(ids).logits[:, -1:].argmax(-1)], dim=1)
+        if ids[0, -1] == tokenizer.eos_token_id:
+            break
+    assert printed == tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
+
+
+def test_bench_prints_both_speeds_and_their_ratio(model: str, thresholds: str, capsys) -> None:
+    words = ["bench", model, "--thresholds", thresholds, "--rounds", "2", "--new-tokens", "4", "--kernel", "reference"]
+    assert main(words) == 0
+    dense, sparse, ratio = capsys.readouterr().out.splitlines()
+    assert dense.startswith("dense") and sparse.startswith("cats") and "in 2 rounds" in ratio
+    assert float(dense.split()[1]) > 0 and float(sparse.split()[1]) > 0 and "skipping" in ratio
+
+
+def test_bench_takes_a_shape_with_random_weights(capsys) -> None:
+    words = ["bench", "shape:small", "--rounds", "1", "--new-tokens", "2", "--kernel", "reference"]
+    assert main([*words, "--dtype", "float32"]) == 0
+    assert "cats / dense" in capsys.readouterr().out
+
+
+def test_rate_counts_from_first_to_last_token() -> None:
+    clock = Clock()
+    clock.times = [0.0, 5.0, 5.5, 6.0, 7.0]  # the prompt, then four tokens
+    assert clock.tokens_per_second() == 1.5
+
+
+def test_default_text_is_prose_and_its_halves_differ(model: str) -> None:
+    calibration, heldout = sample_text(None, heldout=False), sample_text(None, heldout=True)
+    assert min(len(calibration), len(heldout)) > 100_000
+    assert not set(calibration.split("\n\n")) & set(heldout.split("\n\n"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    blocks = token_batches(loaded, tokenizer, calibration, 300)
+    assert [block.shape for block in blocks] == [(1, 128), (1, 128), (1, 44)]
+
+
+BAD = {
+    "no such model": (["calibrate", "./nowhere"], "./nowhere does not exist"),
+    "no tokenizer": (["calibrate", "shape:small"], "random weights and no tokenizer"),
+    "unknown shape": (["bench", "shape:tiny"], "unknown shape 'shape:tiny'"),
+    "unknown device": (["bench", "MODEL", "--device", "tpu9"], "unknown device 'tpu9'"),
+    "sparsity of 1": (["calibrate", "MODEL", "--text", "TEXT", "--sparsity", "1"], "[0, 1)"),
+    "no thresholds": (["sparsity", "MODEL"], "--thresholds FILE is needed"),
+    "thresholds are not JSON": (["sparsity", "MODEL", "--thresholds", "TEXT"], "not a CATS thresholds file"),
+    "missing file": (["sparsity", "MODEL", "--thresholds", "none.json"], "none.json"),
+    "empty text": (["calibrate", "MODEL", "--text", "EMPTY"], "the text is empty"),
+    "binary text": (["calibrate", "MODEL", "--text", "BINARY"], "not UTF-8"),
+    "no tokens": (["calibrate", "MODEL", "--text", "TEXT", "--tokens", "0"], "--tokens must be positive"),
+    "no new tokens": (["generate", "MODEL", "--new-tokens", "0", "x"], "--new-tokens must be positive"),
+    "empty prompt": (["generate", "MODEL", ""], "the prompt has no tokens"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_status_2(case: str, model: str, text: str, tmp_path: Path, capsys) -> None:
+    words, expected = BAD[case]
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    places = {"MODEL": model, "TEXT": text, "EMPTY": str(tmp_path / "empty"), "BINARY": str(tmp_path / "binary")}
+    assert main([places.get(word, word) for word in words]) == 2
+    printed = capsys.readouterr()
+    errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert not printed.out and len(errors) == 1 and expected in errors[0]
+
+
+def test_thresholds_of_another_model_are_refused(model: str, thresholds: str, tmp_path: Path, capsys) -> None:
+    other = save_model(tmp_path, "Mistral")
+    assert main(["generate", str(other), "--thresholds", thresholds, "x"]) == 2
+    assert "made for another model" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_an_absent_gpu_is_named(model: str, capsys) -> None:
+    assert main(["bench", model, "--device", "cuda"]) == 2
+    assert "sees no CUDA device" in capsys.readouterr().err
+
+
+def test_memory_that_runs_out_is_named(model: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def full(*_arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("cats.__main__.load_model", full)
+    assert main(["bench", model]) == 2
+    assert "does not fit into the GPU's memory" in capsys.readouterr().err
+
+
+def test_module_runs_from_anywhere(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "cats", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in ("calibrate", "sparsity", "generate", "bench"))
