@@ -48,7 +48,7 @@ def sparse_gated_mlp_cpu(
     """The sparse gated MLP (eq. 1, 4, 5) in one parallel region; bit-identical from run to run at any thread count.
 
     Args:
-        x: (rows, d), float32 or bfloat16, contiguous, on the CPU. Eight rows at a time share every load of a weight row,
+        x: (rows, d), float32 or bfloat16, contiguous, on the CPU. Eight rows at a time share the loads of a weight row,
             and a neuron is skipped where none of them keeps it. Beyond ``DENSE_ROWS`` the dense masked path runs.
         gate_weight, up_weight, down_weight_t: (m, d), contiguous, dtype of ``x``.
         threshold: compared in float32 with the float32 activation.

@@ -14,13 +14,15 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from cats_kernels.reference import ACTIVATIONS, sparse_gated_mlp_reference
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
 MAX_ROWS = 8
-"""Rows of ``x`` above which the dense masked path is used."""
+"""Rows of ``x`` that share a kernel's loads of the weights. Any number of rows is allowed: each backend takes the dense
+masked path where that is faster (``cats_kernels.cpu.DENSE_ROWS``, ``cats_kernels.triton_mlp.SPARSE_ROWS``)."""
 
 Implementation = Callable[[Tensor, Tensor, Tensor, Tensor, float, str], Tensor]
 
@@ -56,9 +58,10 @@ def sparse_gated_mlp(
         RuntimeError: when gradients are enabled and an argument requires them, or the backend cannot run here.
     """
     _validate(x, gate_weight, up_weight, down_weight_t, threshold, activation, backend)
-    return torch.ops.cats.sparse_gated_mlp(
-        x, gate_weight, up_weight, down_weight_t, float(threshold), activation, backend
-    )
+    arguments = (x, gate_weight, up_weight, down_weight_t, float(threshold), activation, backend)
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) is not Tensor:
+        return torch.ops.cats.sparse_gated_mlp(*arguments)
+    return _run(*arguments)  # past the dispatcher, which costs 60 microseconds a call, more than a small MLP itself
 
 
 def _validate(
@@ -105,8 +108,7 @@ def _validate(
         )
 
 
-@torch.library.custom_op("cats::sparse_gated_mlp", mutates_args=())
-def _operator(
+def _run(
     x: Tensor,
     gate_weight: Tensor,
     up_weight: Tensor,
@@ -120,13 +122,13 @@ def _operator(
     if backend == "auto":
         backend = os.environ.get("CATS_BACKEND", "auto")
     implementation = choose_backend(backend, x.device.type, x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] == 0:
+    if x.numel() == 0:
         return x.new_empty(x.shape)
-    if rows.shape[0] > MAX_ROWS:
-        implementation = sparse_gated_mlp_reference
-    y = implementation(rows.contiguous(), gate_weight, up_weight, down_weight_t, threshold, activation)
-    return y.view(x.shape)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return implementation(rows, gate_weight, up_weight, down_weight_t, threshold, activation).view(x.shape)
+
+
+_operator = torch.library.custom_op("cats::sparse_gated_mlp", _run, mutates_args=())
 
 
 @_operator.register_fake

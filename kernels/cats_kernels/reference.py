@@ -52,7 +52,7 @@ def sparse_gated_mlp_reference(
     magnitude = gate.abs().float() if gate.dtype in (torch.bfloat16, torch.float16) else gate.abs()
     hidden = torch.where(magnitude < threshold, 0, gate * F.linear(x, up_weight))
     if hidden.dtype in (torch.bfloat16, torch.float16) and hidden.device.type == "cpu":
-        # on a CPU without bfloat16 arithmetic torch 2.13 takes 1.05 s for the product in this layout (2 rows, d=4096,
-        # m=14336), and a small part of that in nn.Linear's, copy included
-        return F.linear(hidden, down_weight_t.T.contiguous())
+        # on a CPU without bfloat16 arithmetic torch 2.13 takes 1.00 s for the product in this layout and 0.16 s by way
+        # of float32 (2 rows, d=4096, m=14336, two AVX2 cores)
+        return (hidden.float() @ down_weight_t.float()).to(hidden.dtype)
     return hidden @ down_weight_t
