@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -104,8 +105,14 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def check_tasks(names: Sequence[str], include_path: str | Path | None = None) -> TaskManager:
-    """The task manager that knows all of ``names``; nothing is downloaded.
+@lru_cache(maxsize=1)
+def _own_tasks() -> TaskManager:
+    """lm-eval's index of its own tasks: thousands of YAML files, about ten seconds."""
+    return TaskManager()
+
+
+def check_tasks(names: Sequence[str], include_path: str | Path | None = None) -> dict[str, TaskManager]:
+    """For each of ``names`` the index that has it, local ones first; nothing is downloaded.
 
     Raises:
         ValueError: no name, a duplicate, or a task that neither lm-eval nor ``include_path`` has.
@@ -113,16 +120,15 @@ def check_tasks(names: Sequence[str], include_path: str | Path | None = None) ->
     if not names or len(set(names)) != len(names):
         raise ValueError(f"tasks must be one or more different names, not {list(names)}")
     with _quiet():
-        # indexing lm-eval's own ten thousand tasks takes seconds: only when the local ones do not suffice
-        manager = TaskManager(include_path=str(include_path), include_defaults=False) if include_path else None
-        if manager is None or set(names) - set(manager.all_subtasks):
-            manager = TaskManager(include_path=str(include_path) if include_path else None)
-    unknown = sorted(set(names) - set(manager.all_subtasks))
+        local = TaskManager(include_path=str(include_path), include_defaults=False) if include_path else None
+        found = {name: local for name in names if local is not None and name in local.all_subtasks}
+        if len(found) < len(names):
+            found |= {name: _own_tasks() for name in names if name not in found and name in _own_tasks().all_subtasks}
+    unknown = [name for name in names if name not in found]
     if unknown:
-        raise ValueError(
-            f"unknown task {', '.join(unknown)}: neither in lm-eval nor in {include_path or 'a local folder'}"
-        )
-    return manager
+        place = include_path or "a local folder"
+        raise ValueError(f"unknown task {', '.join(unknown)}: neither in lm-eval nor in {place}")
+    return {name: found[name] for name in names}
 
 
 def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> Tasks:
@@ -132,9 +138,8 @@ def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> 
         ValueError: an unknown task, or one without the metric ``acc``.
         OSError: a task's data cannot be loaded (hub out of reach, missing file).
     """
-    manager = check_tasks(names, include_path)
     tasks: dict[str, Task] = {}
-    for name in names:
+    for name, manager in check_tasks(names, include_path).items():
         try:
             with _quiet():
                 tasks |= manager.load([name])["tasks"]

@@ -2,7 +2,7 @@
 
 All variants start alike and see the same data in the same order; thresholds are fixed before training. The learning
 rate of CATS and of ReLUfication is chosen by short runs on text that is neither trained nor tested on; the dense model
-takes CATS's. Beyond the paper: each layer's thresholds calibrated again after training (`recalibrated`), with what that does.
+takes CATS's. Beyond the paper: each layer's thresholds calibrated again after training, with what that does.
 Cost: for each variant and seed one training run and an evaluation at each step of `steps`; under eight minutes for the
 pocket model on two cores. An interrupted run goes on from its last evaluated step.
 
@@ -81,26 +81,29 @@ class SweepRow(Row):
 
 
 class FinetuningSubject(Subject):
-    """A `Subject` with training text. Options read besides its own: train_batch_size, sweep_blocks, seeds, steps."""
+    """A `Subject` with text for a run of ``steps``, and ``sweep_blocks`` set aside.
+
+    Options read besides its own: train_batch_size, micro_batch_size, weight_decay, warmup_steps.
+    """
+
+    def __init__(self, config: Config, name: str, steps: int, sweep_blocks: int = 0) -> None:
+        super().__init__(config, name)
+        self._blocks, self._sweep_blocks = steps * config.options["train_batch_size"], sweep_blocks
 
     @cached_property
     def _training_text(self) -> Tensor:
-        options = self.config.options
-        trained = max(options["steps"][-1], options["sweep_steps"]) * options["train_batch_size"]
-        total = options["calibration_blocks"] + trained + options["sweep_blocks"]
-        return torch.cat(self.text("train", total))[options["calibration_blocks"] :]
+        first = self.config.options["calibration_blocks"]
+        return torch.cat(self.text("train", first + self._blocks + self._sweep_blocks))[first:]
 
     @property
     def training_data(self) -> list[dict[str, Tensor]]:
         """Blocks to train on: after those of calibration in the stream."""
-        text = self._training_text[: -self.config.options["sweep_blocks"]]
-        return [{"input_ids": block, "labels": block} for block in text]
+        return [{"input_ids": block, "labels": block} for block in self._training_text[: self._blocks]]
 
     @property
     def sweep_text(self) -> list[Tensor]:
         """Blocks that are neither calibrated, trained nor tested on."""
-        options = self.config.options
-        return list(self._training_text[-options["sweep_blocks"] :].split(options["batch_size"]))
+        return list(self._training_text[self._blocks :].split(self.config.options["batch_size"]))
 
     def settings(self, steps: int, learning_rate: float, seed: int) -> TrainSettings:
         """Hyper-parameters that all variants share, but for the rate."""
@@ -138,7 +141,8 @@ def run(config: Config) -> Iterable[Row]:
         raise ValueError("e03.learning_rates and e03.seeds must each have at least one entry")
     levels = [cats_variant(level) for level in options["levels"]]
     for name in config.models:
-        yield from measure_model(FinetuningSubject(config, name), levels)
+        longest = max(options["steps"][-1], options["sweep_steps"])
+        yield from measure_model(FinetuningSubject(config, name, longest, options["sweep_blocks"]), levels)
 
 
 def measure_model(subject: FinetuningSubject, levels: list[Variant]) -> Iterator[Row]:

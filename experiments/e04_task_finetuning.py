@@ -123,7 +123,9 @@ def encode(tokenizer: Any, context: str, answer: str) -> tuple[list[int], list[i
 
 
 def instruction_folder(config: Config) -> Path:
-    """Folder of the tasks' YAML files."""
+    """Folder of the tasks' YAML files: option include_path, or built for pocket, else `instructions`."""
+    if "include_path" in config.options:
+        return Path(config.options["include_path"])
     if not is_pocket(config):
         return Path(__file__).parent / "instructions"
     from experiments.pocket.tasks import build_finetuning_tasks

@@ -43,7 +43,7 @@ def run(config: Config) -> Iterable[Row]:
     for level in options["levels"]:
         variants += [cats_variant(level), cats_variant(level, ALL_SITES)]
     for name in config.models:
-        subject = FinetuningSubject(config, name)
+        subject = FinetuningSubject(config, name, options["steps"])
         runs = [(variant, steps) for steps in sorted({0, options["steps"]}) for variant in variants]
         for variant, steps in config.progress(runs, name, len(runs)):
             shown = replace(variant, name=f"{variant.name}-finetuned") if steps else variant

@@ -143,7 +143,9 @@ def is_pocket(config: Config) -> bool:
 
 
 def task_folder(config: Config) -> Path | None:
-    """Folder of local YAML tasks: built from the standard library for ``source = "pocket"``, else none."""
+    """Folder of local YAML tasks: option include_path, or built from the standard library for pocket, else none."""
+    if "include_path" in config.options:
+        return Path(config.options["include_path"])
     if not is_pocket(config):
         return None
     from experiments.pocket.tasks import build_tasks

@@ -1,0 +1,142 @@
+"""A world in which the accuracy experiments take seconds: a tiny model with a tokenizer, text, and YAML tasks."""
+
+import json
+import random
+from pathlib import Path
+
+from experiments.pocket.tokenizer import as_pretrained, train_tokenizer
+from tests.conftest import tiny_model
+
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "lambda",
+    "mu",
+    "nu",
+    "xi",
+    "omicron",
+    "pi",
+    "rho",
+    "sigma",
+    "tau",
+]
+ITEMS = 24
+
+
+def sentences(seed: int, count: int) -> list[str]:
+    """Sentences of a few random words."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(4, 12))) for _ in range(count)]
+
+
+def write_task(folder: Path, name: str, choices: int, metric: str = "acc") -> None:
+    """A multiple-choice task with training and test items as JSON lines; the gold position varies."""
+    rng = random.Random(name)
+    for split in ("train", "test"):
+        rows = []
+        for text in sentences(rng.randint(0, 10**6), ITEMS):
+            options = [f" {word}" for word in rng.sample(WORDS, choices)] if choices > 2 else ["no", "yes"]
+            rows.append({"text": text, "options": options, "gold": rng.randrange(choices)})
+        (folder / f"{name}.{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    delimiter = "" if choices > 2 else " "
+    (folder / f"{name}.yaml").write_text(
+        f"""task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    train: {folder}/{name}.train.jsonl
+    test: {folder}/{name}.test.jsonl
+output_type: multiple_choice
+training_split: train
+test_split: test
+doc_to_text: "{{{{text}}}}"
+target_delimiter: "{delimiter}"
+doc_to_target: gold
+doc_to_choice: options
+metric_list:
+  - metric: {metric}
+    aggregation: mean
+    higher_is_better: true
+"""
+    )
+
+
+def build_world(root: Path) -> Path:
+    """``root`` with model/, tasks/ and text.jsonl."""
+    text = sentences(0, 600)
+    tokenizer = as_pretrained(train_tokenizer(text, 300), 64)
+    model = tiny_model("Llama", vocab_size=len(tokenizer), max_position_embeddings=64, num_hidden_layers=2)
+    model.config.bos_token_id = model.config.eos_token_id = model.config.pad_token_id = 0
+    model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    (root / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in text))
+    (root / "tasks").mkdir()
+    write_task(root / "tasks", "tiny_words", 4)
+    write_task(root / "tasks", "tiny_yes", 2)
+    write_task(root / "tasks", "tiny_without_acc", 4, "acc_norm")
+    return root
+
+
+def profile(world: Path) -> str:
+    """A profile in TOML that runs e02, e03, e04 and e07 in that world."""
+    text = f"""include_path = "{world}/tasks"
+batch_size = 8
+calibration_blocks = 8
+heldout_blocks = 4
+length = 32
+weight_decay = 0.01
+warmup_steps = 1
+"""
+    training = """train_batch_size = 4
+sweep_steps = 2
+sweep_blocks = 4
+learning_rates = [1e-3, 1e-2]
+sweep_level = 0.7
+seeds = [0, 1]
+steps = [2, 5]
+"""
+    return f"""models = ["{world}/model"]
+device = "cpu"
+dtype = "float32"
+seed = 0
+[data]
+source = "hub"
+path = "json"
+data_files = "{world}/text.jsonl"
+split = "train"
+heldout_documents = 100
+[e02]
+tasks = ["tiny_words", "tiny_yes"]
+levels = [0.5, 0.9]
+limit = 20
+{text}
+[e03]
+tasks = ["tiny_words"]
+levels = [0.5]
+limit = 10
+{text}{training}
+[e04]
+tasks = ["tiny_yes"]
+levels = [0.5]
+seeds = [0]
+epochs = 2
+train_items = 20
+calibration_items = 16
+train_batch_size = 4
+learning_rate = 1e-3
+save_steps = 4
+{text}
+[e07]
+tasks = ["tiny_words"]
+levels = [0.5]
+limit = 10
+{text}{training.replace("steps = [2, 5]", "steps = 2")}learning_rate = 1e-3
+"""

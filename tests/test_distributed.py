@@ -1,0 +1,63 @@
+"""Two processes (gloo, CPU) give what one gives: the same accuracies in e02, the same loss curve in e03."""
+
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.accuracy_world import build_world, profile
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = build_world(tmp_path_factory.mktemp("world"))
+    (root / "tiny.toml").write_text(profile(root))
+    return root
+
+
+def launch(world, experiment, processes, *options):
+    """Run an experiment through accelerate's launcher; its tables by name."""
+    output = world / f"{experiment}-{processes}"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "-m", "experiments", "run", experiment, "--output", str(output)]
+    command += ["--profile", str(world / "tiny.toml"), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("wrote ") == len(list((output / "results").glob("*.csv"))), "only rank 0 writes"
+    tables = {}
+    for path in (output / "results").glob("*.csv"):
+        with path.open() as file:
+            tables[path.stem] = list(csv.DictReader(file))
+    return tables
+
+
+@pytest.mark.slow
+def test_e02_is_identical_in_two_processes(world):
+    one, two = (launch(world, "e02", n)["e02_zero_shot"] for n in (1, 2))
+    assert len(one) == len(two) == 15
+    for a, b in zip(one, two, strict=True):
+        if a["metric"] == "acc":
+            assert a == b
+        else:
+            assert float(a.pop("value")) == pytest.approx(float(b.pop("value")), rel=1e-5)
+            assert a == b
+
+
+@pytest.mark.slow
+def test_e03_has_the_same_loss_curve_in_two_processes(world):
+    options = ["--set", "e03.seeds=[0]"]
+    one, two = (launch(world, "e03", n, *options) for n in (1, 2))
+    assert one.keys() == two.keys()
+    for a, b in zip(one["e03_finetuning"], two["e03_finetuning"], strict=True):
+        assert [a[key] for key in ("variant", "step", "learning_rate")] == [
+            b[key] for key in ("variant", "step", "learning_rate")
+        ]
+        for loss in ("train_loss", "eval_loss"):
+            if a[loss]:
+                assert float(a[loss]) == pytest.approx(float(b[loss]), rel=1e-4)
+    for a, b in zip(one["e03_sparsity"], two["e03_sparsity"], strict=True):
+        assert float(a["sparsity_measured"]) == pytest.approx(float(b["sparsity_measured"]), abs=2e-3)
