@@ -13,7 +13,7 @@ import torch
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from cats_kernels.triton_mlp import MAX_ROWS, VARIANTS, Config, launch
+from cats_kernels.triton_mlp import MAX_ROWS, TENSOR_CORES, VARIANTS, Config, dense_masked, launch
 from torch import nn
 
 from tests.triton_cases import ACTIVATIONS, DTYPES, TOLERANCE, case, expected, relative_error, tie_case
@@ -31,21 +31,21 @@ def test_matches_the_float64_reference(variant: str, dtype: torch.dtype, rows: i
         for sparsity in (0.0, 0.5, 0.9, 1.0):
             for activation in ACTIVATIONS if d < 4096 else ("silu",):
                 problem = case(rows, d, m, dtype, sparsity, activation, device="cuda")
-                error = relative_error(VARIANTS[variant](*problem), expected(*problem))
+                error = relative_error(launch(variant, *problem), expected(*problem))
                 assert error < TOLERANCE[dtype], f"{variant} rows={rows} d={d} m={m} s={sparsity}: {error:.2e}"
 
 
 @pytest.mark.parametrize("rows", range(1, MAX_ROWS + 1))
 def test_every_number_of_rows(rows: int):
     problem = case(rows, 4096, 4000, torch.bfloat16, 0.6, device="cuda")
-    assert relative_error(VARIANTS["cats"](*problem), expected(*problem)) < TOLERANCE[torch.bfloat16]
+    assert relative_error(launch("cats", *problem), expected(*problem)) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ties_are_kept_and_the_next_float_drops_them(variant: str):
     kept, dropped = tie_case("cuda")
-    assert (VARIANTS[variant](*kept) == 16384).all()
-    assert (VARIANTS[variant](*dropped) == 0).all()
+    assert (launch(variant, *kept) == 16384).all()
+    assert (launch(variant, *dropped) == 0).all()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -54,7 +54,7 @@ def test_ties_are_kept_and_the_next_float_drops_them(variant: str):
 def test_non_finite_inputs_come_out_as_in_the_reference(variant: str, value: float, rows: int):
     x, *rest = case(rows, 512, 600, torch.float32, 0.5, device="cuda")
     x[0, 3] = value
-    y, reference = VARIANTS[variant](x, *rest), expected(x, *rest)
+    y, reference = launch(variant, x, *rest), expected(x, *rest)
     assert torch.equal(y.isnan(), reference.isnan())
     assert torch.equal(y.isinf(), reference.isinf())
     if rows > 1:
@@ -65,22 +65,22 @@ def test_non_finite_inputs_come_out_as_in_the_reference(variant: str, value: flo
 @pytest.mark.parametrize("rows", [1, 2, 8])
 def test_deterministic_bit_for_bit_also_in_poisoned_memory(variant: str, rows: int):
     problem = case(rows, 4096, 14336, torch.bfloat16, 0.5, device="cuda")
-    first = VARIANTS[variant](*problem)
+    first = launch(variant, *problem)
     for _ in range(20):
         poison = [torch.full((2**k,), float("nan"), device="cuda") for k in range(9, 23)]
         del poison
-        assert torch.equal(VARIANTS[variant](*problem), first)
+        assert torch.equal(launch(variant, *problem), first)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rows", [1, 4])
 def test_cuda_graph_replays_follow_new_inputs(variant: str, rows: int):
     x, *rest = case(rows, 1024, 3000, torch.float16, 0.7, device="cuda")
-    VARIANTS[variant](x, *rest)
+    launch(variant, x, *rest)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = VARIANTS[variant](x, *rest)
+        y = launch(variant, x, *rest)
     for seed in range(5):
         fresh = case(rows, 1024, 3000, torch.float16, 0.7, seed=seed, device="cuda")[0]
         x.copy_(fresh)
@@ -96,7 +96,7 @@ def test_back_to_back_calls_do_not_overtake_each_other():
     def chain(wait: bool) -> torch.Tensor:
         y = x
         for _ in range(16):
-            y = VARIANTS["cats"](y, *rest)
+            y = launch("cats", y, *rest)
             y = y / y.norm() * 64
             if wait:
                 torch.cuda.synchronize()
@@ -109,9 +109,50 @@ def test_back_to_back_calls_do_not_overtake_each_other():
 @pytest.mark.parametrize("fused", [True, False])
 def test_other_configurations_agree(stages: int, fused: bool):
     problem = case(2, 2048, 5000, torch.bfloat16, 0.5, device="cuda")
-    config = Config(4, 4, 2, stages, tile=2, warps=4, programs=3, stages=stages, fused=fused, dependent=fused)
+    config = Config(4, 4, tile=2, warps=4, programs=3, stages=stages, fused=fused, dependent=fused)
     error = relative_error(launch("cats", *problem, config=config), expected(*problem))
     assert error < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensor_cores_for_any_number_of_rows(dtype: torch.dtype):
+    for rows, d, m in ((1, 2048, 5000), (2, 130, 77), (5, 1000, 1003)):
+        problem = case(rows, d, m, dtype, 0.5, device="cuda")
+        error = relative_error(launch("cats", *problem, config=TENSOR_CORES), expected(*problem))
+        assert error < TOLERANCE[dtype], f"rows={rows} d={d} m={m}: {error:.2e}"
+
+
+@pytest.mark.parametrize("rows", [1, 8, 100])
+def test_the_entry_point_takes_any_number_of_rows(rows: int):
+    problem = case(rows, 1024, 3000, torch.float32, 0.5, device="cuda")
+    for call in (VARIANTS["cats"], dense_masked):
+        assert relative_error(call(*problem), expected(*problem)) < 1e-5
+
+
+def test_dependent_launch_waits_for_a_copy_and_for_another_stream():
+    """The first kernel may start early too: its predecessor here is a memory copy, then an event of another stream."""
+    x, *rest = case(1, 2048, 6000, torch.bfloat16, 0.5, device="cuda")
+    launch("cats", x, *rest)
+    source, other = x.clone(), torch.cuda.Stream()
+
+    def work() -> tuple[torch.Tensor, torch.Tensor]:
+        x.copy_(source)
+        first = launch("cats", x, *rest)
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            x.mul_(2.0)
+        torch.cuda.current_stream().wait_stream(other)
+        return first, launch("cats", x, *rest)
+
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = work()
+    for factor in (1.0, -3.0):
+        source.copy_(case(1, 2048, 6000, torch.bfloat16, 0.5, seed=7, device="cuda")[0] * factor)
+        graph.replay()
+        for y, scale in zip(outputs, (1.0, 2.0), strict=True):
+            assert relative_error(y, expected(source * scale, *rest)) < TOLERANCE[torch.bfloat16]
 
 
 def test_torch_compile_without_graph_break():
@@ -134,4 +175,4 @@ def test_memcheck(variant: str):
     for dtype in DTYPES:
         for rows, d, m in ((1, 64, 96), (1, 33, 37), (2, 72, 130), (3, 130, 50), (8, 1, 1)):
             problem = case(rows, d, m, dtype, 0.5, device="cuda")
-            assert relative_error(VARIANTS[variant](*problem), expected(*problem)) < TOLERANCE[dtype]
+            assert relative_error(launch(variant, *problem), expected(*problem)) < TOLERANCE[dtype]

@@ -7,6 +7,7 @@ Run: ``TRITON_INTERPRET=1 python -m pytest tests/test_triton_interpret.py``
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ pytest.importorskip("triton")
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
-    @pytest.mark.slow
     def test_kernels_in_the_interpreter():
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
         done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
@@ -25,7 +25,7 @@ else:
     import triton
     import triton.language as tl
     from cats_kernels import sparse_gated_mlp, triton_kernels, triton_mlp, triton_paper
-    from cats_kernels.triton_mlp import MAX_ROWS, VARIANTS, Config, launch
+    from cats_kernels.triton_mlp import MAX_ROWS, SPARSE_ROWS, TENSOR_CORES, VARIANTS, Config, dense_masked, launch
     from hypothesis import given, settings
     from hypothesis import strategies as st
 
@@ -49,7 +49,7 @@ else:
     def test_nothing_and_everything_dropped(variant: str, rows: int, sparsity: float):
         problem = case(rows, 32, 40, torch.float32, sparsity)
         check(variant, problem)
-        assert (VARIANTS[variant](*problem).abs().max() == 0) == (sparsity == 1)
+        assert (launch(variant, *problem).abs().max() == 0) == (sparsity == 1)
 
     @settings(max_examples=30, deadline=None, derandomize=True)
     @given(data=st.data())
@@ -61,13 +61,13 @@ else:
         config = Config(
             gate_tile=data.draw(st.sampled_from((2, 4, 8, 16))),
             gate_warps=4,
-            gate_tiles=data.draw(st.sampled_from((1, 4))),
-            gate_stages=1,
             tile=data.draw(st.sampled_from((1, 2, 8))),
             warps=4,
             programs=data.draw(st.integers(1, 4)),
             fused=data.draw(st.booleans()),
         )
+        if data.draw(st.booleans()):
+            config = replace(TENSOR_CORES, gate_tile=data.draw(st.sampled_from((16, 64))), columns=64, down_block=64)
         check("cats", case(rows, d, m, dtype, sparsity, activation, seed=data.draw(st.integers(0, 99))), config)
 
     @pytest.mark.parametrize(("rows", "d"), [(3, 1100), (1, 4100), (1, 8200)], ids=["chunks", "wide", "split"])
@@ -80,12 +80,12 @@ else:
         x, gate, up, down_t, _, activation = case(1, 16, 620, torch.float32, 0.0)
         gate[3:300] = 0
         gate[302:612] = 0
-        check("cats", (x, gate, up, down_t, 1e-4, activation), Config(16, 4, 1, 1, tile=2, warps=4, programs=2))
+        check("cats", (x, gate, up, down_t, 1e-4, activation), Config(16, 4, tile=2, warps=4, programs=2))
 
     def check_ties(variant: str) -> None:
         kept, dropped = tie_case()
-        assert (VARIANTS[variant](*kept) == 16384).all()
-        assert (VARIANTS[variant](*dropped) == 0).all()
+        assert (launch(variant, *kept) == 16384).all()
+        assert (launch(variant, *dropped) == 0).all()
 
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_ties_are_kept_and_the_next_float_drops_them(variant: str):
@@ -96,7 +96,7 @@ else:
     def test_non_finite_inputs_come_out_as_in_the_reference(variant: str, value: float):
         x, *rest = case(3, 24, 30, torch.float32, 0.5)
         x[0, 3] = value
-        y, reference = VARIANTS[variant](x, *rest), expected(x, *rest)
+        y, reference = launch(variant, x, *rest), expected(x, *rest)
         assert torch.equal(y.isnan(), reference.isnan())
         assert torch.equal(y.isinf(), reference.isinf())
         assert relative_error(y[1:], reference[1:]) < 1e-5
@@ -107,7 +107,7 @@ else:
         up[(v < rest[1]).any(0)] = float("inf")
         reference = expected(x, gate, up, *rest)
         for variant in VARIANTS:
-            y = VARIANTS[variant](x, gate, up, *rest)
+            y = launch(variant, x, gate, up, *rest)
             assert torch.equal(y.isfinite(), reference.isfinite())
 
     @pytest.mark.parametrize("variant", VARIANTS)
@@ -127,7 +127,7 @@ else:
     @pytest.mark.parametrize("variant", ["cats", "fused-mask"])
     def test_two_runs_agree_bit_for_bit(variant: str):
         problem = case(2, 64, 90, torch.float32, 0.5)
-        assert torch.equal(VARIANTS[variant](*problem), VARIANTS[variant](*problem))
+        assert torch.equal(launch(variant, *problem), launch(variant, *problem))
 
     def test_through_the_operator_with_leading_dimensions():
         x, *rest = case(6, 32, 40, torch.float32, 0.5)
@@ -138,7 +138,22 @@ else:
 
     def test_too_many_rows_are_refused():
         with pytest.raises(ValueError, match="9 rows; the Triton kernels take 1 to 8"):
-            VARIANTS["cats"](*case(9, 8, 8, torch.float32, 0.5))
+            launch("cats", *case(9, 8, 8, torch.float32, 0.5))
+
+    def test_more_rows_than_pay_take_dense_products(monkeypatch: pytest.MonkeyPatch):
+        problem = case(9, 24, 30, torch.float32, 0.5)
+        taken = []
+        monkeypatch.setattr(triton_mlp, "launch", lambda *_: taken.append("sparse"))
+        monkeypatch.setattr(triton_mlp, "dense_masked", lambda *_: taken.append("dense"))
+        for size, dtype in ((2, torch.bfloat16), (4, torch.float32)):
+            for rows in (SPARSE_ROWS[size], SPARSE_ROWS[size] + 1):
+                VARIANTS["cats"](torch.ones(rows, 24, dtype=dtype), *problem[1:])
+        assert taken == ["sparse", "dense"] * 2
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_the_dense_masked_path_agrees(activation: str):
+        problem = case(9, 24, 30, torch.float32, 0.5, activation)
+        assert relative_error(dense_masked(*problem), expected(*problem)) < 1e-5
 
     @triton.jit
     def strictly_above(v, threshold):

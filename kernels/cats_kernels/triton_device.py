@@ -1,10 +1,15 @@
-"""Device functions that the Triton kernels share: the gate activation, the mask rule, products with weight rows,
-and the even division of the active neurons among programs."""
+"""Device functions that the Triton kernels share: the gate activation, the mask rule, products with weight rows (by
+multiply-adds, or on tensor cores where DOT is set), and the even division of the active neurons among programs."""
 
 # mypy: disable-error-code=no-untyped-def
 
 import triton
 import triton.language as tl
+
+from .triton_launch import INTERPRETED
+
+UPCAST = tl.constexpr(INTERPRETED)
+"""The interpreter holds bfloat16 as integers, which its dot would multiply as such."""
 
 
 @triton.jit
@@ -54,15 +59,27 @@ def load_rows(w_ptr, row, live, first_column, D: tl.constexpr, BLOCK_D: tl.const
 def dot_rows(x, w):
     """x [BLOCK_ROWS, BLOCK_D] (float32) times w [TILE, BLOCK_D] transposed: float32 [BLOCK_ROWS, TILE].
 
-    Plain multiply-adds: with so few rows the tensor cores would wait for memory all the same, and float32 stays exact.
+    Plain multiply-adds: for one or two rows the tensor cores would wait for memory all the same, and float32 is exact.
     """
     return tl.sum(x[:, None, :] * w.to(tl.float32)[None, :, :], axis=2)
 
 
 @triton.jit
-def add_rows(sums, h, w):
-    """sums [BLOCK_ROWS, BLOCK_D] + h [BLOCK_ROWS, TILE] times w [TILE, BLOCK_D]."""
-    return sums + tl.sum(h[:, :, None] * w.to(tl.float32)[None, :, :], axis=1)
+def dot(a, b, sums):
+    """sums + a b on tensor cores. float32 goes in three TF32 products, each chunk added to sums in full float32."""
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
+    else:
+        return tl.dot(a, b, sums, input_precision="tf32x3")
+
+
+@triton.jit
+def add_rows(sums, h, w, DOT: tl.constexpr):
+    """sums [BLOCK_ROWS, BLOCK_D] + h [BLOCK_ROWS, TILE] (float32) times w [TILE, BLOCK_D]."""
+    if DOT:
+        return dot(h.to(w.dtype), w, sums)
+    else:
+        return sums + tl.sum(h[:, :, None] * w.to(tl.float32)[None, :, :], axis=1)
 
 
 @triton.jit
@@ -81,16 +98,32 @@ def project(
     BLOCK_ROWS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
     ALL_LIVE: tl.constexpr,
+    DOT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """x times the weight rows `row` transposed, for any D: float32 [BLOCK_ROWS, TILE]."""
-    sums = dot_rows(
-        load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D), load_rows(w_ptr, row, live, 0, D, BLOCK_D, ALL_LIVE)
-    )
-    for first_column in tl.static_range(BLOCK_D, D, BLOCK_D):
-        x = load_x(x_ptr, first_column, ROWS, BLOCK_ROWS, D, BLOCK_D)
-        sums += dot_rows(x, load_rows(w_ptr, row, live, first_column, D, BLOCK_D, ALL_LIVE))
-    return sums
+    """x times the weight rows `row` transposed, for any D: float32 [BLOCK_ROWS, TILE].
+
+    DOT: a pipeline of STAGES asynchronous copies feeds the tensor cores.
+    """
+    if DOT:
+        x_row = tl.arange(0, BLOCK_ROWS)[None, :]
+        z = tl.zeros([TILE, BLOCK_ROWS], tl.float32)
+        for first_column in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+            column = first_column + tl.arange(0, BLOCK_D)[:, None]
+            x_mask = (x_row < ROWS) & (column < D)
+            x = tl.load(x_ptr + x_row * D + column, mask=x_mask, other=0.0)
+            w = load_rows(w_ptr, row, live, first_column, D, BLOCK_D, ALL_LIVE)
+            z = dot(w, x, z)
+        return tl.trans(z)
+    else:
+        w = load_rows(w_ptr, row, live, 0, D, BLOCK_D, ALL_LIVE)
+        sums = dot_rows(load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D), w)
+        for first_column in tl.static_range(BLOCK_D, D, BLOCK_D):
+            x = load_x(x_ptr, first_column, ROWS, BLOCK_ROWS, D, BLOCK_D)
+            sums += dot_rows(x, load_rows(w_ptr, row, live, first_column, D, BLOCK_D, ALL_LIVE))
+        return sums
 
 
 @triton.jit

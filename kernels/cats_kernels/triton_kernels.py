@@ -27,7 +27,7 @@ def gate_kernel(
     x_ptr,
     gate_ptr,
     v_ptr,  # float32 (ROWS, m)
-    mark_ptr,  # int32: WORDS one word a tile | MASK one flag a neuron | ATOMIC the compacted indices; unused by PLAIN
+    mark_ptr,  # int32: WORDS one a WORD_ROWS neurons | MASK one flag a neuron | ATOMIC compacted indices | PLAIN unused
     count_ptr,  # int32 (1,), zeroed: ATOMIC only
     threshold,
     m,
@@ -38,40 +38,35 @@ def gate_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
-    STAGES: tl.constexpr,
+    WORD_ROWS: tl.constexpr,
     EVEN_M: tl.constexpr,
+    DOT: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """v = activation(x W_gate^T) for TILES tiles of TILE neurons, masked unless MARK is PLAIN, and the marks by which
-    the next kernel skips."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    if D <= BLOCK_D:
-        x = load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D)
+    """v = activation(x W_gate^T) for TILE neurons, masked unless MARK is PLAIN, and the marks by which the next kernel
+    skips. The next kernel may start only once this one has waited, so it needs no wait before it reads x."""
+    await_previous_kernel(PDL)
+    neuron = tl.program_id(0) * TILE + tl.arange(0, TILE)
     row = tl.arange(0, BLOCK_ROWS)[:, None]
-    first = tl.program_id(0) * TILES
-    for tile in tl.range(first, first + TILES, num_stages=STAGES):
-        neuron = tile * TILE + tl.arange(0, TILE)
-        live = neuron < m
-        if D <= BLOCK_D:
-            z = dot_rows(x, load_rows(gate_ptr, neuron, live, 0, D, BLOCK_D, EVEN_M))
-        else:
-            z = project(x_ptr, gate_ptr, neuron, live, ROWS, BLOCK_ROWS, D, BLOCK_D, EVEN_M)
-        v = activate(z, ACTIVATION)
-        keep = kept(v, threshold) & live[None, :] & (row < ROWS)
-        if MARK != "PLAIN":
-            v = tl.where(keep, v, 0.0)
-        tl.store(v_ptr + row * m + neuron[None, :], v, mask=live[None, :] & (row < ROWS))
-        active = tl.max(keep.to(tl.int32), 0)  # the union over the rows of x
-        if MARK == "WORDS":
-            bits = tl.sum(active << tl.arange(0, TILE), 0)
-            tl.store(mark_ptr + tile, bits | (tl.sum(active, 0) << 16), mask=tile * TILE < m)
-        elif MARK == "MASK":
-            tl.store(mark_ptr + neuron, active, mask=live)
-        elif MARK == "ATOMIC":
-            place = tl.atomic_add(count_ptr, tl.sum(active, 0)) + tl.cumsum(active, 0) - active
-            tl.store(mark_ptr + place, neuron, mask=active == 1)
+    live = neuron < m
+    z = project(x_ptr, gate_ptr, neuron, live, ROWS, BLOCK_ROWS, D, BLOCK_D, TILE, EVEN_M, DOT, STAGES)
+    v = activate(z, ACTIVATION)
+    keep = kept(v, threshold) & live[None, :] & (row < ROWS)
+    if MARK != "PLAIN":
+        v = tl.where(keep, v, 0.0)
+    tl.store(v_ptr + row * m + neuron[None, :], v, mask=live[None, :] & (row < ROWS))
+    active = tl.max(keep.to(tl.int32), 0)  # the union over the rows of x
+    if MARK == "WORDS":
+        flags = tl.reshape(active, [TILE // WORD_ROWS, WORD_ROWS])
+        bits = tl.sum(flags << tl.arange(0, WORD_ROWS)[None, :], 1)
+        word = tl.program_id(0) * (TILE // WORD_ROWS) + tl.arange(0, TILE // WORD_ROWS)
+        tl.store(mark_ptr + word, bits | (tl.sum(flags, 1) << 16), mask=word * WORD_ROWS < m)
+    elif MARK == "MASK":
+        tl.store(mark_ptr + neuron, active, mask=live)
+    elif MARK == "ATOMIC":
+        place = tl.atomic_add(count_ptr, tl.sum(active, 0)) + tl.cumsum(active, 0) - active
+        tl.store(mark_ptr + place, neuron, mask=active == 1)
 
 
 @triton.jit
@@ -113,7 +108,7 @@ def up_down_kernel(
         up = load_rows(up_ptr, neuron, live, 0, D, BLOCK_D, False)
         down = load_rows(down_ptr, neuron, live, 0, D, BLOCK_D, False)
         v = tl.load(v_ptr + row * m + neuron[None, :], mask=live[None, :] & (row < ROWS), other=0.0)
-        sums = add_rows(sums, gated(v, dot_rows(x, up)), down)
+        sums = add_rows(sums, gated(v, dot_rows(x, up)), down, False)
     partial = partial_ptr + tl.program_id(0) * (ROWS * D) + row * D + column
     tl.store(partial, sums, mask=(row < ROWS) & (column < D))
 
@@ -137,6 +132,8 @@ def up_kernel(
     WORD_ROWS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
+    DOT: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """h = v * (x W_up^T) at the active neurons, for shapes whose output overflows one program's registers."""
@@ -150,7 +147,7 @@ def up_kernel(
         mask = live[None, :] & (row < ROWS)
         neuron = tl.load(indices_ptr + place, mask=live, other=0)
         v = tl.load(v_ptr + row * m + neuron[None, :], mask=mask, other=0.0)
-        u = project(x_ptr, up_ptr, neuron, live, ROWS, BLOCK_ROWS, D, BLOCK_D, False)
+        u = project(x_ptr, up_ptr, neuron, live, ROWS, BLOCK_ROWS, D, BLOCK_D, TILE, False, DOT, STAGES)
         tl.store(h_ptr + row * m + place[None, :], gated(v, u), mask=mask)
 
 
@@ -168,6 +165,8 @@ def down_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
+    DOT: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Partial sums of h W_down over one split of the neurons and one block of columns."""
@@ -179,7 +178,7 @@ def down_kernel(
     row = tl.arange(0, BLOCK_ROWS)[:, None]
     first_column = tl.program_id(1) * BLOCK_D
     sums = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
-    for first in range(start, end, TILE):
+    for first in tl.range(start, end, TILE, num_stages=STAGES):
         place = first + tl.arange(0, TILE)
         live = place < end
         mark = tl.load(mark_ptr + place, mask=live, other=0)
@@ -189,7 +188,7 @@ def down_kernel(
         else:
             neuron = mark
         h = tl.load(h_ptr + row * m + place[None, :], mask=live[None, :] & (row < ROWS), other=0.0)
-        sums = add_rows(sums, h, load_rows(down_ptr, neuron, live, first_column, D, BLOCK_D, False))
+        sums = add_rows(sums, h, load_rows(down_ptr, neuron, live, first_column, D, BLOCK_D, False), DOT)
     column = first_column + tl.arange(0, BLOCK_D)[None, :]
     tl.store(partial_ptr + split * (ROWS * D) + row * D + column, sums, mask=(row < ROWS) & (column < D))
 
@@ -211,3 +210,14 @@ def reduce_kernel(
     mask = (part < parts) & (element < n)[None, :]
     y = tl.sum(tl.load(partial_ptr + part * n + element[None, :], mask=mask, other=0.0), axis=0)
     tl.store(y_ptr + element, y.to(y_ptr.dtype.element_ty), mask=element < n)
+
+
+@triton.jit
+def masked_product_kernel(z_ptr, u_ptr, h_ptr, threshold, n, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """h = v * u where v = activation(z) is kept, else 0: what lies between the products of the dense masked path."""
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < n
+    v = activate(tl.load(z_ptr + element, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+    u = tl.load(u_ptr + element, mask=mask, other=0.0).to(tl.float32)
+    h = gated(tl.where(kept(v, threshold), v, 0.0), u)
+    tl.store(h_ptr + element, h.to(h_ptr.dtype.element_ty), mask=mask)

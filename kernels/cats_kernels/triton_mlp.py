@@ -10,20 +10,28 @@ Algorithm 2 does, and are not. No launch depends on data, so a call can be captu
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .triton_kernels import gate_kernel, up_down_kernel, up_kernel
+from .triton_kernels import gate_kernel, masked_product_kernel, up_down_kernel, up_kernel
 from .triton_launch import Launch, Target, power_of_2, target_of
 from .triton_paper import plan_down, plan_paper, plan_reduce
 
 MAX_ROWS = 8
 """Rows of x that share each weight load; more rows belong on the dense path."""
+
+SPARSE_ROWS = {2: 2, 4: 8}
+"""Bytes of a weight -> most rows of x for which VARIANTS["cats"] takes the sparse kernels; above it, `dense_masked`.
+
+The mask is not known on the host, so rows and type decide. A neuron's rows are read if any row of x keeps it, so at
+50 % sparsity a batch of 4 reads 94 % of them and a batch of 8 all."""
 
 
 @dataclass(frozen=True)
@@ -32,36 +40,40 @@ class Config:
 
     gate_tile: int
     gate_warps: int
-    gate_tiles: int  # per program, and
-    gate_stages: int  # software pipelining depth over them
     tile: int  # of the up-and-down kernel (fused), or of the up kernel
     warps: int
-    programs: int  # per streaming multiprocessor
-    stages: int = 1  # software pipelining depth of the fused kernel
+    programs: int  # per streaming multiprocessor, of the kernels after the gate
+    stages: int = 1  # software pipelining depth: of the fused kernel, or of all with dot
     fused: bool = True  # up and down in one kernel; needs rows * d float32 sums in the registers of one program
+    dot: bool = False  # products on tensor cores, not fused; tiles of 16 rows a warp
+    columns: int = 128  # of x and W_gate or W_up in one stage, with dot
     down_block: int = 512  # columns, and
     down_tile: int = 16  # weight rows, of the separate down kernel
+    reduce_block: int = 32  # columns that a program of the reduction sums, if fused
     dependent: bool = True  # programmatic dependent launch, where the chip has it
 
 
+TENSOR_CORES = Config(
+    64, 4, tile=64, warps=4, programs=2, stages=4, fused=False, dot=True, down_block=256, down_tile=32
+)
 CONFIGS: dict[tuple[int, int], Config] = {
-    (2, 1): Config(8, 8, 1, 1, tile=4, warps=8, programs=2),
-    (2, 2): Config(8, 8, 1, 1, tile=4, warps=8, programs=1),
-    (2, 8): Config(8, 8, 1, 1, tile=8, warps=8, programs=4, fused=False),
-    (4, 1): Config(4, 8, 1, 1, tile=2, warps=8, programs=2),
-    (4, 2): Config(4, 8, 1, 1, tile=2, warps=8, programs=1),
-    (4, 8): Config(4, 8, 1, 1, tile=4, warps=8, programs=4, fused=False),
+    (2, 1): Config(4, 4, tile=4, warps=8, programs=2),
+    (2, 2): Config(8, 8, tile=2, warps=8, programs=1, stages=3),
+    (2, 8): TENSOR_CORES,
+    (4, 1): Config(4, 8, tile=2, warps=8, programs=1, stages=3),
+    (4, 2): Config(4, 8, tile=2, warps=8, programs=1),
+    (4, 8): replace(TENSOR_CORES, columns=64, down_block=128),
 }
 """(bytes of a weight, most rows of x) -> configuration, for widths from 1024 up."""
-NARROW = Config(8, 4, 1, 1, tile=8, warps=4, programs=4)
-"""For narrower weights: a row is less than one load of 8 warps."""
+NARROW = Config(8, 4, tile=8, warps=4, programs=4)
+"""For narrower weights and one or two rows: a weight row is less than one load of 8 warps."""
 MAX_FUSED_WIDTH = 8192  # columns of float32 sums that one program can keep in registers
 
 
 def choose_config(element_size: int, rows: int, d: int) -> Config:
     """The launch configuration for weights of element_size bytes, rows of x (1 to 8) and width d."""
     most = next(key for key in (1, 2, 8) if rows <= key)
-    config = CONFIGS[element_size, most] if d >= 1024 else NARROW
+    config = NARROW if d < 1024 and rows <= 2 else CONFIGS[element_size, most]
     return replace(config, fused=config.fused and most * power_of_2(d) <= MAX_FUSED_WIDTH)
 
 
@@ -81,35 +93,33 @@ def plan_cats(
     m = gate_weight.shape[0]
     config = config or choose_config(x.element_size(), rows, d)
     pdl = target.dependent_launch and config.dependent
-    shape: dict[str, Any] = {"ROWS": rows, "BLOCK_ROWS": power_of_2(rows), "D": d, "PDL": pdl}
+    block_rows = max(8, power_of_2(rows)) if config.dot else power_of_2(rows)  # a tensor core's tile has 8 columns
+    shape: dict[str, Any] = {"ROWS": rows, "BLOCK_ROWS": block_rows, "D": d, "PDL": pdl}
     block_d = power_of_2(d)
-    part_d = min(block_d, 4096 if rows <= 2 else 1024)  # columns at a time where the sums are only of products
-    words = triton.cdiv(m, config.gate_tile)
+    columns = config.columns if config.dot else 4096 if rows <= 2 else 1024  # at a time, summing products only
+    product = {"BLOCK_D": min(max(16, block_d), columns), "DOT": config.dot, "STAGES": config.stages}
+    word_rows = min(config.gate_tile, 16)
+    words = triton.cdiv(m, word_rows)
     programs = min(target.processors * config.programs, triton.cdiv(m, config.tile))
     v = torch.empty((rows, m), dtype=torch.float32, device=x.device)
     word, indices, count = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (words, m, 1))
     gate = Launch(
         gate_kernel,
-        (triton.cdiv(words, config.gate_tiles),),
+        (triton.cdiv(m, config.gate_tile),),
         dict(x_ptr=x, gate_ptr=gate_weight, v_ptr=v, mark_ptr=word, count_ptr=count, threshold=threshold, m=m),
         dict(
             shape,
-            BLOCK_D=part_d,
+            **product,
             TILE=config.gate_tile,
-            TILES=config.gate_tiles,
-            STAGES=config.gate_stages,
+            WORD_ROWS=word_rows,
             MARK="WORDS",
             ACTIVATION=activation,
-            EVEN_M=m % (config.gate_tile * config.gate_tiles) == 0,
+            EVEN_M=m % config.gate_tile == 0,
         ),
         warps=config.gate_warps,
+        dependent=pdl,
     )
-    listing = dict(
-        WORD_ROWS=config.gate_tile,
-        BLOCK_WORDS=max(32, power_of_2(words)),
-        CHUNK=256,
-        TILE=config.tile,
-    )
+    listing = dict(WORD_ROWS=word_rows, BLOCK_WORDS=max(32, power_of_2(words)), CHUNK=256, TILE=config.tile)
     if config.fused:
         sums = torch.empty((programs, rows, d), dtype=torch.float32, device=x.device)
         up_down = Launch(
@@ -130,7 +140,7 @@ def plan_cats(
             warps=config.warps,
             dependent=pdl,
         )
-        return [gate, up_down, plan_reduce(sums, y, pdl)]
+        return [gate, up_down, plan_reduce(sums, y, pdl, config.reduce_block)]
     h = torch.empty((rows, m), dtype=torch.float32, device=x.device)
     up = Launch(
         up_kernel,
@@ -146,7 +156,7 @@ def plan_cats(
             words=words,
             m=m,
         ),
-        dict(shape, **listing, BLOCK_D=part_d),
+        dict(shape, **listing, **product),
         warps=config.warps,
         dependent=pdl,
     )
@@ -161,6 +171,8 @@ def plan_cats(
         block_d=config.down_block,
         tile=config.down_tile,
         programs_per_processor=config.programs,
+        stages=2 * config.stages - 1 if config.dot else 1,  # two dependent loads: index, then row
+        dot=config.dot,
         dependent=pdl,
     )
     return [gate, up, *down]
@@ -213,17 +225,60 @@ def launch(
     if not 1 <= rows.shape[0] <= MAX_ROWS:
         raise ValueError(f"x has {rows.shape[0]} rows; the Triton kernels take 1 to {MAX_ROWS}.")
     arguments = (rows, gate_weight, up_weight, down_weight_t, threshold, activation, y, target_of(x.device))
-    if not x.is_cuda:
-        for step in plan(variant, *arguments, config=config):
-            step()
-        return y
-    with torch.cuda.device(x.device):
-        for step in plan(variant, *arguments, config=config):
-            step()
+    run(plan(variant, *arguments, config=config), x.device)
     return y
 
 
+def run(launches: list[Launch], device: torch.device) -> None:
+    """Enqueue launches on the current stream of a device, or interpret them on the CPU."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for step in launches:
+            step()
+
+
+def dense_masked(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight_t: Tensor,
+    threshold: float,
+    activation: str = "silu",
+) -> Tensor:
+    """The same function by three dense products of torch with one kernel between them, for any number of rows.
+
+    v is compared with the threshold after its product was rounded to x's dtype, as in the reference.
+    """
+    z, u = F.linear(x, gate_weight), F.linear(x, up_weight)
+    h = torch.empty_like(z)
+    launches = [
+        Launch(
+            masked_product_kernel,
+            (triton.cdiv(z.numel(), 256),),
+            dict(z_ptr=z, u_ptr=u, h_ptr=h, threshold=threshold, n=z.numel()),
+            dict(ACTIVATION=activation, BLOCK=256),
+            warps=4,
+        )
+    ]
+    run(launches, x.device)
+    return h @ down_weight_t
+
+
+def sparse_gated_mlp_triton(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight_t: Tensor,
+    threshold: float,
+    activation: str = "silu",
+) -> Tensor:
+    """Our kernels up to SPARSE_ROWS rows of x, the dense masked path above; arguments as in `launch`."""
+    arguments = (x, gate_weight, up_weight, down_weight_t, threshold, activation)
+    rows = x.numel() // x.shape[-1]
+    return launch("cats", *arguments) if rows <= SPARSE_ROWS[x.element_size()] else dense_masked(*arguments)
+
+
 VARIANTS: dict[str, Callable[..., Tensor]] = {
-    name: partial(launch, name) for name in ("gather", "fused-compact", "fused-mask", "cats")
+    **{name: partial(launch, name) for name in ("gather", "fused-compact", "fused-mask")},
+    "cats": sparse_gated_mlp_triton,
 }
 """The kernels of Figure 6 and ours ("cats"), by name."""

@@ -63,7 +63,7 @@ def gated_up_kernel(
     if tl.max(live.to(tl.int32), 0) == 1:
         row = tl.arange(0, BLOCK_ROWS)[:, None]
         mask = live[None, :] & (row < ROWS)
-        h = project(x_ptr, up_ptr, neuron, live, ROWS, BLOCK_ROWS, D, BLOCK_D, False)
+        h = project(x_ptr, up_ptr, neuron, live, ROWS, BLOCK_ROWS, D, BLOCK_D, TILE, False, False, 1)
         if FUSED:
             h = gated(tl.load(v_ptr + row * m + neuron[None, :], mask=mask, other=0.0), h)
         tl.store(h_ptr + row * m + place[None, :], h, mask=mask)
@@ -126,9 +126,10 @@ def plan_paper(
                 shape,
                 MARK={"gather": "PLAIN", "fused-compact": "ATOMIC", "fused-mask": "MASK"}[variant],
                 ACTIVATION=activation,
-                TILES=1,
-                STAGES=1,
+                WORD_ROWS=tile,
                 EVEN_M=m % tile == 0,
+                DOT=False,
+                STAGES=1,
                 PDL=False,
             ),
             warps=8,
@@ -163,12 +164,14 @@ def plan_down(
     block_d: int = 512,
     tile: int = 16,
     programs_per_processor: int = 4,
+    stages: int = 1,
+    dot: bool = False,
     dependent: bool = False,
 ) -> list[Launch]:
     """The down projection over the marked rows: partial sums over splits of the neurons, then one reduction into y."""
     rows, m = h.shape
     d = y.shape[-1]
-    block_d = min(power_of_2(d), block_d)
+    block_d = min(max(16, power_of_2(d)), block_d)
     blocks = triton.cdiv(d, block_d)
     splits = max(1, min(programs_per_processor * target.processors // blocks, triton.cdiv(m, tile)))
     partial = torch.empty((splits, rows, d), dtype=torch.float32, device=h.device)
@@ -176,17 +179,26 @@ def plan_down(
         down_kernel,
         (splits, blocks),
         dict(h_ptr=h, down_ptr=down_weight_t, mark_ptr=mark, count_ptr=count, partial_ptr=partial, m=m),
-        dict(BY_MASK=by_mask, ROWS=rows, BLOCK_ROWS=power_of_2(rows), D=d, BLOCK_D=block_d, TILE=tile, PDL=dependent),
+        dict(
+            BY_MASK=by_mask,
+            ROWS=rows,
+            BLOCK_ROWS=16 if dot else power_of_2(rows),  # a tensor core's tile has 16 rows
+            D=d,
+            BLOCK_D=block_d,
+            TILE=tile,
+            DOT=dot,
+            STAGES=stages,
+            PDL=dependent,
+        ),
         warps=4,
         dependent=dependent,
     )
-    return [down, plan_reduce(partial, y, dependent)]
+    return [down, plan_reduce(partial, y, dependent, block=128 if dot else 32)]
 
 
-def plan_reduce(partial: Tensor, y: Tensor, dependent: bool) -> Launch:
-    """The sum of partial (parts, rows, d) into y."""
+def plan_reduce(partial: Tensor, y: Tensor, dependent: bool, block: int = 32) -> Launch:
+    """The sum of partial (parts, rows, d) into y; a program sums a block of elements."""
     parts, n = partial.shape[0], y.numel()
-    block = 32
     return Launch(
         reduce_kernel,
         (triton.cdiv(n, block),),
