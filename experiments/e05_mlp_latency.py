@@ -1,0 +1,257 @@
+"""Figures 3 and 6: latency of one MLP block against sparsity: dense, ours, the paper's kernels, and two bounds.
+
+Random weights of the true shapes, scaled by 1/sqrt(fan_in); the threshold is the exact quantile of this input's
+activations. Every implementation is checked against a float64 reference and then timed in the same interleaved rounds
+with cold caches. Two bounds: the paper's "Optimal" (a dense MLP whose three matrices are all shrunk; no CATS kernel can
+reach it), and the bytes that must be read, (1 + 2 (1 - s)) / 3 of dense, at this machine's own read bandwidth.
+Cost: about two minutes for the pocket profile on two cores.
+
+    nox -s experiment -- e05
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from experiments.config import Config
+from experiments.results import Row, machine_name
+from experiments.timing import Timing, measure, read_bandwidth
+
+SHAPES = {
+    "Mistral-7B": (4096, 14336),
+    "Llama2-7B": (4096, 11008),
+    "Llama2-13B": (5120, 13824),
+    "small": (512, 1408),
+}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+COPIES = {"cpu": 1, "cuda": 3}  # of the weights, taken in turn; on a GPU one copy would leave a third of itself in L2
+CHUNK = 1024  # neurons at a time in float64, so that the reference needs little memory
+OPTIMAL = "optimal-all-three-shrunk"
+
+
+@dataclass(frozen=True)
+class LatencyRow(Row):
+    """Latency of one implementation; times in ms, bandwidths in GB/s (1e9). ``error`` says why it was not timed."""
+
+    table: ClassVar[str] = "e05_mlp_latency"
+    machine: str
+    shape: str
+    d: int
+    m: int
+    dtype: str
+    rows: int
+    threads: int | None
+    sparsity_target: float | None
+    sparsity: float | None
+    implementation: str
+    geomean_ms: float | None
+    p20_ms: float | None
+    p50_ms: float | None
+    p80_ms: float | None
+    rounds: int | None
+    bytes_moved: int | None
+    gb_per_s: float | None
+    bandwidth_gb_per_s: float | None
+    bound_ms: float | None
+    fraction_of_bound: float | None
+    error: str
+
+
+class Problem:
+    """One copy of the weights, an input, and the float64 truth about them."""
+
+    def __init__(self, d: int, m: int, rows: int, dtype: torch.dtype, device: str, seed: int) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(n: int, scale: float) -> Tensor:
+            return (torch.randn(n, d, generator=generator, device=device) * scale).to(dtype)
+
+        self.x = normal(rows, 1.0)
+        self.gate, self.up, self.down_t = normal(m, d**-0.5), normal(m, d**-0.5), normal(m, m**-0.5)
+        self.down = self.down_t.T.contiguous()  # as nn.Linear stores it
+        x = self.x.double()
+        parts = [(x @ g.double().T, x @ u.double().T) for g, u in zip(*map(_chunks, (self.gate, self.up)), strict=True)]
+        self.v = F.silu(torch.cat([gate for gate, _ in parts], 1))
+        self.up_projection = torch.cat([up for _, up in parts], 1)
+
+    def threshold(self, sparsity: float) -> float:
+        """In the middle of the gap between the two activations around the quantile; 0 keeps everything."""
+        if sparsity == 0:
+            return 0.0
+        ordered = self.v.abs().flatten().sort().values
+        k = min(max(round(sparsity * len(ordered)), 1), len(ordered) - 1)
+        # the widest of the gaps nearby (within 0.05 % at 7B shapes), so that float32 rounding cannot flip a neuron
+        near = ordered[max(0, k - 4) : k + 4]
+        widest = int(near.diff().argmax())
+        return float((near[widest] + near[widest + 1]) / 2)
+
+    def sparsity(self, threshold: float) -> float:
+        """Fraction of the activations below the threshold."""
+        return float((self.v.abs() < threshold).double().mean())
+
+    def active(self, threshold: float) -> int:
+        """Neurons that some row keeps: the rows of W_up and W_down that must be read."""
+        return int((self.v.abs() >= threshold).any(0).sum())
+
+    def arguments(self, threshold: float) -> tuple[Any, ...]:
+        """Those of every variant."""
+        return self.x, self.gate, self.up, self.down_t, threshold, "silu"
+
+    def dense(self, width: int | None = None) -> Callable[[], Tensor]:
+        """The dense MLP as transformers computes it, of the first ``width`` neurons."""
+        gate, up = self.gate[:width], self.up[:width]
+        down = self.down if width is None else self.down[:, :width].contiguous()
+        return lambda: F.linear(F.silu(F.linear(self.x, gate)) * F.linear(self.x, up), down)
+
+    def errors(self, outputs: dict[float, Tensor]) -> dict[float, float]:
+        """Scale-free error of the output at each threshold against the float64 reference."""
+        hidden = {t: torch.where(self.v.abs() < t, 0, self.v * self.up_projection) for t in outputs}
+        stacked = torch.cat(list(hidden.values()))
+        truth = sum(
+            part @ down.double() for part, down in zip(stacked.split(CHUNK, 1), _chunks(self.down_t), strict=True)
+        )
+        assert isinstance(truth, Tensor)
+        return {
+            t: float((y.double() - expected).norm() / expected.norm())
+            for (t, y), expected in zip(outputs.items(), truth.split(self.x.shape[0]), strict=True)
+        }
+
+
+def _chunks(weight: Tensor) -> Sequence[Tensor]:
+    return weight.split(CHUNK)
+
+
+def variants(device: str) -> dict[str, Callable[..., Tensor]]:
+    """The sparse implementations of a device by name: "cats" and the ablations."""
+    if torch.device(device).type == "cuda":
+        from cats_kernels.triton_mlp import VARIANTS
+
+        return dict(VARIANTS)
+    from cats_kernels.cpu_variants import VARIANTS
+
+    return dict(VARIANTS)
+
+
+def run(config: Config) -> Iterable[Row]:
+    """Rows of every shape, dtype and number of rows.
+
+    Options: shapes (names), rows (list), warmups, rounds; sparsities and ablations, each a table dtype -> list of
+    targets (ours and "Optimal", and the ablations).
+
+    Raises:
+        ValueError: an unknown shape or dtype, or an implementation that disagrees with the reference.
+    """
+    options = config.options
+    unknown = sorted(set(options["shapes"]) - set(SHAPES))
+    if unknown:
+        raise ValueError(f"e05 does not know the shapes {unknown}; allowed: {', '.join(SHAPES)}")
+    units = [(s, t, r) for t in options["sparsities"] for s in options["shapes"] for r in options["rows"]]
+    for shape, dtype, rows in config.progress(units, "MLP latency", total=len(units)):
+        compute = partial(time_shape, config, shape, dtype, rows)
+        yield from config.unit(f"{shape}/{dtype}/{rows}", compute, (LatencyRow,))
+
+
+@dataclass
+class Case:
+    """One thing to time: its calls (one a copy of the weights), or why there are none."""
+
+    implementation: str
+    target: float | None
+    sparsity: float | None
+    bytes_moved: int
+    calls: list[Callable[[], object]]
+    error: str = ""
+
+
+def time_shape(config: Config, shape: str, dtype_name: str, rows: int) -> list[Row]:
+    """Check, then time, everything at one shape, dtype and number of rows."""
+    d, m = SHAPES[shape]
+    dtype = getattr(torch, dtype_name, None)
+    if dtype not in TOLERANCE:
+        raise ValueError(f"e05 cannot time {dtype_name!r}; allowed: float32, float16, bfloat16")
+    kind = torch.device(config.device).type
+    options = config.options
+    with torch.inference_mode():
+        problems = [Problem(d, m, rows, dtype, config.device, config.seed + i) for i in range(COPIES[kind])]
+        cases = dense_cases(problems, options["sparsities"][dtype_name])
+        for name, implementation in variants(config.device).items():
+            if (kind, dtype, name) == ("cpu", torch.bfloat16, "gather"):
+                continue  # torch's own bfloat16 rounding of the mask is over the tolerance, and its product takes 1 s
+            targets = options["sparsities" if name == "cats" else "ablations"][dtype_name]
+            cases += sparse_cases(config, name, implementation, problems, targets)
+        calls: dict[str, Any] = {
+            str(i): case.calls if kind == "cuda" else case.calls[0] for i, case in enumerate(cases) if not case.error
+        }
+        reads = {} if kind == "cuda" else cpu_reads(problems[0])
+        timings = measure({**calls, **reads}, options["warmups"], options["rounds"], device=config.device)
+        bandwidth = read_bandwidth() if kind == "cuda" else cpu_bandwidth(problems[0], timings, reads)
+    threads = torch.get_num_threads() if kind == "cpu" else None
+    common = (machine_name(config.device), shape, d, m, dtype_name, rows, threads)
+    return [_row(common, case, timings.get(str(i)), bandwidth) for i, case in enumerate(cases)]
+
+
+def dense_cases(problems: list[Problem], targets: list[float]) -> list[Case]:
+    """The dense MLP, and the paper's "Optimal" at each target."""
+    gate = problems[0].gate
+    m, neuron = gate.shape[0], 3 * gate.shape[1] * gate.element_size()
+    cases = [Case("dense", 0.0, 0.0, m * neuron, [p.dense() for p in problems])]
+    for target in targets:
+        width = max(1, round(m * (1 - target)))
+        cases.append(Case(OPTIMAL, target, 1 - width / m, width * neuron, [p.dense(width) for p in problems]))
+    return cases
+
+
+def sparse_cases(
+    config: Config, name: str, implementation: Callable[..., Tensor], problems: list[Problem], targets: list[float]
+) -> list[Case]:
+    """One implementation at each target, after a check against the float64 reference."""
+    thresholds = [[problem.threshold(target) for problem in problems] for target in targets]
+    first = problems[0]
+    try:
+        outputs = {ts[0]: implementation(*first.arguments(ts[0])) for ts in thresholds}
+    except RuntimeError as error:  # it does not compile or fit here: that is a result, told in the table
+        return [Case(name, target, None, 0, [], " ".join(str(error).split())[:200]) for target in targets]
+    errors = first.errors(outputs)
+    worst, tolerance = max(errors.values()), TOLERANCE[first.gate.dtype]
+    if not worst <= tolerance:
+        raise ValueError(f"{name} is wrong by {worst:.1e} against the float64 reference; allowed: {tolerance:.0e}")
+    largest = config.notes.setdefault("largest_error", {})
+    dtype = str(first.gate.dtype).removeprefix("torch.")
+    largest[f"{name}, {dtype}"] = max(worst, largest.get(f"{name}, {dtype}", 0.0))
+    row = first.gate.shape[1] * first.gate.element_size()
+    cases = []
+    for target, ts in zip(targets, thresholds, strict=True):
+        moved = row * (first.gate.shape[0] + 2 * first.active(ts[0]))
+        calls: list[Callable[[], object]] = [
+            partial(implementation, *problem.arguments(t)) for problem, t in zip(problems, ts, strict=True)
+        ]
+        cases.append(Case(name, target, first.sparsity(ts[0]), moved, calls))
+    return cases
+
+
+def cpu_reads(problem: Problem) -> dict[str, Callable[[], object]]:
+    """Plain reads of W_gate: torch's sum, and our kernel with nothing kept, which was up to 30 % faster."""
+    from cats_kernels.cpu import sparse_gated_mlp_cpu
+
+    words = problem.gate.view(torch.float32)
+    return {"sum": words.sum, "gate": partial(sparse_gated_mlp_cpu, *problem.arguments(math.inf))}
+
+
+def cpu_bandwidth(problem: Problem, timings: dict[str, Timing], reads: Iterable[str]) -> float:
+    """Read bandwidth in GB/s: the best of the plain reads, timed in the same rounds as everything else."""
+    return problem.gate.nbytes / 1e6 / min(timings[name].p50_ms for name in reads)
+
+
+def _row(common: tuple[Any, ...], case: Case, timing: Timing | None, bandwidth: float) -> LatencyRow:
+    values: tuple[Any, ...] = (None,) * 10
+    if timing is not None:
+        bound, speed = case.bytes_moved / bandwidth / 1e6, case.bytes_moved / timing.geomean_ms / 1e6
+        times = (timing.geomean_ms, timing.p20_ms, timing.p50_ms, timing.p80_ms, timing.rounds)
+        values = (*times, case.bytes_moved, speed, bandwidth, bound, bound / timing.geomean_ms)
+    return LatencyRow(*(*common, case.target, case.sparsity, case.implementation, *values, case.error))
