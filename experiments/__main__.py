@@ -5,11 +5,14 @@ python -m experiments run e02 --model PATH_OR_HUB_ID             # one experimen
 """
 
 import argparse
+import errno
+import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from experiments.config import EXPERIMENTS, Config, load_profile, make_config, override
+from experiments.config import EXPERIMENTS, Config, RunError, load_profile, make_config, override
 
 
 def parser() -> argparse.ArgumentParser:
@@ -99,10 +102,11 @@ def reproduce(arguments: argparse.Namespace, profile: dict[str, Any]) -> int:
 
 def run(arguments: argparse.Namespace, profile: dict[str, Any]) -> int:
     """Run one experiment in this process; the exit status."""
-    from experiments.runner import is_main_process, run_experiment
+    from experiments.runner import is_main_process, locked, run_experiment
 
     config: Config = make_config(arguments.experiment, Path(arguments.profile).stem, profile, arguments.output)
-    paths = run_experiment(config, arguments.force)
+    with locked(arguments.output) if is_main_process() else nullcontext():
+        paths = run_experiment(config, arguments.force)
     if is_main_process():
         for path in paths:
             print(f"wrote {path}")
@@ -116,12 +120,16 @@ def main(words: list[str] | None = None) -> int:
     arguments = parser().parse_args(words)
     if arguments.output is None:
         arguments.output = Path("runs") / Path(arguments.profile).stem
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's kill ends a run as Ctrl-C does
     try:
         profile = profile_of(arguments)
         return reproduce(arguments, profile) if arguments.command == "reproduce" else run(arguments, profile)
-    except (ValueError, RuntimeError, OSError) as error:
-        if isinstance(error, RuntimeError) and "another run" not in str(error):
-            raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        kept = f"; what was finished is kept in {arguments.output}, the same command goes on from there" if full else ""
+        print(f"error: {error}{kept}", file=sys.stderr)
+        return 2
+    except (ValueError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -13,7 +13,6 @@ import torch
 from tqdm.auto import tqdm
 
 from cats.calibration import write_text_atomically
-from cats.models import DTYPES
 from experiments.results import Row, digest
 
 PROFILES = Path(__file__).parent / "profiles"
@@ -21,8 +20,13 @@ EXPERIMENTS = {
     path.stem.split("_")[0]: f"experiments.{path.stem}"
     for path in sorted(Path(__file__).parent.glob("e[0-9][0-9]_*.py"))
 }
+DTYPES = ("auto", "float32", "float16", "bfloat16")  # not cats.models.DTYPES: importing it costs seconds
 _KEYS = {"description", "models", "device", "dtype", "seed", "data", *EXPERIMENTS}
 T = TypeVar("T")
+
+
+class RunError(RuntimeError):
+    """A run cannot go on for a reason that its one sentence tells: no traceback is needed."""
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Config:
         data: where text comes from (see `experiments.data`).
         options: the profile's table of this experiment.
         notes: what the experiment adds to its provenance, such as hashes of models and data.
+        reduced: options that `halve_batches` has lowered, with the values that the profile gave.
     """
 
     experiment: str
@@ -52,10 +57,27 @@ class Config:
     data: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    reduced: dict[str, int] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """Everything that changes the numbers; a change of it makes stored results stale."""
-        return {key: value for key, value in asdict(self).items() if key not in ("output", "notes")}
+        settings = {key: value for key, value in asdict(self).items() if key not in ("output", "notes", "reduced")}
+        return {**settings, "options": {**self.options, **self.reduced}}
+
+    def halve_batches(self) -> dict[str, int]:
+        """Halve the options that set how much is computed at once, after memory has run out; results do not depend on
+        them beyond rounding, so stored units stay valid.
+
+        Returns:
+            The lowered options, which are also noted in the provenance; empty when nothing can be lowered.
+        """
+        large = {key: self.options[key] for key in ("batch_size", "micro_batch_size") if self.options.get(key, 1) > 1}
+        lowered = {key: value // 2 for key, value in large.items()}
+        self.reduced = {**large, **self.reduced}
+        self.options.update(lowered)
+        if lowered:
+            self.notes["lowered_for_memory"] = {key: self.options[key] for key in self.reduced}
+        return lowered
 
     def _state(self) -> Path:
         return self.output / "state" / self.experiment
@@ -161,13 +183,16 @@ def make_config(experiment: str, name: str, profile: dict[str, Any], output: Pat
     """
     if experiment not in EXPERIMENTS:
         raise ValueError(f"unknown experiment {experiment!r}: allowed are {', '.join(EXPERIMENTS)}")
+    if experiment not in profile:
+        raise ValueError(f"profile {name} has no table [{experiment}] with the options of this experiment")
     options = dict(profile.get(experiment, {}))
     common = {key: options.pop(key, profile.get(key)) for key in ("models", "device", "dtype", "seed", "data")}
     given = {key: value for key, value in common.items() if value is not None}
     config = Config(experiment, name, output, options=options, **given)
+    config.data = {"source": "hub" if "path" in config.data else "pocket", **config.data}
     config.device = resolve_device(config.device)
-    if config.dtype != "auto" and config.dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {config.dtype!r}: allowed are auto, {', '.join(DTYPES)}")
+    if config.dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {config.dtype!r}: allowed are {', '.join(DTYPES)}")
     if not config.models or not all(isinstance(model, str) for model in config.models):
         raise ValueError("models must be a non-empty list of names")
     return config

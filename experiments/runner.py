@@ -4,22 +4,27 @@ A process an experiment keeps one experiment's crash, memory or CUDA error from 
 because nothing runs beside them. With several GPUs the same command is started through accelerate's launcher.
 """
 
+import gc
 import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
-from experiments.config import EXPERIMENTS, Config
+from experiments.config import EXPERIMENTS, Config, RunError
 from experiments.results import Row, git_state, hardware, now, read_provenance, versions, write_provenance, write_tables
 
+_LOCK_HELD = "CATS_LOCK_HELD_FOR"  # tells the children that the run directory is already held for them
 DISTRIBUTED = ("e02", "e03", "e04", "e07")  # experiments that spread over processes; the timed ones must not
 
 
@@ -30,16 +35,21 @@ def is_main_process() -> bool:
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Hold the run directory for this process. Raises RuntimeError when another run holds it."""
+    """Hold the run directory for this process and its children. Raises RunError when another run holds it."""
+    if os.environ.get(_LOCK_HELD) == str(output.resolve()):
+        yield
+        return
     output.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise RuntimeError(f"another run is writing to {output}: wait for it, or choose another --output") from error
+        raise RunError(f"another run is writing to {output}: wait for it, or choose another --output") from error
+    os.environ[_LOCK_HELD] = str(output.resolve())
     try:
         yield
     finally:
+        os.environ.pop(_LOCK_HELD, None)
         lock.release()
 
 
@@ -57,7 +67,7 @@ def run_experiment(config: Config, force: bool = False) -> list[Path]:
         return []
     started, begin = now(), time.monotonic()
     module = importlib.import_module(EXPERIMENTS[config.experiment])
-    rows: list[Row] = list(module.run(config))
+    rows = _run_within_memory(module, config)
     if not is_main_process():
         return []
     paths = write_tables(rows, config.output / "results")
@@ -75,6 +85,29 @@ def run_experiment(config: Config, force: bool = False) -> list[Path]:
     write_provenance(config.output, config.experiment, entry)
     config.clear_state()
     return paths
+
+
+def _run_within_memory(module: ModuleType, config: Config) -> list[Row]:
+    """The experiment's rows; when the GPU's memory runs out, again with smaller batches (finished units are kept).
+
+    Raises:
+        RunError: the batches cannot be smaller, or several processes would have to agree on it.
+    """
+    while True:
+        try:
+            return list(module.run(config))
+        except torch.OutOfMemoryError as error:
+            reason = str(error).split("\n")[0]
+            lowered = config.halve_batches() if int(os.environ.get("WORLD_SIZE", "1")) == 1 else {}
+            if not lowered:
+                advice = "choose a smaller model or dtype, or lower its batches with --set"
+                needs = f"{config.experiment} needs more memory than the GPU has"
+                raise RunError(f"{needs} ({reason}): {advice}") from error
+        words = " and ".join(f"{key} = {value}" for key, value in lowered.items())
+        print(f"{config.experiment}: out of GPU memory ({reason}); trying again with {words}", file=sys.stderr)
+        gc.collect()  # outside of the except clause, whose traceback keeps the failed attempt's tensors alive
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def is_done(config: Config) -> bool:
@@ -143,6 +176,17 @@ def _run_child(command: Sequence[str], log: Path) -> int:
                 sys.stdout.buffer.write(chunk)
                 sys.stdout.buffer.flush()
             return child.wait()
-        except KeyboardInterrupt:
-            child.wait()  # Ctrl-C reaches the child too; its finished units are stored
+        except BaseException:
+            _stop(child)
             raise
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """End a child: Ctrl-C in a terminal has reached it too, but a signal to this process alone has not."""
+    for patience, then in ((3, signal.SIGINT), (20, signal.SIGKILL)):
+        try:
+            child.communicate(timeout=patience)  # reads on, so that it cannot hang in its last words
+            return
+        except subprocess.TimeoutExpired:
+            child.send_signal(then)
+    child.wait()

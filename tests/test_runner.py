@@ -1,0 +1,452 @@
+"""The experiment framework: resuming, locking, failing, overriding, and what it leaves behind.
+
+Most tests run it in this process over toy experiments. Those about processes and signals run a copy of the framework,
+with toy experiments, in a folder of its own (whose name has a space).
+"""
+
+import csv
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+
+from experiments import config as config_module
+from experiments.__main__ import main
+from experiments.config import Config, load_profile, make_config, override
+from experiments.results import Row, read_provenance, write_tables
+from experiments.runner import is_done, locked, run_experiment
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Measured(Row):
+    table: ClassVar[str] = "e90_measured"
+    name: str
+    value: float | None
+    count: int
+
+
+@pytest.fixture(autouse=True)
+def _sigterm() -> Iterable[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Register a function as experiment e90: ``toy(function)``."""
+
+    def register(run: Callable[[Config], Iterable[Row]]) -> None:
+        monkeypatch.setitem(config_module.EXPERIMENTS, "e90", "toy_e90")
+        monkeypatch.setattr(config_module, "_KEYS", {*config_module._KEYS, "e90"})
+        monkeypatch.setitem(sys.modules, "toy_e90", SimpleNamespace(run=run))
+
+    return register
+
+
+def config_in(folder: Path, **options) -> Config:
+    return Config("e90", "toy", folder, options=options)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+# Units and results
+
+
+def test_unit_runs_once_and_again_when_settings_change(tmp_path: Path) -> None:
+    done: list[int] = []
+
+    def compute() -> list[Row]:
+        done.append(1)
+        return [Measured("a", None, 3), Measured("b", 0.1 + 0.2, 4)]
+
+    first = config_in(tmp_path, limit=1).unit("model/cats-50", compute, (Measured,))
+    assert config_in(tmp_path, limit=1).unit("model/cats-50", compute, (Measured,)) == first and len(done) == 1
+    assert first[1] == Measured("b", 0.30000000000000004, 4)
+    config_in(tmp_path, limit=2).unit("model/cats-50", compute, (Measured,))
+    config_in(tmp_path, limit=2).unit("model/cats 50", compute, (Measured,))  # another key with the same slug
+    assert len(done) == 3
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"settings": 1}', '{"settings": "SAME", "rows": [["gone", {}]]}'])
+def test_a_damaged_unit_is_measured_again(tmp_path: Path, damage: str) -> None:
+    config = config_in(tmp_path)
+    expected = config.unit("one", lambda: [Measured("a", 1.0, 1)], (Measured,))
+    (stored,) = (tmp_path / "state" / "e90").glob("*.json")
+    stamp = json.loads(stored.read_text())["settings"]
+    stored.write_text(damage.replace("SAME", stamp))
+    assert config.unit("one", lambda: [Measured("a", 1.0, 1)], (Measured,)) == expected
+
+
+def test_an_interrupted_experiment_goes_on(tmp_path: Path, toy: Callable) -> None:
+    measured: list[str] = []
+
+    def measure(name: str) -> list[Row]:
+        measured.append(name)
+        if measured == ["a", "b"]:
+            raise KeyboardInterrupt
+        return [Measured(name, 1.0, 1)]
+
+    def run(config: Config) -> Iterable[Row]:
+        for name in ("a", "b", "c"):
+            yield from config.unit(name, lambda name=name: measure(name), [Measured])
+
+    toy(run)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(config_in(tmp_path))
+    assert not (tmp_path / "results").exists()
+    (path,) = run_experiment(config_in(tmp_path))
+    assert [row["name"] for row in rows_of(path)] == ["a", "b", "c"]
+    assert measured == ["a", "b", "b", "c"]  # "a" once
+    assert not (tmp_path / "state" / "e90").exists() and is_done(config_in(tmp_path))
+    assert run_experiment(config_in(tmp_path)) == []
+    assert run_experiment(config_in(tmp_path), force=True) == [path] and measured[4:] == ["a", "b", "c"]
+    path.unlink()
+    assert not is_done(config_in(tmp_path))
+    assert not is_done(config_in(tmp_path, limit=2))
+
+
+def test_csv_cells(tmp_path: Path) -> None:
+    rows: list[Row] = [Measured('with "quotes", and comma', None, 0), Measured("nan", float("nan"), 2)]
+    (path,) = write_tables([*rows, Measured("third", 1 / 3, 10**12)], tmp_path)
+    assert path.name == "e90_measured.csv"
+    assert path.read_text() == (
+        'name,value,count\n"with ""quotes"", and comma",,0\nnan,,2\nthird,0.3333333,1000000000000\n'
+    )
+    with pytest.raises(ValueError, match="produced no rows"):
+        write_tables([], tmp_path)
+
+
+def test_a_table_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tables([Measured("old", 1.0, 1)], tmp_path)
+    before = (tmp_path / "e90_measured.csv").read_text()
+
+    def full(*_arguments) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_tables([Measured("new", 2.0, 2)], tmp_path)
+    assert (tmp_path / "e90_measured.csv").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["e90_measured.csv"]  # and no temporary file stays
+
+
+def test_provenance_says_where_numbers_come_from(tmp_path: Path, toy: Callable) -> None:
+    def run(config: Config) -> Iterable[Row]:
+        config.notes["data_hash"] = "abc"
+        return [Measured("a", 1.0, 1)]
+
+    toy(run)
+    run_experiment(config_in(tmp_path, limit=7))
+    entry = json.loads((tmp_path / "provenance.json").read_text())["experiments"]["e90"]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert entry["commit"] == (commit or None) and entry["dirty"] in (True, False, None)
+    assert entry["settings"]["options"] == {"limit": 7} and entry["settings"]["seed"] == 0
+    assert entry["versions"]["torch"] == torch.__version__ and entry["versions"]["python"].startswith("3.")
+    assert entry["hardware"]["cores"] >= 1 and entry["hardware"]["gpus"] == [
+        torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
+    ]
+    assert entry["data_hash"] == "abc" and entry["tables"] == ["e90_measured.csv"] and entry["seconds"] >= 0
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"experiments": []}', "{}"])
+def test_broken_provenance_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "provenance.json").write_text(content)
+    with pytest.raises(ValueError, match=r"provenance\.json is broken"):
+        read_provenance(tmp_path)
+
+
+def test_when_gpu_memory_runs_out_batches_are_halved_and_it_is_said(tmp_path: Path, toy: Callable, capsys) -> None:
+    tried: list[int] = []
+
+    def run(config: Config) -> Iterable[Row]:
+        yield from config.unit("small", lambda: [Measured("small", 1.0, 1)], [Measured])
+        tried.append(config.options["batch_size"])
+        if tried[-1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        yield Measured("large", 2.0, 2)
+
+    toy(run)
+    config = config_in(tmp_path, batch_size=16, train_batch_size=8)
+    settings = config.settings()
+    (path,) = run_experiment(config)
+    assert tried == [16, 8, 4] and len(rows_of(path)) == 2
+    said = capsys.readouterr().err
+    assert "out of GPU memory" in said and "batch_size = 8" in said and "batch_size = 4" in said
+    entry = read_provenance(tmp_path)["experiments"]["e90"]
+    assert entry["lowered_for_memory"] == {"batch_size": 4} and entry["settings"] == settings
+    assert is_done(config_in(tmp_path, batch_size=16, train_batch_size=8))
+
+
+def test_memory_that_is_too_small_for_one_is_one_sentence(tmp_path: Path, toy: Callable, capsys) -> None:
+    def run(config: Config) -> Iterable[Row]:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    toy(run)
+    profile = tmp_path / "small.toml"
+    profile.write_text("[e90]\nbatch_size = 2\n")
+    output = tmp_path / "out"
+    assert main(["run", "e90", "--profile", str(profile), "--output", str(output), "--device", "cpu"]) == 2
+    assert "error: e90 needs more memory than the GPU has" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path, toy: Callable, capsys) -> None:
+    """Files of this process are limited to 4 kB while the second unit is written, so that the write itself fails."""
+    measured: list[str] = []
+
+    def measure(name: str, size: int) -> list[Row]:
+        measured.append(name)
+        return [Measured(name * 50, 1.0, 1)] * size
+
+    def run(config: Config) -> Iterable[Row]:
+        for name, size in (("a", 1), ("b", 200)):
+            yield from config.unit(name, lambda name=name, size=size: measure(name, size), [Measured])
+
+    toy(run)
+    profile = tmp_path / "small.toml"
+    profile.write_text("[e90]\n")
+    words = ["run", "e90", "--profile", str(profile), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        assert main(words) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert "error: [Errno" in said and "what was finished is kept" in said
+    assert main(words) == 0
+    assert measured == ["a", "b", "b"]
+    assert not list((tmp_path / "out").rglob(".*json*"))
+
+
+# Locks, names and options
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path: Path, toy: Callable, capsys, monkeypatch) -> None:
+    toy(lambda config: [Measured("a", 1.0, 1)])
+    profile = tmp_path / "small.toml"
+    profile.write_text("[e90]\n")
+    output = tmp_path / "out"
+    words = ["run", "e90", "--profile", str(profile), "--output", str(output), "--device", "cpu"]
+    with locked(output):
+        monkeypatch.delenv("CATS_LOCK_HELD_FOR")  # as in a process that this one did not start
+        assert main(words) == 2
+        assert f"another run is writing to {output}" in capsys.readouterr().err
+        monkeypatch.setenv("CATS_LOCK_HELD_FOR", str(output.resolve()))
+        assert main(words) == 0  # a child of the run that holds it
+    assert main(words) == 0
+
+
+BAD = {
+    "profile": (["run", "e01", "--profile", "laptp"], "no profile 'laptp': allowed are "),
+    "device": (["run", "e01", "--device", "tpu"], "unknown device 'tpu': allowed are auto, cpu, cuda, cuda:N"),
+    "dtype": (["run", "e01", "--dtype", "int4"], "unknown dtype 'int4': allowed are auto, float32"),
+    "set without =": (["run", "e01", "--set", "e01.bins"], "must look like e02.limit=50"),
+    "set of an unknown table": (["run", "e01", "--set", "e99.bins=3"], "must look like e02.limit=50"),
+    "set below a value": (["run", "e01", "--set", "e01.bins.x=3"], "bins is not a table"),
+    "nothing left": (["reproduce", "--only", "e01", "--skip", "e01"], "nothing to run"),
+    "empty models": (["run", "e01", "--set", "models=[]"], "models must be a non-empty list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence(case: str, tmp_path: Path, capsys) -> None:
+    words, expected = BAD[case]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and expected in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_experiments_are_refused_with_the_known_ones(tmp_path: Path, capsys) -> None:
+    for words in (["run", "e99"], ["reproduce", "--only", "e99"], ["reproduce", "--skip", "e99"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*words, "--output", str(tmp_path)])
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and "e99" in said and "e01" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("models = [", "is not valid TOML"), ("modles = []", "unknown keys modles"), ("[e01]\n", "no table [e90]")],
+)
+def test_a_profile_of_ones_own_is_checked(content: str, expected: str, tmp_path: Path, toy: Callable, capsys) -> None:
+    toy(lambda config: [])
+    profile = tmp_path / "own.toml"
+    profile.write_text(content)
+    assert main(["run", "e90", "--profile", str(profile), "--output", str(tmp_path)]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_overrides_are_typed_and_reach_the_experiment(tmp_path: Path) -> None:
+    profile = load_profile("pocket")
+    for assignment in ("e01.bins=7", "e01.targets=[0.25]", "data.path=a/b", "e01.note = a word", "e01.models=['x']"):
+        override(profile, assignment)
+    made = make_config("e01", "pocket", profile, tmp_path)
+    assert made.options["bins"] == 7 and made.options["targets"] == [0.25] and made.options["note"] == "a word"
+    assert made.models == ["x"] and made.data["path"] == "a/b"
+    assert make_config("e01", "pocket", load_profile("pocket"), tmp_path).models == ["pocket"]
+
+
+# Processes: a copy of the framework with toy experiments
+
+TOY = '''
+"""Toy {number}: {purpose}."""
+import os, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+from experiments.results import Row
+
+@dataclass(frozen=True)
+class Line(Row):
+    table: ClassVar[str] = "e0{number}_line"
+    name: str
+
+def unit(config, name):
+    with open(config.options["journal"], "a") as file:
+        file.write(f"e0{number} {{name}}\\n")
+    return [Line(name)]
+
+def run(config):
+    for name in ("a", "b", "c"):
+        yield from config.unit(name, lambda: unit(config, name), [Line])
+        {action}
+'''
+ACTIONS = {
+    1: ("works", "pass"),
+    2: ("fails", 'raise RuntimeError("the flux is broken")'),
+    3: ("waits where it is told to", '''
+        waiting = Path(config.options["journal"] + ".wait")
+        while waiting.exists() and name == "b":
+            print("waiting", flush=True)
+            time.sleep(0.05)'''),
+}  # fmt: skip
+REPORT = '''
+from pathlib import Path
+def main(words):
+    (Path(words[0]) / "report.md").write_text("report")
+    return 0
+'''
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source tree with the real framework, toy experiments e01 to e03 and a toy report."""
+    root = tmp_path_factory.mktemp("source") / "a source tree"
+    (root / "experiments" / "profiles").mkdir(parents=True)
+    (root / "reports").mkdir()
+    for name in ("__init__", "__main__", "config", "results", "runner"):
+        shutil.copy(ROOT / "experiments" / f"{name}.py", root / "experiments")
+    for number, (purpose, action) in ACTIONS.items():
+        text = TOY.format(number=number, purpose=purpose, action=action)
+        (root / "experiments" / f"e0{number}_toy.py").write_text(text.lstrip())
+    (root / "reports" / "__init__.py").write_text("")
+    (root / "reports" / "__main__.py").write_text(textwrap.dedent(REPORT))
+    return root
+
+
+def profile_in(folder: Path) -> Path:
+    path = folder / "toy.toml"
+    tables = "".join(f"[e0{n}]\njournal = '{folder / 'journal'}'\n" for n in ACTIONS)
+    path.write_text(f"device = 'cpu'\n{tables}")
+    return path
+
+
+def start(tree: Path, folder: Path, *words: str, before: Sequence[str] = (), **options) -> subprocess.Popen[str]:
+    command = [*before, sys.executable, "-m", "experiments", words[0], "--profile", str(profile_in(folder))]
+    output = ["--output", str(folder / "an output")]
+    return subprocess.Popen(
+        [*command, *output, *words[1:]], cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def wait_for_journal(folder: Path, line: str, process: subprocess.Popen[str]) -> None:
+    for _ in range(600):
+        if (folder / "journal").exists() and line in (folder / "journal").read_text().splitlines():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError(f"{line} did not come")
+
+
+@pytest.mark.skipif(os.getuid() == 0 and not shutil.which("setpriv"), reason="root may write everywhere")
+def test_a_failed_experiment_fails_the_run_after_the_others(tree: Path, tmp_path: Path) -> None:
+    """In a source tree that cannot be written to, with spaces in its path and in the output's."""
+    # root may write everywhere, unless it gives that up
+    powerless = ["setpriv", "--bounding-set=-dac_override"] if os.getuid() == 0 else []
+    for path in [tree, *tree.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    process = start(tree, tmp_path, "reproduce", before=powerless)
+    out, err = process.communicate(timeout=120)
+    output = tmp_path / "an output"
+    log = output / "logs" / "e02.log"
+    assert process.returncode == 1, err
+    assert "e02 failed with exit status 1 after" in err and f"its log is {log}" in err
+    assert "RuntimeError: the flux is broken" in log.read_text() and "[2/3] e02 Toy 2: fails." in out
+    assert sorted(path.name for path in (output / "results").iterdir()) == ["e01_line.csv", "e03_line.csv"]
+    assert (output / "report.md").exists()
+    assert not list(tree.rglob("__pycache__"))
+    journal = (tmp_path / "journal").read_text().split("\n")[:-1]
+    assert journal == ["e01 a", "e01 b", "e01 c", "e02 a", "e03 a", "e03 b", "e03 c"]
+    # a second time only what failed, from where it was; --skip leaves it out and the run succeeds
+    process = start(tree, tmp_path, "reproduce", "--skip", "e02", before=powerless)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "e01 is done already" in out, err
+    assert (tmp_path / "journal").read_text().split("\n")[:-1] == journal
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "kill -9"])
+def test_a_run_stopped_anywhere_goes_on(how: str, tree: Path, tmp_path: Path) -> None:
+    wait = tmp_path / "journal.wait"
+    wait.touch()
+    process = start(tree, tmp_path, "reproduce", "--only", "e03", start_new_session=True)
+    wait_for_journal(tmp_path, "e03 b", process)
+    if how == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal({"SIGTERM": signal.SIGTERM, "kill -9": signal.SIGKILL}[how])
+    _, err = process.communicate(timeout=60)
+    if how == "kill -9":
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130 and "what was finished is kept" in err and "Traceback" not in err
+    for _ in range(100):  # nothing goes on in the background
+        if not _group_is_alive(process.pid):
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("the child is still running")
+    wait.unlink()
+    process = start(tree, tmp_path, "run", "e03")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert (tmp_path / "journal").read_text().split("\n")[:-1] == ["e03 a", "e03 b", "e03 c"]
+    assert [row["name"] for row in rows_of(tmp_path / "an output" / "results" / "e03_line.csv")] == ["a", "b", "c"]
+
+
+def _group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
