@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cats_kernels import MAX_ROWS
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import (
@@ -29,7 +30,8 @@ from transformers import (
 LOOPS = ("eager", "compiled")
 WARM_TOKENS = 6
 """New tokens of a warm-up: prefill, then steps to compile, to warm the graph's memory, to record and to replay."""
-WARM_PROMPT = 16
+WARM_PROMPT = MAX_ROWS + 1
+"""Prompt tokens of a warm-up: the fewest that take the dense masked path, as every longer prompt does."""
 ATTEMPTS = 3
 
 

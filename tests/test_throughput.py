@@ -1,0 +1,335 @@
+"""e06: the timed loops decode what they should, time what they should, and its tables say what was measured."""
+
+import math
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import CompileConfig, GenerationConfig
+
+import cats
+from experiments import amdahl, decoding
+from experiments import e06_throughput as e06
+from experiments.config import Config
+from experiments.decoding import Decoder, make_greedy
+from reports.load import TABLES
+from reports.stats import generation_speedups
+
+from .conftest import tiny_model
+
+PROMPT, NEW, LAYERS = 10, 12, 3
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(0, 64, (1, PROMPT), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    made = tiny_model("Mistral", num_hidden_layers=LAYERS)
+    make_greedy(made, PROMPT + NEW)
+    return made
+
+
+@pytest.fixture
+def dynamo_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled loop without inductor: graphs are captured and guarded as ever, then run by Python."""
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True
+    monkeypatch.setattr(decoding, "_compile_config", lambda device: config)
+
+
+def greedy(model: nn.Module, ids: Tensor, new: int) -> Tensor:
+    """Greedy decoding in its plainest form: no cache, no generate."""
+    with torch.no_grad():
+        for _ in range(new):
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize(("loop", "batch"), [("eager", 1), ("eager", 3), ("compiled", 1)])
+def test_both_loops_decode_greedily(loop: str, batch: int, model: nn.Module, dynamo_only: None) -> None:
+    ids = torch.randint(0, 64, (batch, PROMPT), generator=torch.Generator().manual_seed(batch))
+    thresholds = cats.calibrate(model, [torch.arange(64)[None]], [0.0, 0.5])
+    dense = greedy(model, ids, NEW)
+    decoder = Decoder(model, loop, PROMPT + NEW)
+    for _ in range(2):
+        assert torch.equal(decoder.generate(ids, NEW).tokens, dense)
+        cats.apply(model, thresholds[0.0])
+        assert torch.equal(decoder.generate(ids, NEW).tokens, dense)  # nothing is dropped at sparsity 0
+        cats.apply(model, thresholds[0.5], kernel="reference")
+        masked = greedy(model, ids, NEW)
+        cats.apply(model, thresholds[0.5], kernel="auto")
+        assert torch.equal(decoder.generate(ids, NEW).tokens, masked)
+        assert not torch.equal(masked, dense)
+        cats.remove(model)
+
+
+def test_what_was_compiled_outlives_switching(model: nn.Module, ids: Tensor, dynamo_only: None) -> None:
+    """One graph each for dense and CATS although every layer has a threshold of its own; no other after that."""
+    thresholds = cats.Thresholds(0.5, {name: 0.2 + 0.01 * i for i, name in enumerate(cats.gated_mlps(model))})
+    decoder = Decoder(model, "compiled", PROMPT + NEW)
+    start = decoding.compilations()
+    decoder.warm_up(ids)
+    assert decoding.compilations() == start + 1
+    cats.apply(model, thresholds)
+    decoder.warm_up(ids)
+    assert decoding.compilations() == start + 2
+    for _ in range(3):
+        cats.remove(model)
+        decoder.timed(ids, [NEW])
+        cats.apply(model, thresholds)
+        decoder.timed(ids, [NEW])
+    assert decoding.compilations() == start + 2
+
+
+def test_a_generation_that_compiles_is_not_a_measurement(
+    model: nn.Module, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = iter([0, 1, 1, 1])  # the first attempt compiles, the second does not
+    monkeypatch.setattr(decoding, "compilations", lambda: next(counts))
+    assert Decoder(model, "eager", PROMPT + NEW).timed(ids, [NEW]).decode_s[NEW] > 0
+    monkeypatch.setattr(decoding, "compilations", iter(range(100)).__next__)
+    with pytest.raises(RuntimeError, match="compiled again"):
+        Decoder(model, "eager", PROMPT + NEW).timed(ids, [NEW])
+
+
+def test_decode_time_runs_from_the_first_token(model: nn.Module, ids: Tensor) -> None:
+    """Prefill is made to take 0.8 s and a decode step 40 ms: the marks are n - 1 steps, without the prefill."""
+    step, prefill = 0.04, 0.8
+
+    def slow(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        time.sleep(step if args[0].shape[1] == 1 else prefill)
+
+    model.model.embed_tokens.register_forward_pre_hook(slow)
+    found = Decoder(model, "eager", PROMPT + NEW).timed(ids, [5, NEW])
+    assert found.prefill_s >= prefill
+    assert found.decode_s[5] >= 4 * step
+    assert found.decode_s[NEW] >= (NEW - 1) * step
+    assert found.decode_s[5] < found.decode_s[NEW]
+    ratio = found.decode_s[NEW] / found.decode_s[5]
+    assert 0.5 * (NEW - 1) / 4 < ratio < 2 * (NEW - 1) / 4
+    assert set(found.decode_s) == {5, NEW}
+
+
+def test_make_greedy_overrides_the_models_own_settings(ids: Tensor) -> None:
+    model = tiny_model("Mistral", sliding_window=PROMPT + NEW)
+    model.config.eos_token_id = 5
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.1, eos_token_id=list(range(64)), max_length=3, repetition_penalty=2.0
+    )
+    expected = greedy(model, ids, NEW)
+    make_greedy(model, PROMPT + NEW + 1)
+    assert model.config.sliding_window == PROMPT + NEW  # a token could fall out of it: kept
+    make_greedy(model, PROMPT + NEW)
+    assert model.config.sliding_window is None
+    assert torch.equal(Decoder(model, "eager", PROMPT + NEW).generate(ids, NEW).tokens, expected)
+
+
+def test_bad_loops(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="allowed are eager, compiled"):
+        Decoder(model, "fast", 8)
+    monkeypatch.setattr(decoding.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"C\+\+ compiler"):
+        Decoder(model, "compiled", 8)
+
+
+def test_peak_memory_sees_what_has_been_freed() -> None:
+    device = torch.device("cpu")
+    if not decoding.reset_peak_memory(device):
+        pytest.skip("the kernel does not let a process reset its peak")
+    before = decoding.peak_memory(device)
+    assert before is not None and abs(before / psutil.Process().memory_info().rss - 1) < 0.1
+    block = torch.ones(2**26)  # 256 MiB
+    del block
+    peak = decoding.peak_memory(device)
+    assert peak is not None and 0.9 * 2**28 < peak - before < 1.5 * 2**28
+    decoding.reset_peak_memory(device)
+    assert decoding.peak_memory(device) < peak - 2**27
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_sparsity_is_that_of_the_timed_steps(batch: int, model: nn.Module) -> None:
+    """Against zeros counted while the tokens are being decoded, in the steps between the first and the n-th token."""
+    ids = torch.randint(0, 64, (batch, PROMPT), generator=torch.Generator().manual_seed(5))
+    thresholds = cats.calibrate(model, [torch.arange(64)[None]], 0.6)
+    cats.apply(model, thresholds, kernel="reference")
+    zeros: list[float] = []
+    for mlp in cats.gated_mlps(model).values():
+        mlp.act_fn.register_forward_hook(
+            lambda _m, _a, out: zeros.append(float((out == 0).double().mean())) if out.shape[1] == 1 else None
+        )
+    tokens = Decoder(model, "eager", PROMPT + NEW).generate(ids, NEW).tokens
+    case = e06.Case("eager", (4, NEW), (0.6,), 1, PROMPT, batch)
+    steps = torch.tensor(zeros).view(NEW - 1, LAYERS)
+    for mlp in cats.gated_mlps(model).values():
+        mlp.act_fn._forward_hooks.clear()
+    measured = e06.decoded_sparsity(model, tokens, case)
+    assert measured == pytest.approx({4: float(steps[:3].mean()), NEW: float(steps.mean())}, abs=2e-3)
+
+
+def test_amdahl_by_hand(model: nn.Module, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert amdahl.amdahl(0.7, 1.5) == pytest.approx(1 / (0.3 + 0.7 / 1.5))
+    assert amdahl.amdahl(0.0, 9.0) == 1 and amdahl.amdahl(1.0, 9.0) == pytest.approx(9)
+
+    def timings(calls: dict, **_: object) -> dict:
+        for call in calls.values():
+            call()
+        ms = {"mlp": 3.0, "cats": 2.0, "attention": 1.0, "head": 4.0}
+        return {name: amdahl.Timing(ms[name], 0, 0, 0, 1) for name in calls}
+
+    monkeypatch.setattr(amdahl, "measure_calls", timings)
+    thresholds = cats.calibrate(model, [torch.arange(64)[None]], 0.5)
+
+    def switch(sparsity: float | None) -> None:
+        cats.remove(model) if sparsity is None else cats.apply(model, thresholds)
+
+    common = {"machine": "m", "model": "n", "layers": LAYERS, "dtype": "float32", "loop": "eager"}
+    *shares, row = amdahl.shares_and_amdahl(model, switch, 0.5, ids, {None: 20.0, 0.5: 17.5}, common, 1)
+    assert {s.component: s.milliseconds for s in shares} == {"mlp": 9.0, "attention": 3.0, "head": 4.0, "other": 4.0}
+    assert sum(s.share for s in shares) == pytest.approx(1)
+    assert (row.kernel_speedup, row.mlp_share) == (1.5, 0.45)
+    assert row.predicted_speedup == pytest.approx(20 / 17)  # 9 ms of MLP become 6
+    assert row.measured_speedup == pytest.approx(20 / 17.5)
+    assert row.fraction_of_predicted == pytest.approx(17 / 17.5)
+    assert not hasattr(model.model.layers[0].mlp, "cats_state")
+
+
+def test_components_are_fed_what_they_get_while_decoding(model: nn.Module, ids: Tensor) -> None:
+    mlp = model.model.layers[1].mlp
+    inputs = amdahl.decode_inputs(model, ids, {"mlp": mlp, "attention": model.model.layers[1].self_attn})
+    assert len(inputs["mlp"]) == len(inputs["attention"]) == amdahl.STEPS
+    tokens = greedy(model, ids, amdahl.STEPS)
+    seen = []
+    handle = mlp.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    handle.remove()
+    for step, (args, _) in enumerate(inputs["mlp"]):
+        assert torch.allclose(args[0][0, 0], seen[0][0, PROMPT + step], atol=1e-4)
+    assert not mlp._forward_pre_hooks
+    args, kwargs = inputs["attention"][-1]
+    with torch.no_grad():
+        model.model.layers[1].self_attn(*args, **kwargs)  # can be called again, alone
+
+
+def config(tmp_path: Path, **options: object) -> Config:
+    return Config("e06", "test", tmp_path, models=["shape:small"], options=options)
+
+
+def test_fitting_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shape "small": d=64, m=176, 4 heads of 16, 2 key-value heads, 256 tokens; 4 bytes a weight."""
+    layer = 4 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 176 + 2 * 64)
+    fixed = 4 * (2 * 256 * 64 + 64)
+
+    def free(available: float) -> None:
+        memory = type("Memory", (), {"available": available / e06.MEMORY_SHARE})
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+
+    for layers in (1, 3, 30):
+        free(fixed + layers * layer + 100)
+        assert e06.fitting_layers("shape:small", "float32", "cpu", 99) == layers
+        assert e06.fitting_layers("shape:small", "bfloat16", "cpu", 99) >= 2 * layers
+    assert e06.fitting_layers("shape:small", "float32", "cpu", 2) == 2
+    free(fixed)
+    with pytest.raises(ValueError, match="does not fit"):
+        e06.fitting_layers("shape:small", "float32", "cpu", 1)
+
+
+def test_options(tmp_path: Path) -> None:
+    for options, message in (
+        ({"length": [8]}, "has no option length"),
+        ({"lengths": {"eager": [1]}}, "2 or more"),
+        ({"lengths": {}}, "2 or more"),
+        ({"prompts": 0}, "at least one prompt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            e06.options_of(config(tmp_path, **options))
+    options = e06.options_of(config(tmp_path, lengths={"eager": [8, 4], "compiled": [6]}, separate_lengths=True))
+    assert [(c.loop, c.lengths) for c in e06.cases_of(options)] == [
+        ("eager", (4,)),
+        ("eager", (8,)),
+        ("compiled", (6,)),
+    ]
+    growth = {"batches": [4], "contexts": [64], "sparsities": [0.0, 0.9], "layers": [1], "loop": "compiled"}
+    cases, deeper = e06.growth_of({**options, "growth": growth})
+    base = e06.Case("compiled", (6,), (0.5,), 1, 32, first_prompt=2)
+    assert cases == [replace(base, batch=4), replace(base, prompt_tokens=64), replace(base, sparsities=(0.0, 0.9))]
+    assert deeper == [(1, base)]
+
+
+def test_every_row_is_measured_and_comparable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole experiment on a small shape, on a machine without the datasets package."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.delitem(sys.modules, "experiments.data", raising=False)
+    growth = {"batches": [3], "contexts": [40], "sparsities": [0.0, 0.7], "layers": [1]}
+    settings = config(tmp_path, lengths={"eager": [4, 12]}, prompt_tokens=16, rounds=2, check_tokens=8, growth=growth)
+    rows = list(e06.run(settings))
+    by_table: dict[str, list] = {}
+    for row in rows:
+        by_table.setdefault(row.table, []).append(row)
+    for table, found in by_table.items():
+        names = [field for field in type(found[0]).__dataclass_fields__ if field != "table"]
+        assert names[: len(TABLES.get(table, ()))] == list(TABLES.get(table, names))[: len(names)]
+    timed = by_table["e06_throughput"]
+    assert all(r.decode_s > 0 and r.prefill_s > 0 and r.compile_s == 0 for r in timed)
+    assert all(math.isclose(r.tokens_per_second, r.batch * (r.generated_tokens - 1) / r.decode_s) for r in timed)
+    assert all((r.sparsity_measured is None) == (r.variant == "dense") for r in timed)
+    assert all(abs(r.sparsity_measured - r.sparsity_target) < 0.1 for r in timed if r.variant != "dense")
+    key = ("layers", "batch", "prompt_tokens", "generated_tokens", "prompt", "variant")
+    assert len({tuple(getattr(r, k) for k in key) for r in timed}) == len(timed)  # dense and CATS pair up one to one
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame([{k: getattr(r, k) for k in TABLES["e06_throughput"]} for r in timed])
+    speedups = generation_speedups(frame)
+    assert len(speedups) == 2 + 1 + 1 + 2 + 1
+    assert (speedups["speedup"] > 0).all()
+    assert [r.identical_tokens for r in by_table["e06_greedy"]] == [8, 8]
+    assert len(by_table["e06_shares"]) == 4 and len(by_table["e06_amdahl"]) == 1
+    assert list(e06.run(settings)) == rows  # stored
+
+
+def test_a_model_with_a_tokenizer_reads_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("Llama", num_hidden_layers=1)
+    asked = []
+    data = type("Data", (), {})
+    data.texts = lambda _data, purpose, _seed: asked.append(purpose) or purpose
+    data.blocks = lambda _documents, _tokenizer, count, length: torch.arange(count * length).view(count, length) % 64
+    monkeypatch.setitem(sys.modules, "experiments.data", data)
+    monkeypatch.setattr(e06, "load_model", lambda *_: (model, object()))
+    monkeypatch.setattr(e06, "load_config", lambda *_: model.config)
+    monkeypatch.setattr(e06, "fitting_layers", lambda *_: 1)
+    settings = config(tmp_path, lengths={"eager": [4]}, prompts=1, rounds=0, check_tokens=0)
+    assert {row.table for row in e06.run(settings)} == {"e06_throughput"}
+    assert sorted(asked) == ["heldout", "train"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_loop_on_a_gpu() -> None:
+    """CUDA graphs with CATS inside: the tokens of the eager loop, and nothing compiled or recorded while timing."""
+    torch.manual_seed(0)
+    settings = transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, vocab_size=512
+    )
+    with torch.device("cuda"):
+        model = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval()
+    make_greedy(model, PROMPT + 32)
+    prompts = torch.randint(0, 512, (2, 1, PROMPT))
+    thresholds = cats.calibrate(model, [torch.randint(0, 512, (4, 64))], 0.5)
+    decoder = Decoder(model, "compiled", PROMPT + 32)
+    for _ in range(2):
+        for sparse in (False, True):
+            cats.apply(model, thresholds) if sparse else cats.remove(model)
+            decoder.warm_up(prompts[0])
+            for ids in prompts:
+                before = decoding.compilations()
+                tokens = decoder.timed(ids, [16, 32]).tokens
+                assert decoding.compilations() == before
+                assert torch.equal(tokens, Decoder(model, "eager", PROMPT + 32).generate(ids, 32).tokens)
