@@ -70,10 +70,16 @@ NARROW = Config(8, 4, tile=8, warps=4, programs=4)
 MAX_FUSED_WIDTH = 8192  # columns of float32 sums that one program can keep in registers
 
 
-def choose_config(element_size: int, rows: int, d: int) -> Config:
-    """The launch configuration for weights of element_size bytes, rows of x (1 to 8) and width d."""
+SMALL_SHARED_MEMORY = (86, 89, 120, 121)
+"""Compute capabilities with 99 KB of shared memory a block: too little for the pipelined fused kernel."""
+
+
+def choose_config(element_size: int, rows: int, d: int, arch: int = 90) -> Config:
+    """The launch configuration for weights of element_size bytes, rows of x (1 to 8), width d and a chip."""
     most = next(key for key in (1, 2, 8) if rows <= key)
     config = NARROW if d < 1024 and rows <= 2 else CONFIGS[element_size, most]
+    if config.fused and arch in SMALL_SHARED_MEMORY:
+        config = replace(config, stages=1, programs=2)
     return replace(config, fused=config.fused and most * power_of_2(d) <= MAX_FUSED_WIDTH)
 
 
@@ -91,13 +97,17 @@ def plan_cats(
     """The launches of "cats" for x (rows, d), rows <= 8, into y."""
     rows, d = x.shape
     m = gate_weight.shape[0]
-    config = config or choose_config(x.element_size(), rows, d)
+    config = config or choose_config(x.element_size(), rows, d, target.arch)
     pdl = target.dependent_launch and config.dependent
     block_rows = max(8, power_of_2(rows)) if config.dot else power_of_2(rows)  # a tensor core's tile has 8 columns
     shape: dict[str, Any] = {"ROWS": rows, "BLOCK_ROWS": block_rows, "D": d, "PDL": pdl}
     block_d = power_of_2(d)
     columns = config.columns if config.dot else 4096 if rows <= 2 else 1024  # at a time, summing products only
-    product = {"BLOCK_D": min(max(16, block_d), columns), "DOT": config.dot, "STAGES": config.stages}
+    product = {
+        "BLOCK_D": min(max(16, block_d), columns),
+        "DOT": config.dot,
+        "STAGES": config.stages if config.dot else 1,
+    }
     word_rows = min(config.gate_tile, 16)
     words = triton.cdiv(m, word_rows)
     programs = min(target.processors * config.programs, triton.cdiv(m, config.tile))
