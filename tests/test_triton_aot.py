@@ -5,6 +5,7 @@ fits the chip. A table of registers and shared memory is printed (``-s`` shows i
 with 2-byte loads and one with too many registers, show that the checks catch them.
 """
 
+import itertools
 import os
 import re
 import subprocess
@@ -31,6 +32,7 @@ POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a block, CUDA C++ Programming Guide, table 21
 PROCESSORS = {80: 108, 89: 142, 90: 132}  # A100, L40S, H200
 D, M = 4096, 14336  # Mistral-7B
+WIDE = 5120  # Llama2-13B: padded to 8192, where a pipeline of three stages does not fit
 WEIGHT_KERNELS = ("gate_kernel", "up_down_kernel", "up_kernel", "gated_up_kernel", "down_kernel")
 
 
@@ -88,9 +90,10 @@ def launches(arch: int) -> dict[str, Launch]:
     found: dict[str, Launch] = {}
     for dtype in DTYPES if everything else (torch.float32, torch.bfloat16) if arch == 90 else (torch.bfloat16,):
         for rows in (1, 2, 4, 8) if everything else (1, 2, 8) if arch == 90 else (1, 8):
-            x, weight = (torch.empty(n, D, dtype=dtype, device="meta") for n in (rows, M))
             paper = rows == 1 and (everything or (arch == 90 and dtype == torch.bfloat16))
-            for name in VARIANTS if paper else ("cats",):
+            widths = (D, WIDE) if everything or (arch == 90 and dtype == torch.float32 and rows == 1) else (D,)
+            for name, width in itertools.product(VARIANTS if paper else ("cats",), widths):
+                x, weight = (torch.empty(n, width, dtype=dtype, device="meta") for n in (rows, M))
                 for step in plan(name, x, weight, weight, weight, 0.5, "silu", x, target):
                     constants = {key: value for key, value in step.constants.items() if key not in ("D", "ACTIVATION")}
                     words = " ".join(f"{key}={value}" for key, value in constants.items())

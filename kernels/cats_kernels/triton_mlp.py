@@ -71,14 +71,16 @@ MAX_FUSED_WIDTH = 8192  # columns of float32 sums that one program can keep in r
 
 
 SMALL_SHARED_MEMORY = (86, 89, 120, 121)
-"""Compute capabilities with 99 KB of shared memory a block: too little for the pipelined fused kernel."""
+"""Compute capabilities with 99 KB of shared memory a block; the others have at least 163 KB."""
 
 
 def choose_config(element_size: int, rows: int, d: int, arch: int = 90) -> Config:
     """The launch configuration for weights of element_size bytes, rows of x (1 to 8), width d and a chip."""
     most = next(key for key in (1, 2, 8) if rows <= key)
     config = NARROW if d < 1024 and rows <= 2 else CONFIGS[element_size, most]
-    if config.fused and arch in SMALL_SHARED_MEMORY:
+    # tiles of W_up and W_down wait in shared memory: at d = 5120, padded to 8192, three float32 stages need 262 KB
+    waiting = 2 * (config.stages - 1) * config.tile * power_of_2(d) * element_size
+    if config.fused and waiting > (99 if arch in SMALL_SHARED_MEMORY else 163) * 1024:
         config = replace(config, stages=1, programs=2)
     return replace(config, fused=config.fused and most * power_of_2(d) <= MAX_FUSED_WIDTH)
 
