@@ -2,7 +2,9 @@
 
 bfloat16 weights arrive as uint16 and are widened by a shift, so no processor support for bfloat16 is needed. Inner
 loops run over 1-D contiguous rows, four weight rows at a time: LLVM vectorises them, x is loaded once for four rows,
-and four streams keep enough cache misses in flight for 2 cores to read memory at the speed of a plain sum.
+and four streams keep enough cache misses in flight for 2 cores to read memory faster than torch's sum does.
+Prefetching the next rows in software changed nothing beyond noise (11.4 against 11.6 ms at 70 %, float32, d=4096,
+m=14336).
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
-from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 Array = np.ndarray
@@ -27,10 +28,6 @@ threads nor on which thread took which block."""
 
 COLUMNS = 1024
 """Columns at a time where several rows of x share four weight rows: 16 KB of float32 weights stay in the L1 cache."""
-
-PREFETCH_LINES = 4
-"""Cache lines fetched ahead at the start of every page of the next four rows. Skipping rows defeats the hardware's own
-prefetcher at each row: without this, 70 % sparsity ran at 22.6 GB/s, with it at 23.3 (bfloat16, two EPYC cores)."""
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -70,33 +67,6 @@ def fetch_add(context: Any, counter: Any, amount: Any) -> Any:
         return builder.atomic_rmw("add", array.data, arguments[1], "monotonic")
 
     return types.int64(counter, types.int64), generate
-
-
-@intrinsic
-def prefetch(context: Any, row: Any, index: Any) -> Any:
-    """Ask for the cache line of ``row[index]``."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        address = builder.bitcast(builder.gep(array.data, [arguments[1]]), byte)
-        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        builder.call(function, [address, i32(0), i32(3), i32(1)])  # read, keep in all caches, data
-        return context.get_dummy_value()
-
-    return types.void(row, index), generate
-
-
-@jit()
-def fetch_ahead(weight: Array, rows: Array) -> None:
-    """Prefetch the first lines of every page (4 KiB) of ``weight[rows]``."""
-    size = weight.itemsize
-    for start in range(0, weight.shape[1], 4096 // size):
-        for line in range(PREFETCH_LINES):
-            column = min(start + line * (64 // size), weight.shape[1] - 1)
-            for row in rows:
-                prefetch(weight[row], column)  # type: ignore[call-arg]
 
 
 @jit()
@@ -205,9 +175,7 @@ def gate_block(
 def up_rows(x: Array, up: Array, index: Array, value: Array, keep: Array, n: int) -> None:
     """``value *= x up[index]`` where kept, else 0, for the first n listed neurons (padded to a multiple of four)."""
     s = np.empty((x.shape[0], 4), np.float32)
-    fetch_ahead(up, index[: min(4, n)])
     for j in range(0, n, 4):
-        fetch_ahead(up, index[j + 4 : min(j + 8, n)])
         dots(up, index[j : j + 4], x, s)
         for r in range(x.shape[0]):
             for q in range(4):
@@ -217,9 +185,7 @@ def up_rows(x: Array, up: Array, index: Array, value: Array, keep: Array, n: int
 @jit()
 def down_rows(value: Array, down: Array, index: Array, n: int, y: Array) -> None:
     """``y += value down[index]`` for the first n listed neurons (padded to a multiple of four)."""
-    fetch_ahead(down, index[: min(4, n)])
     for j in range(0, n, 4):
-        fetch_ahead(down, index[j + 4 : min(j + 8, n)])
         adds(down, index[j : j + 4], value[:, j : j + 4], y)
 
 
