@@ -180,6 +180,48 @@ def test_damaged_weights_are_named(hub: FakeHub, client: Client, tmp_path: Path)
     assert kind == "OSError" and removed in message and "\n" not in message
 
 
+PLAN = """
+import contextlib, io
+from pathlib import Path
+from experiments.config import Config
+from experiments.plan import print_plan
+data = {"source": "hub", "path": "tiny/corpus", "split": "train"}
+options = {"tasks": ["arc_easy", "boolq"], "levels": [0.5], "length": 64, "calibration_blocks": 4}
+configs = [Config("e02", "toy", Path("nowhere/run"), models=%r, data=data, options=options)]
+out, err = io.StringIO(), io.StringIO()
+with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    status = print_plan(configs)
+said = [status, out.getvalue(), err.getvalue()]
+"""
+
+
+def test_the_plan_checks_access_and_downloads_nothing(hub: FakeHub, client: Client) -> None:
+    fetched = len(hub.downloads())
+    status, out, err = client.run(PLAN % ["tiny/llama", "shape:mistral-7b"])
+    assert status == 0 and not err
+    lines = {line.split()[0]: line for line in out.splitlines() if line}
+    parameters = sum(t.numel() for t in load_file(hub.models["tiny/llama"].folder / "model.safetensors").values())
+    assert f"{parameters / 1e6:.3g} M" in lines["tiny/llama"] and lines["tiny/llama"].endswith("yes")
+    assert "7.24 B" in lines["shape:mistral-7b"]  # as the model's card says
+    assert "read as it is used" in lines["tiny/corpus"]
+    assert {"allenai/ai2_arc", "aps/super_glue", "e02", "downloads"} <= set(lines)
+    status, out, err = client.run(PLAN % ["gated/llama", "tiny/llama", "tiny/misspelt"])
+    assert status == 1 and [line.split(":")[0] for line in err.splitlines()] == ["gated/llama", "tiny/misspelt"]
+    assert "is gated: ask for access at https://huggingface.co/gated/llama" in err and "is not on the hub" in err
+    assert next(line for line in out.splitlines() if line.startswith("gated")).endswith("NO")
+    assert len(hub.downloads()) == fetched
+
+
+def test_the_plan_without_a_network_is_one_sentence(hub: FakeHub, client: Client) -> None:
+    hub.stop()
+    try:
+        status, out, err = client.run(PLAN % ["tiny/llama"])
+    finally:
+        hub.start()
+    assert status == 1 and err.count("\n") == 1 and err.startswith("the hub cannot be reached")
+    assert "e02" in out and "?" in out
+
+
 def test_without_a_network_cached_models_load_and_others_are_one_sentence(hub: FakeHub, client: Client) -> None:
     hub.models["tiny/cached"] = hub.models["tiny/llama"]
     assert client.run('said = attempt("tiny/cached")') == "loaded"

@@ -341,12 +341,12 @@ ACTIONS = {
             print("waiting", flush=True)
             time.sleep(0.05)'''),
 }  # fmt: skip
-REPORT = '''
+REPORT = """
 from pathlib import Path
 def main(words):
     (Path(words[0]) / "report.md").write_text("report")
     return 0
-'''
+"""
 
 
 @pytest.fixture(scope="module")
