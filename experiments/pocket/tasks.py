@@ -1,0 +1,196 @@
+"""Eight multiple-choice tasks over held-out modules, as local lm-eval tasks: the pocket profile's zero-shot benchmark.
+
+Purpose: stand-ins for the paper's eight tasks that need no download. Cost: about ten seconds to build. Commands:
+    python -m experiments.pocket.tasks FOLDER              # build the eight
+    python -m experiments.pocket.tasks FOLDER --drafts     # all twelve drafts, with the pocket model's accuracy on each
+Of the twelve drafts the eight with the largest accuracy above chance of the dense pocket model are kept. No single item
+is ever chosen by a model: items are a seeded sample of all places that fit.
+
+Wrong answers come from the same file and have about the same number of tokens; the position of the right one is
+uniform; an item whose passage occurs verbatim in a training module is dropped, and so is a repeated one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tokenizers import Tokenizer
+
+from cats.models import pocket_path
+from experiments.pocket import names, passages
+from experiments.pocket.corpus import Module, describe, read_modules
+from experiments.pocket.sources import Item, Source, Tokens, TrainingText
+
+ITEMS = 500
+LARGEST_SHARE = 0.2  # of a task's items that may have the same right answer: "=" is three quarters of all operators
+
+Draft = Callable[[Source, random.Random, Tokens], Iterator[Item | None]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, the one of the paper's eight whose form it mirrors, and its number of choices: chance is 1 / choices."""
+
+    name: str
+    mirrors: str
+    choices: int
+    description: str
+    draft: Draft
+
+
+TASKS = (
+    Task("pocket_next_line", "hellaswag", 4, "the next line of a function", passages.next_line),
+    Task("pocket_name", "winogrande", 4, "which name in scope comes next", names.name_in_scope),
+    Task("pocket_keyword", "arc_easy", 4, "the missing keyword", names.keyword),
+    Task("pocket_attribute", "arc_challenge", 4, "the attribute of an imported module", names.attribute),
+    Task("pocket_docstring", "boolq", 2, "to which of two definitions a docstring belongs", passages.docstring),
+    Task("pocket_body", "piqa", 2, "goal and means: to which of two definitions a body belongs", passages.body),
+    Task("pocket_operator", "sciq", 4, "the missing operator", names.operator),
+    Task("pocket_exception", "openbookqa", 4, "the exception raised or caught", names.exception),
+)
+DROPPED = (
+    Task("pocket_referent", "winogrande", 2, "the name that a blank in a line stands for", names.referent),
+    Task("pocket_self_attribute", "arc_challenge", 4, "the attribute of self", names.self_attribute),
+    Task("pocket_first_statement", "piqa", 2, "goal (docstring) and means (first line)", passages.first_statement),
+    Task("pocket_comment", "piqa", 2, "goal (comment) and means (the line below)", passages.comment),
+)
+
+
+def select(candidates: Sequence[Item], seen: TrainingText, limit: int, rng: random.Random) -> list[Item]:
+    """A random sample of at most `limit` items, without repeats, leaked passages and too frequent answers."""
+    passages_taken: set[str] = set()
+    answers: Counter[str] = Counter()
+    chosen: list[Item] = []
+    for item in rng.sample(candidates, len(candidates)):
+        if len(chosen) == limit:
+            break
+        answer = item.answer.strip()
+        if item.passage in passages_taken or answers[answer] >= LARGEST_SHARE * limit or seen.contains(item.passage):
+            continue
+        passages_taken.add(item.passage)
+        answers[answer] += 1
+        chosen.append(item)
+    return chosen
+
+
+def write_task(folder: Path, name: str, items: Sequence[Item], split: str, metadata: dict[str, Any]) -> None:
+    """Write `name.jsonl` and the lm-eval task `name.yaml` that reads it (absolute path, cache inside `folder`)."""
+    data = folder / f"{name}.jsonl"
+    fields = [
+        {"prompt": item.prompt, "choices": item.choices, "label": item.label, "source": item.source} for item in items
+    ]
+    write_atomically(data, "".join(json.dumps(row) + "\n" for row in fields))
+    first = items[0].choices_first
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {split: str(data.resolve())}, "cache_dir": str((folder / "cache").resolve())},
+        "test_split": split,
+        "output_type": "multiple_choice",
+        "doc_to_text": "label" if first else "prompt",  # a number: the choices are contexts, as in winogrande
+        "doc_to_choice": "choices",
+        "doc_to_target": "prompt" if first else "label",
+        "target_delimiter": "",
+        "num_fewshot": 0,
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1.0, **metadata},
+    }
+    write_atomically(folder / f"{name}.yaml", yaml.safe_dump(task, sort_keys=False))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` in one step."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def token_counter() -> Tokens:
+    """Number of tokens of a text for the pocket tokenizer."""
+    tokenizer = Tokenizer.from_file(str(pocket_path() / "tokenizer.json"))
+    return functools.cache(lambda text: len(tokenizer.encode(text).ids))
+
+
+def fingerprint(modules: list[Module], limit: int, tasks: Iterable[str]) -> str:
+    """Hash of everything the items depend on: library, tokenizer, this package's source, limit, tasks."""
+    digest = hashlib.sha256(f"{describe(modules)} {limit} {sorted(tasks)}".encode())
+    for path in [pocket_path() / "tokenizer.json", *sorted(Path(__file__).parent.glob("*.py"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def build_tasks(out_dir: str | Path, limit: int | None = None, tasks: Sequence[Task] = TASKS) -> list[str]:
+    """Write the tasks into `out_dir` for `lm_eval.tasks.TaskManager(include_path=out_dir)`; return their names.
+
+    `tasks.json` beside them lists name, mirrored task, chance, items and description. A folder that already holds the
+    same tasks is left as it is. `limit`: items a task, 500 by default.
+
+    Raises ValueError for a limit below 1, a stripped installation, or a library that gives no item for a task.
+    """
+    limit = ITEMS if limit is None else limit
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1 item, not {limit}")
+    folder = Path(out_dir)
+    modules = read_modules()
+    mark = fingerprint(modules, limit, [task.name for task in tasks])
+    if (listing := read_listing(folder)) and listing["fingerprint"] == mark:
+        return [task["name"] for task in listing["tasks"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [Source(module) for module in modules if module.heldout]
+    seen, tokens = TrainingText(modules), token_counter()
+    rows = []
+    for task in tasks:
+        rng = random.Random(task.name)
+        candidates = [item for source in sources for item in task.draft(source, rng, tokens) if item is not None]
+        items = select(candidates, seen, limit, rng)
+        if not items:
+            raise ValueError(f"the standard library of this Python gives no item for {task.name}")
+        row = {"name": task.name, "mirrors": task.mirrors, "chance": 1 / task.choices, "items": len(items)}
+        rows.append({**row, "description": task.description})
+        write_task(folder, task.name, items, "test", rows[-1])
+    write_atomically(folder / "tasks.json", json.dumps({"fingerprint": mark, "tasks": rows}, indent=1) + "\n")
+    return [task.name for task in tasks]
+
+
+def read_listing(folder: str | Path) -> dict[str, Any] | None:
+    """What `build_tasks` wrote about the tasks of a folder, or None."""
+    path = Path(folder) / "tasks.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def main() -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--limit", type=int, help=f"items a task, {ITEMS} by default")
+    parser.add_argument("--drafts", action="store_true", help="all drafts, and the pocket model's accuracy on each")
+    options = parser.parse_args()
+    tasks = build_tasks(options.folder, options.limit, TASKS + DROPPED if options.drafts else TASKS)
+    listing = read_listing(options.folder)
+    assert listing is not None
+    accuracy: dict[str, float] = {}
+    if options.drafts:
+        from cats.evaluation import evaluate
+        from cats.models import load_model
+
+        model, tokenizer = load_model("pocket")
+        results = evaluate(model, tokenizer, tasks, batch_size=32, include_path=options.folder)
+        accuracy = {result.task: result.accuracy for result in results}
+    for row in sorted(listing["tasks"], key=lambda row: row["chance"] - accuracy.get(row["name"], 0)):
+        score = f"accuracy {accuracy[row['name']]:.3f}, " if accuracy else ""
+        print(f"{row['name']:24s} {score}chance {row['chance']:.2f}, {row['items']} items, mirrors {row['mirrors']}")
+
+
+if __name__ == "__main__":
+    main()
