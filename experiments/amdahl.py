@@ -153,10 +153,11 @@ def decode_inputs(
         return hook
 
     handles = [module.register_forward_pre_hook(keep(name), with_kwargs=True) for name, module in modules.items()]
+    generate: Any = model.generate
     try:
         ids = ids.to(model.device)
         with torch.no_grad():
-            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=STEPS + 1)
+            generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=STEPS + 1)
     finally:
         for handle in handles:
             handle.remove()

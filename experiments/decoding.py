@@ -134,8 +134,9 @@ class Decoder:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         begin = clock.now()
+        generate: Any = self.model.generate
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-            tokens = self.model.generate(
+            tokens = generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=new_tokens,
@@ -175,7 +176,7 @@ def _compile_config(device: torch.device) -> CompileConfig | None:
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
         raise ValueError('the "compiled" loop on a CPU needs a C++ compiler (c++, g++ or clang++): use "eager"')
     config = CompileConfig(mode="default")
-    config._compile_all_devices = True  # transformers compiles on a CPU only when told so
+    config._compile_all_devices = True  # type: ignore[assignment]  # transformers compiles on a CPU only when told so
     return config
 
 

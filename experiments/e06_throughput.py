@@ -12,7 +12,8 @@ CATS generates the tokens it must. Cost: three minutes on two cores (pocket); ab
 import gc
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import psutil
@@ -27,6 +28,7 @@ from experiments.amdahl import STEPS, AmdahlRow, ShareRow, shares_and_amdahl
 from experiments.config import Config
 from experiments.decoding import Decoder, make_greedy
 from experiments.results import Row, machine_name
+from experiments.throughput_cases import Case, cases_of, growth_of, options_of
 
 MEMORY_SHARE = 0.85
 """Part of the free memory that a model's weights may take; the rest is for the cache, activations and one transpose."""
@@ -74,30 +76,6 @@ class GreedyRow(Row):
 ROWS = (ThroughputRow, ShareRow, AmdahlRow, GreedyRow)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One condition: every variant generates from every prompt in it.
-
-    Attributes:
-        loop: ``eager`` or ``compiled``.
-        lengths: generated tokens; all are read from one generation, so a static cache is as large as the last needs.
-        sparsities: targets of the CATS variants timed against dense.
-        prompts: how many (batches of) prompts, numbered from ``first_prompt``.
-    """
-
-    loop: str
-    lengths: tuple[int, ...]
-    sparsities: tuple[float, ...]
-    prompts: int
-    prompt_tokens: int
-    batch: int = 1
-    first_prompt: int = 0
-
-    @property
-    def context(self) -> int:
-        return self.prompt_tokens + max(self.lengths)
-
-
 def run(config: Config) -> Iterable[Row]:
     """Time every model in ``config.models`` in every dtype of the option ``dtypes``; see `options_of` for the rest."""
     options = options_of(config)
@@ -105,75 +83,7 @@ def run(config: Config) -> Iterable[Row]:
         for dtype in options["dtypes"]:
             growing = bool(options["growth"]) and model == config.models[0] and dtype == options["dtypes"][0]
             key = f"{model}/{dtype}"
-            yield from config.unit(key, lambda m=model, d=dtype, g=growing: measure(config, options, m, d, g), ROWS)
-
-
-def options_of(config: Config) -> dict[str, Any]:
-    """The experiment's options with their defaults.
-
-    ``lengths``: loop to generated tokens, such as {eager = [256, 512]}; ``separate_lengths``: a generation (and a
-    static cache of its own size) for every length instead of one read at all of them; ``dtypes``; ``sparsities``;
-    ``prompts`` and ``prompt_tokens``; ``layers``: at most so many, 0 for all, fewer where memory is short;
-    ``calibration_tokens``; ``check_tokens``: length of the greedy checks in float32, 0 for none; ``rounds`` of the
-    module timings behind the Amdahl table, 0 for none; ``kernel``; ``growth``: conditions to vary one at a time,
-    eager unless its ``loop`` says otherwise: ``batches``, ``contexts``, ``sparsities``, ``layers``, ``prompts``.
-
-    Raises:
-        ValueError: an unknown option, or one of the wrong kind.
-    """
-    defaults: dict[str, Any] = {
-        "lengths": {"eager": [16, 32]},
-        "separate_lengths": False,
-        "dtypes": [config.dtype],
-        "sparsities": [0.5],
-        "prompts": 2,
-        "prompt_tokens": 32,
-        "layers": 0,
-        "calibration_tokens": 256,
-        "check_tokens": 16,
-        "rounds": 20,
-        "kernel": "auto",
-        "growth": {},
-    }
-    unknown = sorted(set(config.options) - set(defaults))
-    if unknown:
-        raise ValueError(f"e06 has no option {', '.join(unknown)}: allowed are {', '.join(defaults)}")
-    options = {**defaults, **config.options}
-    lengths = [n for values in options["lengths"].values() for n in values]
-    if not lengths or any(not isinstance(n, int) or n < 2 for n in lengths):
-        raise ValueError(
-            f"e06.lengths must give each loop a list of numbers of tokens, 2 or more: {options['lengths']}"
-        )
-    if options["prompts"] < 1 or options["prompt_tokens"] < 1 or not options["sparsities"]:
-        raise ValueError("e06 needs at least one prompt, one prompt token and one sparsity")
-    return options
-
-
-def cases_of(options: dict[str, Any]) -> list[Case]:
-    """Figure 4's conditions: every loop with its lengths."""
-    cases = []
-    for loop, lengths in options["lengths"].items():
-        groups = [(n,) for n in sorted(lengths)] if options["separate_lengths"] else [tuple(sorted(lengths))]
-        sparsities = tuple(options["sparsities"])
-        cases += [Case(loop, group, sparsities, options["prompts"], options["prompt_tokens"]) for group in groups]
-    return cases
-
-
-def growth_of(options: dict[str, Any]) -> tuple[list[Case], list[tuple[int, Case]]]:
-    """Conditions that differ from Figure 4's shortest in one respect; those of other depths with their layers.
-
-    Their prompts have numbers of their own: the report pairs dense and CATS by prompt.
-    """
-    growth = options["growth"]
-    loop = growth.get("loop", "eager")
-    shortest = min(options["lengths"].get(loop) or [n for values in options["lengths"].values() for n in values])
-    base = Case(loop, (shortest,), (options["sparsities"][0],), growth.get("prompts", 1), options["prompt_tokens"])
-    base = replace(base, first_prompt=options["prompts"])
-    cases = [replace(base, batch=n) for n in growth.get("batches", ())]
-    cases += [replace(base, prompt_tokens=n) for n in growth.get("contexts", ())]
-    if growth.get("sparsities"):
-        cases.append(replace(base, sparsities=tuple(growth["sparsities"])))
-    return cases, [(n, base) for n in growth.get("layers", ())]
+            yield from config.unit(key, partial(measure, config, options, model, dtype, growing), ROWS)
 
 
 def measure(config: Config, options: dict[str, Any], name: str, dtype: str, growing: bool) -> list[Row]:
@@ -209,7 +119,7 @@ class Bench:
         model, tokenizer = load_model(name, dtype, config.device, kept if kept < full else None, config.seed)
         self.model: PreTrainedModel = model
         make_greedy(model, max(case.context for case in cases))
-        self.common = {
+        self.common: dict[str, Any] = {
             "machine": machine_name(config.device),
             "model": self.name,
             "layers": kept,
@@ -220,6 +130,8 @@ class Bench:
         sparsities = sorted({0.0, *(sparsity for case in cases for sparsity in case.sparsities)})
         length = min(options["calibration_tokens"], 64)
         text = self._tokens(tokenizer, "train", -(-options["calibration_tokens"] // length), length, 2)
+        if options["calibration"] == "generated":
+            text = Decoder(model, "eager", 2 * length).generate(text, length).tokens
         self.thresholds = cats.calibrate(model, text.split(4), sparsities)
 
     def _tokens(
@@ -275,7 +187,7 @@ class Bench:
                             **self.common,
                             variant="dense" if variant is None else f"cats-{round(100 * variant)}",
                             sparsity_target=variant,
-                            sparsity_measured=sparsity and sparsity[length],
+                            sparsity_measured=None if sparsity is None else sparsity[length],
                             loop=case.loop,
                             batch=case.batch,
                             prompt=case.first_prompt + number,

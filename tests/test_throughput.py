@@ -16,6 +16,7 @@ from transformers import CompileConfig, GenerationConfig
 import cats
 from experiments import amdahl, decoding
 from experiments import e06_throughput as e06
+from experiments import throughput_cases as cases
 from experiments.config import Config
 from experiments.decoding import Decoder, make_greedy
 from reports.load import TABLES
@@ -167,7 +168,7 @@ def test_sparsity_is_that_of_the_timed_steps(batch: int, model: nn.Module) -> No
             lambda _m, _a, out: zeros.append(float((out == 0).double().mean())) if out.shape[1] == 1 else None
         )
     tokens = Decoder(model, "eager", PROMPT + NEW).generate(ids, NEW).tokens
-    case = e06.Case("eager", (4, NEW), (0.6,), 1, PROMPT, batch)
+    case = cases.Case("eager", (4, NEW), (0.6,), 1, PROMPT, batch)
     steps = torch.tensor(zeros).view(NEW - 1, LAYERS)
     for mlp in cats.gated_mlps(model).values():
         mlp.act_fn._forward_hooks.clear()
@@ -249,19 +250,20 @@ def test_options(tmp_path: Path) -> None:
         ({"lengths": {"eager": [1]}}, "2 or more"),
         ({"lengths": {}}, "2 or more"),
         ({"prompts": 0}, "at least one prompt"),
+        ({"calibration": "book"}, 'allowed are "text" and "generated"'),
     ):
         with pytest.raises(ValueError, match=message):
-            e06.options_of(config(tmp_path, **options))
-    options = e06.options_of(config(tmp_path, lengths={"eager": [8, 4], "compiled": [6]}, separate_lengths=True))
-    assert [(c.loop, c.lengths) for c in e06.cases_of(options)] == [
+            cases.options_of(config(tmp_path, **options))
+    options = cases.options_of(config(tmp_path, lengths={"eager": [8, 4], "compiled": [6]}, separate_lengths=True))
+    assert [(c.loop, c.lengths) for c in cases.cases_of(options)] == [
         ("eager", (4,)),
         ("eager", (8,)),
         ("compiled", (6,)),
     ]
     growth = {"batches": [4], "contexts": [64], "sparsities": [0.0, 0.9], "layers": [1], "loop": "compiled"}
-    cases, deeper = e06.growth_of({**options, "growth": growth})
-    base = e06.Case("compiled", (6,), (0.5,), 1, 32, first_prompt=2)
-    assert cases == [replace(base, batch=4), replace(base, prompt_tokens=64), replace(base, sparsities=(0.0, 0.9))]
+    grown, deeper = cases.growth_of({**options, "growth": growth})
+    base = cases.Case("compiled", (6,), (0.5,), 1, 32, first_prompt=2)
+    assert grown == [replace(base, batch=4), replace(base, prompt_tokens=64), replace(base, sparsities=(0.0, 0.9))]
     assert deeper == [(1, base)]
 
 

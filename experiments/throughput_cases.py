@@ -1,0 +1,105 @@
+"""What e06 times: the profile's options, and the conditions that follow from them."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from experiments.config import Config
+
+
+@dataclass(frozen=True)
+class Case:
+    """One condition: every variant generates from every prompt in it.
+
+    Attributes:
+        loop: ``eager`` or ``compiled``.
+        lengths: generated tokens; all are read from one generation, so a static cache is as large as the last needs.
+        sparsities: targets of the CATS variants timed against dense.
+        prompts: how many (batches of) prompts, numbered from ``first_prompt``.
+    """
+
+    loop: str
+    lengths: tuple[int, ...]
+    sparsities: tuple[float, ...]
+    prompts: int
+    prompt_tokens: int
+    batch: int = 1
+    first_prompt: int = 0
+
+    @property
+    def context(self) -> int:
+        return self.prompt_tokens + max(self.lengths)
+
+
+def options_of(config: Config) -> dict[str, Any]:
+    """The experiment's options with their defaults.
+
+    - ``lengths``: loop to generated tokens, such as {eager = [256, 512]}
+    - ``separate_lengths``: a generation (and a static cache of its own size) for each length, not one read at them all
+    - ``dtypes``, ``sparsities``, ``prompts``, ``prompt_tokens``, ``kernel``
+    - ``layers``: at most so many, 0 for all; fewer where memory is short
+    - ``calibration_tokens``; ``calibration``: "text", or "generated" for text that the model itself has continued,
+      should decoding stray more than 2 points from the target
+    - ``check_tokens``: length of the greedy checks in float32, 0 for none
+    - ``rounds`` of the module timings behind the Amdahl table, 0 for none
+    - ``growth``: conditions to vary one at a time, eager unless its ``loop`` says otherwise: ``batches``, ``contexts``,
+      ``sparsities``, ``layers``, with so many ``prompts``
+
+    Raises:
+        ValueError: an unknown option, or one of the wrong kind.
+    """
+    defaults: dict[str, Any] = {
+        "lengths": {"eager": [16, 32]},
+        "separate_lengths": False,
+        "dtypes": [config.dtype],
+        "sparsities": [0.5],
+        "prompts": 2,
+        "prompt_tokens": 32,
+        "layers": 0,
+        "calibration": "text",
+        "calibration_tokens": 256,
+        "check_tokens": 16,
+        "rounds": 20,
+        "kernel": "auto",
+        "growth": {},
+    }
+    unknown = sorted(set(config.options) - set(defaults))
+    if unknown:
+        raise ValueError(f"e06 has no option {', '.join(unknown)}: allowed are {', '.join(defaults)}")
+    options = {**defaults, **config.options}
+    lengths = [n for values in options["lengths"].values() for n in values]
+    if not lengths or any(not isinstance(n, int) or n < 2 for n in lengths):
+        raise ValueError(
+            f"e06.lengths must give each loop a list of numbers of tokens, 2 or more: {options['lengths']}"
+        )
+    if options["calibration"] not in ("text", "generated"):
+        raise ValueError(f'e06.calibration is {options["calibration"]!r}: allowed are "text" and "generated"')
+    if options["prompts"] < 1 or options["prompt_tokens"] < 1 or not options["sparsities"]:
+        raise ValueError("e06 needs at least one prompt, one prompt token and one sparsity")
+    return options
+
+
+def cases_of(options: dict[str, Any]) -> list[Case]:
+    """Figure 4's conditions: every loop with its lengths."""
+    cases = []
+    for loop, lengths in options["lengths"].items():
+        groups = [(n,) for n in sorted(lengths)] if options["separate_lengths"] else [tuple(sorted(lengths))]
+        sparsities = tuple(options["sparsities"])
+        cases += [Case(loop, group, sparsities, options["prompts"], options["prompt_tokens"]) for group in groups]
+    return cases
+
+
+def growth_of(options: dict[str, Any]) -> tuple[list[Case], list[tuple[int, Case]]]:
+    """Conditions that differ from Figure 4's shortest in one respect; those of other depths with their layers.
+
+    Their prompts have numbers of their own: the report pairs dense and CATS by prompt.
+    """
+    growth = options["growth"]
+    loop = growth.get("loop", "eager")
+    shortest = min(options["lengths"].get(loop) or [n for values in options["lengths"].values() for n in values])
+    base = Case(loop, (shortest,), (options["sparsities"][0],), growth.get("prompts", 1), options["prompt_tokens"])
+    base = replace(base, first_prompt=options["prompts"])
+    cases = [replace(base, batch=n) for n in growth.get("batches", ())]
+    cases += [replace(base, prompt_tokens=n) for n in growth.get("contexts", ())]
+    if growth.get("sparsities"):
+        cases.append(replace(base, sparsities=tuple(growth["sparsities"])))
+    return cases, [(n, base) for n in growth.get("layers", ())]
