@@ -107,7 +107,6 @@ def load_model(
     device: str = "cpu",
     layers: int | None = None,
     seed: int = 0,
-    device_map: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a causal language model in evaluation mode, and its tokenizer (None for a ``shape:`` model).
 
@@ -115,9 +114,9 @@ def load_model(
         spec: hub id, local directory, ``pocket``, or ``shape:mistral-7b`` and the like.
         dtype: ``float32``, ``float16``, ``bfloat16`` or ``auto`` (as stored; bfloat16 for a shape).
         device: where to put it, ``cpu``, ``cuda``, ``cuda:1``; a shape's random weights are made there directly.
+            ``sharded`` spreads the layers over all GPUs, for a model that one cannot hold (accelerate's device_map).
         layers: keep only the first so many decoder layers.
         seed: seed of a shape's random weights.
-        device_map: ``auto`` shards a model that one device cannot hold (accelerate); overrides ``device``.
 
     Raises:
         ValueError: unknown dtype, shape or path.
@@ -126,6 +125,8 @@ def load_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: allowed are auto, {', '.join(DTYPES)}")
     where = resolve(spec)
+    if where.startswith("shape:") and device == "sharded":
+        raise ValueError(f"{spec} has random weights, which cannot be sharded: give one device")
     if where.startswith("shape:"):
         torch.manual_seed(seed)
         with torch.device(device):
@@ -134,8 +135,8 @@ def load_model(
     options: dict[str, Any] = {"dtype": DTYPES.get(dtype, "auto"), "use_safetensors": True, "trust_remote_code": False}
     if layers is not None:
         options["config"] = load_config(spec, layers)
-    if device_map is not None:
-        options["device_map"] = device_map
+    if device == "sharded":
+        options["device_map"] = "auto"
     with loading(spec):
         where = source(where)
         loaded: Any = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
@@ -144,6 +145,6 @@ def load_model(
     if report["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = sorted(report["missing_keys"])
         raise OSError(f"the weights of {spec} are incomplete: {len(missing)} tensors are missing, such as {missing[0]}")
-    if device_map is None:
+    if device != "sharded":
         model = model.to(device)
     return model.eval(), tokenizer

@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument(
         "--model", action="append", metavar="PATH_OR_HUB_ID", help="instead of the profile's models; repeatable"
     )
-    shared.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    shared.add_argument("--device", help="auto, cpu, cuda, cuda:N or sharded (over all GPUs)")
     shared.add_argument("--dtype", help="auto, float32, float16 or bfloat16")
     shared.add_argument("--seed", type=int)
     shared.add_argument(

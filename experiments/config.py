@@ -37,7 +37,7 @@ class Config:
         experiment: ``e01`` and so on.
         profile: name of the profile.
         output: run directory.
-        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``cpu``, ``cuda``, ``cuda:N``, or ``sharded`` (a model's layers over all GPUs).
         dtype: ``auto``, ``float32``, ``float16`` or ``bfloat16``.
         seed: seed of everything random.
         models: hub ids, directories, ``pocket`` or ``shape:NAME``.
@@ -125,11 +125,14 @@ def _slug(key: str) -> str:
 
 
 def resolve_device(device: str) -> str:
-    """``auto`` becomes ``cuda`` where there is one, else ``cpu``. Raises ValueError for a device that is not there."""
+    """``auto`` becomes ``cuda`` where there is one, else ``cpu``; ``sharded`` spreads a model over all GPUs.
+
+    Raises ValueError for a device that is not there.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"unknown device {device!r}: allowed are auto, cpu, cuda, cuda:N")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|sharded", device):
+        raise ValueError(f"unknown device {device!r}: allowed are auto, cpu, cuda, cuda:N, sharded")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
     return device

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from cats.hub import reachable
 from cats.models import load_config, resolve
-from experiments.config import Config
+from experiments.config import Config, resolve_device
 
 # lm-eval task: repository, scored continuations in the evaluated split, and roughly how many tokens each has
 TASKS = {
@@ -142,15 +142,16 @@ def repository_need(name: str, kind: str, online: bool) -> Need:
 def experiment_cells(config: Config, models: dict[str, Need]) -> tuple[str, ...]:
     """One line of the table of experiments."""
     sizes = [models[name].parameters for name in config.models]
+    device = config.device if config.device != "sharded" else resolve_device("auto")
     if not all(sizes):
         return config.experiment, str(len(sizes)), "?", "?", "?", "?"
     dtype = config.dtype if config.dtype != "auto" else "bfloat16"
     memory = memory_bytes(config, max(sizes))
-    here, other = speed(config.device, dtype), h200(dtype)
+    here, other = speed(device, dtype), h200(dtype)
     work = [workload(config, parameters) for parameters in sizes]
     hours = [sum(f / m.flops + b / m.bandwidth for f, b in work) / 3600 for m in (here, other)]
     times = [f"{h:.1f} h" if h >= 1 else f"{60 * h:.1f} min" for h in hours]
-    return config.experiment, str(len(sizes)), _size(memory), *times, machine_for(config, memory, hours[0])
+    return config.experiment, str(len(sizes)), _size(memory), *times, machine_for(device, memory, hours[0])
 
 
 def memory_bytes(config: Config, parameters: int) -> float:
@@ -192,18 +193,18 @@ def evaluation_tokens(task: str, limit: int | None) -> int:
     return (min(requests, 4 * limit) if limit else requests) * tokens
 
 
-def machine_for(config: Config, memory: float, hours: float) -> str:
+def machine_for(device: str, memory: float, hours: float) -> str:
     """Where an experiment should run: here if it fits and takes less than a day, else on GPUs of some size."""
-    on_gpu = config.device.startswith("cuda")
+    on_gpu = device.startswith("cuda")
     if on_gpu:
-        available: float = torch.cuda.get_device_properties(torch.device(config.device)).total_memory
+        available: float = torch.cuda.get_device_properties(torch.device(device)).total_memory
     else:
         available = psutil.virtual_memory().total
     if memory < 0.9 * available and hours < 24:
         return "this one"
     if memory < 0.9 * available and on_gpu:
         return "this one, or several of its kind (--processes)"
-    return f"a GPU with {_size(memory)}, or several with device_map"
+    return f"a GPU with {_size(memory)}, or several with --device sharded"
 
 
 def speed(device: str, dtype: str) -> Machine:
