@@ -9,6 +9,7 @@ Cost: variants x seeds x tasks short runs; under three minutes for the pocket mo
     accelerate launch --num_processes 8 -m experiments run e04 --profile paper      # the same batch, split over 8 GPUs
 """
 
+import json
 import math
 import random
 from collections.abc import Iterable, Sequence
@@ -76,10 +77,19 @@ class TaskSubject(Subject):
 
     def items(self, task: Task, split: str, count: int) -> list[Item]:
         """Up to ``count`` examples of ``train`` (shuffled by the seed) or ``test`` as token ids."""
-        documents = list(task.training_docs() if split == "train" else task.eval_docs)
-        if split == "train":
+        if split == "test":
+            documents = list(task.eval_docs)
+        else:
+            documents = self._training_documents(task)
             random.Random(self.config.seed).shuffle(documents)
         return [self._item(task, document) for document in documents[:count]]
+
+    def _training_documents(self, task: Task) -> list[Any]:
+        """The task's training split; the pocket tasks keep theirs in ``NAME_train.jsonl`` beside the test items."""
+        if task.has_training_docs():
+            return list(task.training_docs())
+        lines = (self.folder() / f"{task.config.task}_train.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
 
     def _item(self, task: Task, document: Any) -> Item:
         context = task.fewshot_context(document, 0)
@@ -128,7 +138,7 @@ def instruction_folder(config: Config) -> Path:
         return Path(config.options["include_path"])
     if not is_pocket(config):
         return Path(__file__).parent / "instructions"
-    from experiments.pocket.tasks import build_finetuning_tasks
+    from experiments.pocket.finetuning_tasks import build_finetuning_tasks
 
     return build_once(build_finetuning_tasks, config.output / "finetuning_tasks")
 
