@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +151,14 @@ def experiment_cells(config: Config, models: dict[str, Need]) -> tuple[str, ...]
     here, other = speed(device, dtype), h200(dtype)
     work = [workload(config, parameters) for parameters in sizes]
     hours = [sum(f / m.flops + b / m.bandwidth for f, b in work) / 3600 for m in (here, other)]
-    times = [f"{h:.1f} h" if h >= 1 else f"{60 * h:.1f} min" for h in hours]
-    return config.experiment, str(len(sizes)), _size(memory), *times, machine_for(device, memory, hours[0])
+    cells = config.experiment, str(len(sizes)), _size(memory), *map(_duration, hours)
+    return *cells, machine_for(device, memory, hours[0])
 
 
 def memory_bytes(config: Config, parameters: int) -> float:
-    """Weights, a quarter more for activations and cache, and for LoRA training the same again for its activations."""
+    """Bytes: weights, a quarter more for activations and cache, and for LoRA training the same again for its activations."""
+    if config.experiment == "e05":
+        return 4.0 * 3 * 5120 * 13824 * 4  # copies of one float32 block of the largest shape, whatever the models
     trains = config.experiment in ("e03", "e04") or config.options.get("steps", 0)
     return parameters * BYTES[config.dtype] * (2.5 if trains else 1.25)
 
@@ -180,7 +183,7 @@ def workload(config: Config, parameters: int) -> tuple[float, float]:
         generated = sum(n for lengths in o["lengths"].values() for n in lengths) * o.get("prompts", 1)
         return 0, generated * 2.0 * (1 + len(o.get("sparsities", []))) * parameters * BYTES[config.dtype]
     if config.experiment == "e05":
-        return 0, 0  # a few minutes everywhere
+        return 0, 0
     trained = o.get("steps", 0) if isinstance(o.get("steps", 0), int) else 0
     trained *= 3 * o.get("train_batch_size", 1) * o.get("length", 0)
     passes = 1 if config.experiment == "e01" else levels + 3
@@ -207,17 +210,18 @@ def machine_for(device: str, memory: float, hours: float) -> str:
     return f"a GPU with {_size(memory)}, or several with --device sharded"
 
 
+@cache
 def speed(device: str, dtype: str) -> Machine:
     """What this device reaches in a matrix product and in reading memory; a second on a CPU."""
     kind = getattr(torch, dtype)
-    side = 4096 if device.startswith("cuda") else 1024
+    side, numbers = (4096, 2**28) if device.startswith("cuda") else (512, 2**26)
     a = torch.randn(side, side, device=device, dtype=kind)
-    buffer = torch.ones(64 * side * side // 16, device=device, dtype=torch.float32)
+    buffer = torch.ones(numbers, device=device)
     product = _fastest(lambda: a @ a, device)
     return Machine(2 * side**3 / product, buffer.numel() * 4 / _fastest(buffer.sum, device))
 
 
-def _fastest(call: Callable[[], object], device: str, rounds: int = 5) -> float:
+def _fastest(call: Callable[[], object], device: str, rounds: int = 3) -> float:
     times = []
     for _ in range(rounds):
         begin = time.perf_counter()
@@ -239,6 +243,12 @@ def _existing(path: Path) -> Path:
 
 def _size(count: float) -> str:
     return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB" if count else "-"
+
+
+def _duration(hours: float) -> str:
+    if not hours:
+        return "minutes"
+    return f"{60 * hours:.1f} min" if hours < 1 else f"{hours:.1f} h" if hours < 1000 else "over 1000 h"
 
 
 def _billions(count: int) -> str:
