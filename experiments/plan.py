@@ -40,6 +40,7 @@ TASKS = {
     "instruct_cola": ("nyu-mll/glue", 2086, 35),
     "instruct_sst2": ("nyu-mll/glue", 1744, 50),
 }
+TRAINING_ITEMS = {"instruct_boolq": 9427, "instruct_cola": 8551, "instruct_sst2": 67349}
 OTHER_TASK = ("", 1600, 60)  # assumed of any other, such as those of the pocket profile
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
 GIB = 2**30
@@ -156,7 +157,7 @@ def experiment_cells(config: Config, models: dict[str, Need]) -> tuple[str, ...]
 
 
 def memory_bytes(config: Config, parameters: int) -> float:
-    """Bytes: weights, a quarter more for activations and cache, and for LoRA training the same again for its activations."""
+    """Bytes: weights, a quarter more for activations and cache; for LoRA training twice that."""
     if config.experiment == "e05":
         return 4.0 * 3 * 5120 * 13824 * 4  # copies of one float32 block of the largest shape, whatever the models
     trains = config.experiment in ("e03", "e04") or config.options.get("steps", 0)
@@ -177,7 +178,8 @@ def workload(config: Config, parameters: int) -> tuple[float, float]:
         return parameters * (6.0 * trained * batch + 2 * (evaluated + text)), 0
     if config.experiment == "e04":
         runs = seeds * (levels + 2)
-        trained = len(o["tasks"]) * o.get("epochs", 1) * o.get("train_items", 0) * OTHER_TASK[2]
+        items = {t: min(o.get("train_items", 0), TRAINING_ITEMS.get(t, 10**9)) for t in o["tasks"]}
+        trained = sum(o.get("epochs", 1) * n * TASKS.get(t, OTHER_TASK)[2] for t, n in items.items())
         return parameters * runs * (6.0 * trained + 2 * evaluation), 0
     if config.experiment == "e06":
         generated = sum(n for lengths in o["lengths"].values() for n in lengths) * o.get("prompts", 1)
