@@ -4,23 +4,21 @@ from held-out ones. Table 2 and 3 of the paper on the pocket model.
 Cost: under ten seconds to build. Answers are " True" or " False", one token each, and equally frequent:
     pocket_acceptability   a line of code, real or with two tokens exchanged, one dropped or one replaced (CoLA)
     pocket_polarity        a string literal: is it the message of an exception? (SST-2: negative or not)
-    pocket_question        a function and a question: does it raise, return a value, loop, call itself "self"? (BoolQ)
+    pocket_question        a function and a question: does it raise, return a value, loop, use self? (BoolQ)
 """
 
 from __future__ import annotations
 
 import ast
 import io
-import json
 import random
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from experiments.pocket.corpus import read_modules
 from experiments.pocket.sources import Function, Item, Source, TrainingText
-from experiments.pocket.tasks import write_atomically, write_task
+from experiments.pocket.task_files import fingerprint, read_listing, write_items, write_listing, write_task
 
 TRAIN_ITEMS, TEST_ITEMS = 2000, 500
 LINES_A_MODULE = 60
@@ -126,11 +124,16 @@ def build_finetuning_tasks(out_dir: str | Path, train: int = TRAIN_ITEMS, test: 
     """Write, for each task, `NAME_train.jsonl` and the lm-eval task NAME over held-out modules; return the names.
 
     A line of the training file has `prompt`, `choices`, `label` and `source`; the text to learn is
-    prompt + choices[label]. Raises ValueError for a stripped installation or if a side gets no item.
+    prompt + choices[label]. A folder that already holds the same is left as it is.
+
+    Raises ValueError for a stripped installation or if a side gets no item.
     """
     folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     modules = read_modules()
+    mark = fingerprint(modules, train, test)
+    if rows := read_listing(folder, mark):
+        return [row["name"] for row in rows]
+    folder.mkdir(parents=True, exist_ok=True)
     seen = TrainingText(modules)
     sources = {side: [Source(module) for module in modules if module.heldout is side] for side in (False, True)}
     for name, (mirrors, draft) in TASKS.items():
@@ -140,7 +143,9 @@ def build_finetuning_tasks(out_dir: str | Path, train: int = TRAIN_ITEMS, test: 
         training, testing = balance(items[False], train, rng), balance(unseen, test, rng)
         if not training or not testing:
             raise ValueError(f"the standard library of this Python gives no item for {name}")
-        rows = [{key: value for key, value in asdict(item).items() if key != "choices_first"} for item in training]
-        write_atomically(folder / f"{name}_train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        write_task(folder, name, testing, "test", {"mirrors": mirrors, "chance": 0.5, "items": len(testing)})
+        row = {"name": name, "mirrors": mirrors, "chance": 1 / len(CHOICES), "items": len(testing)}
+        rows.append({**row, "description": (draft.__doc__ or "").strip()})
+        write_items(folder / f"{name}_train.jsonl", training)
+        write_task(folder, testing, rows[-1])
+    write_listing(folder, mark, rows)
     return list(TASKS)

@@ -128,8 +128,9 @@ def exception(source: Source, rng: random.Random, tokens: Tokens) -> Iterator[It
         target = target.func if isinstance(target, ast.Call) else target
         if isinstance(target, ast.Name):
             found.append(target)
-    pool = [" " + node.id for node in found]
+    pool = Pool(tokens, [" " + node.id for node in found])
     for node in found:
         prompt = source.before(node.lineno, source.character_column(node.lineno, node.col_offset))
         if prompt.endswith(" "):
-            yield arrange(rng, prompt[:-1], " " + node.id, pool, 4, f"{source.name}:{node.lineno}")
+            answer = " " + node.id
+            yield arrange(rng, prompt[:-1], answer, pool.near(answer, 2), 4, f"{source.name}:{node.lineno}")

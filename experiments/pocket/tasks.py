@@ -14,23 +14,22 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
-import json
-import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
 from tokenizers import Tokenizer
 
 from cats.models import pocket_path
 from experiments.pocket import names, passages
-from experiments.pocket.corpus import Module, describe, read_modules
+from experiments.pocket.corpus import read_modules
+from experiments.pocket.finetuning_tasks import build_finetuning_tasks
 from experiments.pocket.sources import Item, Source, Tokens, TrainingText
+from experiments.pocket.task_files import fingerprint, read_listing, write_listing, write_task
+
+__all__ = ["DROPPED", "TASKS", "Task", "build_finetuning_tasks", "build_tasks"]
 
 ITEMS = 500
 LARGEST_SHARE = 0.2  # of a task's items that may have the same right answer: "=" is three quarters of all operators
@@ -84,50 +83,10 @@ def select(candidates: Sequence[Item], seen: TrainingText, limit: int, rng: rand
     return chosen
 
 
-def write_task(folder: Path, name: str, items: Sequence[Item], split: str, metadata: dict[str, Any]) -> None:
-    """Write `name.jsonl` and the lm-eval task `name.yaml` that reads it (absolute path, cache inside `folder`)."""
-    data = folder / f"{name}.jsonl"
-    fields = [
-        {"prompt": item.prompt, "choices": item.choices, "label": item.label, "source": item.source} for item in items
-    ]
-    write_atomically(data, "".join(json.dumps(row) + "\n" for row in fields))
-    first = items[0].choices_first
-    task = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {split: str(data.resolve())}, "cache_dir": str((folder / "cache").resolve())},
-        "test_split": split,
-        "output_type": "multiple_choice",
-        "doc_to_text": "label" if first else "prompt",  # a number: the choices are contexts, as in winogrande
-        "doc_to_choice": "choices",
-        "doc_to_target": "prompt" if first else "label",
-        "target_delimiter": "",
-        "num_fewshot": 0,
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0, **metadata},
-    }
-    write_atomically(folder / f"{name}.yaml", yaml.safe_dump(task, sort_keys=False))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` in one step."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def token_counter() -> Tokens:
     """Number of tokens of a text for the pocket tokenizer."""
     tokenizer = Tokenizer.from_file(str(pocket_path() / "tokenizer.json"))
     return functools.cache(lambda text: len(tokenizer.encode(text).ids))
-
-
-def fingerprint(modules: list[Module], limit: int, tasks: Iterable[str]) -> str:
-    """Hash of everything the items depend on: library, tokenizer, this package's source, limit, tasks."""
-    digest = hashlib.sha256(f"{describe(modules)} {limit} {sorted(tasks)}".encode())
-    for path in [pocket_path() / "tokenizer.json", *sorted(Path(__file__).parent.glob("*.py"))]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def build_tasks(out_dir: str | Path, limit: int | None = None, tasks: Sequence[Task] = TASKS) -> list[str]:
@@ -144,12 +103,11 @@ def build_tasks(out_dir: str | Path, limit: int | None = None, tasks: Sequence[T
     folder = Path(out_dir)
     modules = read_modules()
     mark = fingerprint(modules, limit, [task.name for task in tasks])
-    if (listing := read_listing(folder)) and listing["fingerprint"] == mark:
-        return [task["name"] for task in listing["tasks"]]
+    if rows := read_listing(folder, mark):
+        return [row["name"] for row in rows]
     folder.mkdir(parents=True, exist_ok=True)
     sources = [Source(module) for module in modules if module.heldout]
     seen, tokens = TrainingText(modules), token_counter()
-    rows = []
     for task in tasks:
         rng = random.Random(task.name)
         candidates = [item for source in sources for item in task.draft(source, rng, tokens) if item is not None]
@@ -158,15 +116,9 @@ def build_tasks(out_dir: str | Path, limit: int | None = None, tasks: Sequence[T
             raise ValueError(f"the standard library of this Python gives no item for {task.name}")
         row = {"name": task.name, "mirrors": task.mirrors, "chance": 1 / task.choices, "items": len(items)}
         rows.append({**row, "description": task.description})
-        write_task(folder, task.name, items, "test", rows[-1])
-    write_atomically(folder / "tasks.json", json.dumps({"fingerprint": mark, "tasks": rows}, indent=1) + "\n")
+        write_task(folder, items, rows[-1])
+    write_listing(folder, mark, rows)
     return [task.name for task in tasks]
-
-
-def read_listing(folder: str | Path) -> dict[str, Any] | None:
-    """What `build_tasks` wrote about the tasks of a folder, or None."""
-    path = Path(folder) / "tasks.json"
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def main() -> None:
@@ -177,8 +129,6 @@ def main() -> None:
     parser.add_argument("--drafts", action="store_true", help="all drafts, and the pocket model's accuracy on each")
     options = parser.parse_args()
     tasks = build_tasks(options.folder, options.limit, TASKS + DROPPED if options.drafts else TASKS)
-    listing = read_listing(options.folder)
-    assert listing is not None
     accuracy: dict[str, float] = {}
     if options.drafts:
         from cats.evaluation import evaluate
@@ -187,7 +137,7 @@ def main() -> None:
         model, tokenizer = load_model("pocket")
         results = evaluate(model, tokenizer, tasks, batch_size=32, include_path=options.folder)
         accuracy = {result.task: result.accuracy for result in results}
-    for row in sorted(listing["tasks"], key=lambda row: row["chance"] - accuracy.get(row["name"], 0)):
+    for row in sorted(read_listing(options.folder), key=lambda row: row["chance"] - accuracy.get(row["name"], 0)):
         score = f"accuracy {accuracy[row['name']]:.3f}, " if accuracy else ""
         print(f"{row['name']:24s} {score}chance {row['chance']:.2f}, {row['items']} items, mirrors {row['mirrors']}")
 
