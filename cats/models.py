@@ -3,6 +3,7 @@
 Weights are read from safetensors only and no code from a model repository is ever run.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -36,7 +37,7 @@ class Shape:
     num_key_value_heads: int
     vocab_size: int
     max_position_embeddings: int = 4096
-    family: type[PretrainedConfig] = LlamaConfig
+    family: Callable[..., PretrainedConfig] = LlamaConfig
 
     def config(self, layers: int | None = None) -> PretrainedConfig:
         """transformers configuration of this shape with ``layers`` decoder layers (default: all)."""

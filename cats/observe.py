@@ -31,7 +31,7 @@ def check_sites(sites: Iterable[str]) -> tuple[str, ...]:
 @contextmanager
 def dense_path(model: nn.Module) -> Iterator[None]:
     """Keep patched MLPs on their dense masked path, so that every activation is formed and hooks see it."""
-    states = [mlp.cats_state for mlp in model.modules() if hasattr(mlp, "cats_state")]
+    states: list[Any] = [mlp.cats_state for mlp in model.modules() if hasattr(mlp, "cats_state")]
     before = [state.sparse for state in states]
     for state in states:
         state.sparse = False

@@ -2,9 +2,9 @@
 
 A patched gated MLP keeps its parameters, its names and its own forward code: only its activation module is replaced
 by `CATSActivation` (the dense masked path: training, prefill, anything peft has wrapped). For decoding, when no
-gradient is wanted and at most ``cats_kernels.MAX_ROWS`` rows come in, the class's forward hands over to the sparse
-kernel, which needs the down projection transposed; the parameter's storage is transposed in place of the original, so
-memory does not grow, and state_dict still shows the original layout.
+gradient is wanted and few rows come in (at most ``cats_kernels.MAX_ROWS`` on a GPU), the class's forward hands over to
+the operator, which needs the down projection transposed; the parameter's storage is transposed in place of the
+original, so memory does not grow, and state_dict still shows the original layout.
 """
 
 import warnings
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cats.activation import CATSActivation, threshold_activation
 from cats.calibration import Thresholds, fingerprint
-from cats.structure import activation_name, attention_blocks, check_equation_1, gated_mlps
+from cats.structure import GatedMLP, activation_name, attention_blocks, check_equation_1, gated_mlps
 
 KERNELS = ("auto", "reference", "cpu", "triton")
 _KERNEL_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
@@ -50,12 +50,12 @@ def kernel_activation(module: nn.Module) -> str | None:
     return None
 
 
-def _linears(mlp: nn.Module) -> list[nn.Module]:
+def _linears(mlp: GatedMLP) -> list[nn.Module]:
     names = ("gate_up_proj", "down_proj") if hasattr(mlp, "gate_up_proj") else ("gate_proj", "up_proj", "down_proj")
     return [getattr(mlp, name) for name in names]
 
 
-def _obstacle(mlp: nn.Module, activation: str | None) -> str | None:
+def _obstacle(mlp: GatedMLP, activation: str | None) -> str | None:
     """Why the sparse kernel cannot serve ``mlp``, or None if it can."""
     if activation is None:
         return "its activation is neither SiLU nor tanh-GELU"
@@ -70,7 +70,7 @@ def _obstacle(mlp: nn.Module, activation: str | None) -> str | None:
     return None
 
 
-def _gate_and_up_weights(mlp: nn.Module) -> tuple[Tensor, Tensor]:
+def _gate_and_up_weights(mlp: GatedMLP) -> tuple[Tensor, Tensor]:
     if hasattr(mlp, "gate_up_proj"):
         gate, up = mlp.gate_up_proj.weight.chunk(2, dim=0)
         return gate, up
@@ -87,8 +87,10 @@ class _SparseForward:
         return (
             self.cats_state.sparse
             and not torch.is_grad_enabled()
-            and x.numel() <= cats_kernels.MAX_ROWS * x.shape[-1]
-            and all(type(linear) is nn.Linear for linear in _linears(self))  # type: ignore[arg-type]
+            # on a CPU the operator chooses by rows itself: torch took 1 to 4 s for 2 to 8 bfloat16 rows times a
+            # transposed down projection of Mistral-7B's shape, a whole dense MLP 0.04 to 0.13 s
+            and (x.device.type == "cpu" or x.numel() <= cats_kernels.MAX_ROWS * x.shape[-1])
+            and all(type(linear) is nn.Linear for linear in _linears(self))
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -98,22 +100,21 @@ class _SparseForward:
             gate_weight, up_weight = _gate_and_up_weights(mlp)
             threshold = getattr(mlp, activation_name(mlp)).threshold
             return cats_kernels.sparse_gated_mlp(
-                x, gate_weight, up_weight, mlp.down_proj.weight.t(), threshold, state.activation, state.kernel
+                x, gate_weight, up_weight, mlp.down_proj.weight.t(), threshold, str(state.activation), state.kernel
             )
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
 
 @cache
-def _sparse_class(original: type) -> type:
+def _sparse_class(original: Any) -> Any:
+    """The subclass of an MLP's class that takes the sparse path; one for each, so that compiled code is shared."""
     return type(f"CATS{original.__name__}", (_SparseForward, original), {"__module__": original.__module__})
 
 
-def _set_class(mlp: nn.Module, cls: type) -> None:
+def _set_class(mlp: GatedMLP, cls: Any) -> None:
     mlp.__class__ = cls
-    if (
-        "_old_forward" in mlp.__dict__
-    ):  # accelerate's device_map hooks call the forward they found when they were attached
-        mlp._old_forward = MethodType(cls.forward, mlp)  # type: ignore[attr-defined]
+    if "_old_forward" in mlp.__dict__:  # accelerate's device_map hooks call the forward they found first
+        mlp._old_forward = MethodType(cls.forward, mlp)
 
 
 def _contiguous_in_state_dict(_module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -123,7 +124,7 @@ def _contiguous_in_state_dict(_module: nn.Module, state_dict: dict[str, Any], pr
         state_dict[f"{prefix}weight"] = weight.contiguous()
 
 
-def _enable_kernel(name: str, mlp: nn.Module, state: State, kernel: str) -> str | None:
+def _enable_kernel(name: str, mlp: GatedMLP, state: State, kernel: str) -> str | None:
     """Put ``mlp`` on the sparse path if ``kernel`` asks for it and can serve it; else say what stands in the way."""
     state.kernel = kernel
     if kernel == "reference":
@@ -143,7 +144,7 @@ def _enable_kernel(name: str, mlp: nn.Module, state: State, kernel: str) -> str 
     return None
 
 
-def _disable_kernel(mlp: nn.Module, state: State) -> None:
+def _disable_kernel(mlp: GatedMLP, state: State) -> None:
     state.sparse = False
     if state.handles:
         for handle in state.handles:
@@ -153,7 +154,7 @@ def _disable_kernel(mlp: nn.Module, state: State) -> None:
         down.weight.data = down.weight.data.contiguous()
 
 
-def _threshold_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def _threshold_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Equation 7: CATS on the input of an attention or MLP block."""
     threshold = module.cats_input_threshold
     if args:
@@ -161,7 +162,7 @@ def _threshold_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     return args, {**kwargs, "hidden_states": threshold_activation(kwargs["hidden_states"], threshold)}
 
 
-def _set_input_thresholds(modules: dict[str, nn.Module], thresholds: dict[str, float]) -> None:
+def _set_input_thresholds(modules: dict[str, Any], thresholds: dict[str, float]) -> None:
     for name, module in modules.items():
         if "cats_input_handle" in module.__dict__ and name not in thresholds:
             module.cats_input_handle.remove()
@@ -172,7 +173,7 @@ def _set_input_thresholds(modules: dict[str, nn.Module], thresholds: dict[str, f
                 module.cats_input_handle = module.register_forward_pre_hook(_threshold_input, with_kwargs=True)
 
 
-def _check(model: nn.Module, mlps: dict[str, nn.Module], thresholds: Thresholds, kernel: str) -> None:
+def _check(model: nn.Module, mlps: dict[str, GatedMLP], thresholds: Thresholds, kernel: str) -> None:
     if kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}: allowed are {', '.join(KERNELS)}")
     actual = fingerprint(model)
@@ -212,7 +213,8 @@ def apply(model: nn.Module, thresholds: Thresholds, kernel: str = "auto") -> Non
                 original = getattr(mlp, attribute)
                 mlp.cats_state = State(original, activation=kernel_activation(original))
                 setattr(mlp, attribute, CATSActivation(original, 0.0))
-                _set_class(mlp, _sparse_class(type(mlp)))
+                cls: Any = type(mlp)
+                _set_class(mlp, _sparse_class(cls))
             getattr(mlp, attribute).threshold = thresholds.gate[name]
             obstacle = _enable_kernel(name, mlp, mlp.cats_state, kernel)
             if obstacle:
@@ -233,6 +235,7 @@ def apply(model: nn.Module, thresholds: Thresholds, kernel: str = "auto") -> Non
 
 def remove(model: nn.Module) -> None:
     """Undo `apply` and `cats.relufy`: every weight, buffer, class and activation as before, bit for bit."""
+    module: Any
     for module in model.modules():
         if "cats_input_handle" in module.__dict__:
             module.cats_input_handle.remove()

@@ -5,10 +5,14 @@ A gated MLP is a module with ``down_proj``, an activation (``act_fn`` or ``activ
 is checked by running it (`check_equation_1`).
 """
 
+from typing import Any, TypeAlias
+
 import torch
 from torch import Tensor, nn
 
 _ACTIVATION_NAMES = ("act_fn", "activation_fn")
+GatedMLP: TypeAlias = Any
+"""A torch module with the attributes above; they vary by family, and torch types a module's attributes too widely."""
 
 
 def _is_gated_mlp(module: nn.Module) -> bool:
@@ -17,7 +21,7 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     return projections and any(isinstance(getattr(module, name, None), nn.Module) for name in _ACTIVATION_NAMES)
 
 
-def activation_name(mlp: nn.Module) -> str:
+def activation_name(mlp: GatedMLP) -> str:
     """Attribute under which ``mlp`` holds its activation module."""
     return next(name for name in _ACTIVATION_NAMES if isinstance(getattr(mlp, name, None), nn.Module))
 
@@ -27,7 +31,7 @@ def canonical_name(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-def gated_mlps(model: nn.Module) -> dict[str, nn.Module]:
+def gated_mlps(model: nn.Module) -> dict[str, GatedMLP]:
     """The gated MLPs of ``model`` in order, keyed by module path.
 
     Raises:
@@ -60,7 +64,7 @@ def attention_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def gate_and_up(mlp: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def gate_and_up(mlp: GatedMLP, x: Tensor) -> tuple[Tensor, Tensor]:
     """``x W_gate`` and ``x W_up``, each (..., m), through the module's own (perhaps adapter-wrapped) projections."""
     if hasattr(mlp, "gate_up_proj"):
         gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
@@ -68,14 +72,14 @@ def gate_and_up(mlp: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return mlp.gate_proj(x), mlp.up_proj(x)
 
 
-def hidden_size(mlp: nn.Module) -> int:
+def hidden_size(mlp: GatedMLP) -> int:
     """Width d of the block's input."""
     first = mlp.gate_up_proj if hasattr(mlp, "gate_up_proj") else mlp.gate_proj
     return int(first.in_features)
 
 
 @torch.no_grad()
-def check_equation_1(name: str, mlp: nn.Module) -> None:
+def check_equation_1(name: str, mlp: GatedMLP) -> None:
     """Run ``mlp`` on random input and compare it with ``(act(x W_gate) * (x W_up)) W_down`` (equation 1).
 
     Raises:

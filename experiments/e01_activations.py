@@ -9,6 +9,7 @@ Cost: two passes over a few hundred blocks of text; about half a minute for the 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -52,7 +53,7 @@ class ThresholdRow(Row):
 def run(config: Config) -> Iterable[Row]:
     """Measure histograms and thresholds of each model in ``config.models``."""
     for model in config.models:
-        yield from config.unit(model, lambda model=model: measure(config, model), (HistogramRow, ThresholdRow))
+        yield from config.unit(model, partial(measure, config, model), (HistogramRow, ThresholdRow))
 
 
 def measure(config: Config, name: str) -> list[Row]:
