@@ -71,9 +71,9 @@ def acceptability(source: Source, rng: random.Random) -> Iterator[Item]:
 
 def polarity(source: Source, rng: random.Random) -> Iterator[Item]:
     """Whether a string literal is the message of an exception."""
-    raised = {id(s) for node in ast.walk(source.tree) if isinstance(node, ast.Raise) for s in ast.walk(node)}
-    prose = {id(node.value) for node in ast.walk(source.tree) if isinstance(node, ast.Expr)}
-    for node in ast.walk(source.tree):
+    raised = {id(s) for node in source.nodes if isinstance(node, ast.Raise) for s in ast.walk(node)}
+    prose = {id(node.value) for node in source.nodes if isinstance(node, ast.Expr)}
+    for node in source.nodes:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
             text = node.value.strip()
             if 12 <= len(text) <= 160 and " " in text and "\n" not in text:
@@ -139,8 +139,10 @@ def build_finetuning_tasks(out_dir: str | Path, train: int = TRAIN_ITEMS, test: 
     for name, (mirrors, draft) in TASKS.items():
         rng = random.Random(name)
         items = {side: [item for source in sources[side] for item in draft(source, rng)] for side in (False, True)}
-        unseen = [item for item in items[True] if not seen.contains(item.prompt.rsplit("\n", 1)[0])]
-        training, testing = balance(items[False], train, rng), balance(unseen, test, rng)
+        training = balance(items[False], train, rng)
+        asked = {item.prompt for item in training}
+        unseen = [i for i in items[True] if i.prompt not in asked and not seen.contains(i.prompt.rsplit("\n", 1)[0])]
+        testing = balance(unseen, test, rng)
         if not training or not testing:
             raise ValueError(f"the standard library of this Python gives no item for {name}")
         row = {"name": name, "mirrors": mirrors, "chance": 1 / len(CHOICES), "items": len(testing)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from experiments.pocket.sources import Function, Item, Pool, Source, Tokens, arrange, local_names, walk_body
 
@@ -41,11 +41,11 @@ def operator(source: Source, rng: random.Random, tokens: Tokens) -> Iterator[Ite
     yield from _symbols(source, OPERATORS, rng)
 
 
-def _attributes(tree: ast.AST, owners: set[str]) -> list[tuple[str, ast.Attribute]]:
-    """(owner, node) of every `owner.attribute` below `tree` whose owner is one of `owners`."""
+def _attributes(nodes: Iterable[ast.AST], owners: set[str]) -> list[tuple[str, ast.Attribute]]:
+    """(owner, node) of every `owner.attribute` among `nodes` whose owner is one of `owners`."""
     return [
         (node.value.id, node)
-        for node in ast.walk(tree)
+        for node in nodes
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in owners
     ]
 
@@ -59,8 +59,8 @@ def _place(source: Source, node: ast.Attribute) -> tuple[int, int] | None:
 
 def attribute(source: Source, rng: random.Random, tokens: Tokens) -> Iterator[Item | None]:
     """The attribute of an imported module, among attributes that the file takes from its other modules."""
-    imports = [node for node in ast.walk(source.tree) if isinstance(node, ast.Import)]
-    uses = _attributes(source.tree, {alias.asname or alias.name for node in imports for alias in node.names})
+    imports = [node for node in source.nodes if isinstance(node, ast.Import)]
+    uses = _attributes(source.nodes, {alias.asname or alias.name for node in imports for alias in node.names})
     owners: dict[str, set[str]] = {}
     for module, node in uses:
         owners.setdefault(node.attr, set()).add(module)
@@ -73,8 +73,8 @@ def attribute(source: Source, rng: random.Random, tokens: Tokens) -> Iterator[It
 
 def self_attribute(source: Source, rng: random.Random, tokens: Tokens) -> Iterator[Item | None]:
     """The attribute or method of self, among those of the same class."""
-    for owner in [node for node in ast.walk(source.tree) if isinstance(node, ast.ClassDef)]:
-        uses = _attributes(owner, {"self"})
+    for owner in [node for node in source.nodes if isinstance(node, ast.ClassDef)]:
+        uses = _attributes(ast.walk(owner), {"self"})
         pool = Pool(tokens, [node.attr for _, node in uses])
         for _, node in uses:
             if place := _place(source, node):
@@ -123,7 +123,7 @@ def referent(source: Source, rng: random.Random, tokens: Tokens) -> Iterator[Ite
 def exception(source: Source, rng: random.Random, tokens: Tokens) -> Iterator[Item | None]:
     """The exception raised or caught, among those of the file."""
     found = []
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         target = node.exc if isinstance(node, ast.Raise) else node.type if isinstance(node, ast.ExceptHandler) else None
         target = target.func if isinstance(target, ast.Call) else target
         if isinstance(target, ast.Name):

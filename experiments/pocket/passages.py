@@ -18,6 +18,12 @@ def indentation(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
+def _split(text: str) -> tuple[str, str]:
+    """(text, blanks at its end): blanks belong to the continuation, where its first piece holds them."""
+    bare = text.rstrip()
+    return bare, text[len(bare) :]
+
+
 def next_line(source: Source, rng: random.Random, tokens: Tokens) -> Iterator[Item | None]:
     """The line of a function that follows, among lines of the same file, indentation and length (6 to 20 tokens)."""
     by_indentation: dict[int, dict[int, str]] = {}
@@ -25,14 +31,14 @@ def next_line(source: Source, rng: random.Random, tokens: Tokens) -> Iterator[It
         for row in range(function.body[0].lineno + 1, (function.end_lineno or 0) + 1):
             line = source.lines[row - 1].rstrip()
             if line.strip() and row not in source.inside_string and not line.lstrip().startswith(("#", '"', "'")):
-                by_indentation.setdefault(indentation(line), {})[row] = "\n" + line
+                by_indentation.setdefault(indentation(line), {})[row] = line
     for lines in by_indentation.values():
         pool = Pool(tokens, lines.values())
         for row, line in lines.items():
             if 6 <= tokens(line) <= 20:
-                prompt = source.before(row, 0).rstrip()
-                wrong = [other for other in pool.near(line, 1) if other not in prompt]
-                yield arrange(rng, prompt, line, wrong, 4, f"{source.name}:{row}")
+                prompt, gap = _split(source.before(row, 0))
+                wrong = [gap + other for other in pool.near(line, 1) if other not in prompt]
+                yield arrange(rng, prompt, gap + line, wrong, 4, f"{source.name}:{row}")
 
 
 def _text(source: Source, start: int, stop: int, column: int) -> str:
@@ -43,7 +49,7 @@ def _text(source: Source, start: int, stop: int, column: int) -> str:
 def docstring(source: Source, rng: random.Random, tokens: Tokens) -> Iterator[Item | None]:
     """Does the docstring belong to this definition or to that one of the file? The docstring is scored."""
     found: list[tuple[int, str, str, str]] = []
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if not isinstance(node, Function | ast.ClassDef) or ast.get_docstring(node) is None:
             continue
         start = node.body[0].lineno
@@ -68,21 +74,22 @@ def body(source: Source, rng: random.Random, tokens: Tokens) -> Iterator[Item | 
         row = function.body[0].lineno
         if ast.get_docstring(function) is None and row > function.lineno:
             lines = "".join(source.lines[row - 1 : min(function.end_lineno or row, row + 1)]).rstrip()
-            definition = _text(source, function.lineno, row, 0).rstrip()
-            found.append((row, "\n" + lines, definition, indentation(lines)))
+            definition, gap = _split(_text(source, function.lineno, row, 0))
+            found.append((row, gap + lines, definition, indentation(lines)))
     for row, lines, definition, indent in found:
         wrong = [other for _, text, other, other_indent in found if other_indent == indent and text != lines]
         yield arrange(rng, lines, definition, wrong, 2, f"{source.name}:{row}", choices_first=True)
 
 
 def _after(source: Source, entries: dict[int, str], rng: random.Random, tokens: Tokens) -> Iterator[Item | None]:
-    """Items of two choices: the line of a row (`entries`: a line break and the line) or another one."""
+    """Items of two choices: the line of a row, or another one of `entries` with its indentation."""
     pools: dict[int, Pool] = {}
-    for indent in {indentation(line[1:]) for line in entries.values()}:
-        pools[indent] = Pool(tokens, [line for line in entries.values() if indentation(line[1:]) == indent])
+    for indent in {indentation(line) for line in entries.values()}:
+        pools[indent] = Pool(tokens, [line for line in entries.values() if indentation(line) == indent])
     for row, line in entries.items():
-        wrong = pools[indentation(line[1:])].near(line, 2)
-        yield arrange(rng, source.before(row, 0, 300).rstrip(), line, wrong, 2, f"{source.name}:{row}")
+        prompt, gap = _split(source.before(row, 0, 300))
+        wrong = [gap + other for other in pools[indentation(line)].near(line, 2)]
+        yield arrange(rng, prompt, gap + line, wrong, 2, f"{source.name}:{row}")
 
 
 def first_statement(source: Source, rng: random.Random, tokens: Tokens) -> Iterator[Item | None]:
@@ -91,7 +98,7 @@ def first_statement(source: Source, rng: random.Random, tokens: Tokens) -> Itera
     for function in source.functions:
         if ast.get_docstring(function) is not None and len(function.body) > 1:
             row = function.body[1].lineno
-            entries[row] = "\n" + source.lines[row - 1].rstrip()
+            entries[row] = source.lines[row - 1].rstrip()
     yield from _after(source, entries, rng, tokens)
 
 
@@ -103,5 +110,5 @@ def comment(source: Source, rng: random.Random, tokens: Tokens) -> Iterator[Item
         if token.type == tokenize.COMMENT and not source.lines[row - 1][:column].strip() and row < len(source.lines):
             line = source.lines[row].rstrip()
             if line.strip() and not line.lstrip().startswith("#") and indentation(line) == column:
-                entries[row + 1] = "\n" + line
+                entries[row + 1] = line
     yield from _after(source, entries, rng, tokens)
