@@ -126,13 +126,23 @@ def time_components(
     calls = {
         "mlp": [partial(mlp, *args, **kwargs) for args, kwargs in inputs["mlp"]],
         "cats": [partial(sparse, *args, **kwargs) for args, kwargs in inputs["mlp"]],
-        "attention": [partial(attention, *args, **kwargs) for args, kwargs in inputs["attention"][-1:]],
+        "attention": [partial(_attend, attention, args, kwargs) for args, kwargs in inputs["attention"][-1:]],
         "head": [partial(head, *args, **kwargs) for args, kwargs in inputs["head"][-1:]],
     }
     device = model.device.type
     if device == "cuda":
         return measure_calls(calls, warmups=3, rounds=rounds, device=device)
     return measure_calls({key: _in_turn(group) for key, group in calls.items()}, warmups=2, rounds=rounds)
+
+
+def _attend(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    """Call an attention block with its cache as it was.
+
+    A dynamic cache drops its tensors for longer ones in every call: a captured CUDA graph would read freed memory.
+    """
+    cache = copy.copy(kwargs["past_key_values"])
+    cache.layers = [copy.copy(layer) if i == attention.layer_idx else layer for i, layer in enumerate(cache.layers)]
+    return attention(*args, **{**kwargs, "past_key_values": cache})
 
 
 def _in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
