@@ -211,9 +211,10 @@ def test_thresholds_of_another_model_are_refused(world):
         variants.put(model, variants.cats_variant(0.5), other)
 
 
-def test_local_instruction_tasks_are_known():
+def test_local_instruction_tasks_are_known(tmp_path):
     from cats.evaluation import check_tasks
     from experiments.e04_task_finetuning import instruction_folder
 
-    folder = instruction_folder(make_config("e04", "x", {"data": {"source": "hub"}}, None))
-    check_tasks(["instruct_cola", "instruct_sst2", "instruct_boolq"], folder)
+    config = make_config("e04", "paper", load_profile("paper"), tmp_path)
+    config.options.pop("include_path", None)
+    check_tasks(["instruct_cola", "instruct_sst2", "instruct_boolq"], instruction_folder(config))
