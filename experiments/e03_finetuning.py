@@ -88,7 +88,8 @@ class FinetuningSubject(Subject):
 
     def __init__(self, config: Config, name: str, steps: int, sweep_blocks: int = 0) -> None:
         super().__init__(config, name)
-        self._blocks, self._sweep_blocks = steps * config.options["train_batch_size"], sweep_blocks
+        self._blocks = steps and steps * config.options["train_batch_size"]  # no training, no such option
+        self._sweep_blocks = sweep_blocks
 
     @cached_property
     def _training_text(self) -> Tensor:

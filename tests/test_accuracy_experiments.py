@@ -168,6 +168,15 @@ def test_e07_shows_attention_beside_mlp_only_before_and_after_training(world, tm
     assert loss["cats-50-attention"] != loss["cats-50"]
 
 
+def test_e07_without_training_needs_no_training_options(world, tmp_path):
+    config = config_of(world, "e07", tmp_path, steps=0)
+    for key in ("train_batch_size", "learning_rate", "weight_decay", "warmup_steps"):
+        del config.options[key]
+    run_experiment(config)
+    found = {row["variant"] for row in table(tmp_path, "e07_attention")}
+    assert found == {"dense", "cats-50", "cats-50-attention"}
+
+
 @pytest.mark.parametrize(
     ("experiment", "changes", "message"),
     [
