@@ -253,10 +253,12 @@ def test_answers_about_a_function_are_right(finetuning_folder: Path) -> None:
             assert found is (row["label"] == 0), code
 
 
-def test_corrupted_lines_differ_from_the_real_one() -> None:
+def test_shuffled_lines_have_the_same_tokens_and_blanks() -> None:
     line = "    value = self.read(size) + offset"
-    changed = {finetuning_tasks.corrupt(line, random.Random(seed)) for seed in range(50)}
+    changed = {finetuning_tasks.shuffle_tokens(line, random.Random(seed)) for seed in range(50)}
     assert len(changed - {line}) > 10
-    assert all(text.startswith("    ") for text in changed)
-    assert finetuning_tasks.corrupt("f(a,", random.Random(0)) is None
-    assert finetuning_tasks.corrupt("x = 1", random.Random(0)) is None
+    letters = sorted(line.replace(" ", ""))
+    assert all(text.startswith("    ") and sorted(text.replace(" ", "")) == letters for text in changed)
+    assert {len(text) for text in changed} == {len(line)}
+    assert finetuning_tasks.shuffle_tokens("f(a, b, c,", random.Random(0)) is None
+    assert finetuning_tasks.shuffle_tokens("x = 1", random.Random(0)) is None

@@ -1,8 +1,9 @@
-"""Three tasks to fine-tune on, of the forms of CoLA, SST-2 and BoolQ; training items from training modules, test items
-from held-out ones. Table 2 and 3 of the paper on the pocket model.
+"""Three tasks to fine-tune on, of the forms of CoLA, SST-2 and BoolQ: Tables 2 and 3 of the paper on the pocket model.
 
-Cost: under ten seconds to build. Answers are " True" or " False", one token each, and equally frequent:
-    pocket_acceptability   a line of code, real or with two tokens exchanged, one dropped or one replaced (CoLA)
+Training items come from training modules, test items from held-out ones.
+
+Cost: about 15 seconds to build. Answers are " True" or " False", one token each, and equally frequent:
+    pocket_acceptability   a line of code, real or with its tokens in a random order (CoLA)
     pocket_polarity        a string literal: is it the message of an exception? (SST-2: negative or not)
     pocket_question        a function and a question: does it raise, return a value, loop, use self? (BoolQ)
 """
@@ -14,6 +15,7 @@ import io
 import random
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from experiments.pocket.corpus import read_modules
@@ -30,40 +32,33 @@ def _item(passage: str, question: str, answer: bool, source: str) -> Item:
     return Item(f"{passage}\n{question} =", CHOICES, CHOICES.index(f" {answer}"), source)
 
 
-def corrupt(line: str, rng: random.Random) -> str | None:
-    """The line with two neighbouring tokens exchanged, one dropped or one replaced by one of another type.
+def shuffle_tokens(line: str, rng: random.Random) -> str | None:
+    """The line with its tokens in a random order, the blanks between them where they were.
 
-    None for a line under five tokens, or one that is not whole (a bracket left open).
+    None for a line of fewer than five tokens, or one that is not whole (a bracket left open).
     """
+    text = line.strip()
     try:
-        tokens = [t for t in tokenize.generate_tokens(io.StringIO(line.strip() + "\n").readline) if t.string.strip()]
+        tokens = [t for t in tokenize.generate_tokens(io.StringIO(text + "\n").readline) if t.string.strip()]
     except (tokenize.TokenError, SyntaxError):
         return None
     if len(tokens) < 5:
         return None
-    spans = [(token.start[1], token.end[1]) for token in tokens]
-    text, index = line.strip(), rng.randrange(len(tokens) - 1)
-    (a, b), (c, d) = spans[index], spans[index + 1]
-    way = rng.choice(("exchange", "drop", "replace"))
-    if way == "exchange":
-        changed = text[:a] + text[c:d] + text[b:c] + text[a:b] + text[d:]
-    elif way == "drop":
-        changed = text[:a] + text[c:]
-    else:
-        other = [token.string for token in tokens if token.type != tokens[index].type]
-        changed = text[:a] + rng.choice(other) + text[b:] if other else text
-    return line[: len(line) - len(line.lstrip())] + changed
+    blanks = [text[a.end[1] : b.start[1]] for a, b in pairwise(tokens)]
+    words = rng.sample([token.string for token in tokens], len(tokens))
+    indent = line[: len(line) - len(line.lstrip())]
+    return indent + words[0] + "".join(blank + word for blank, word in zip(blanks, words[1:], strict=True))
 
 
 def acceptability(source: Source, rng: random.Random) -> Iterator[Item]:
-    """Whether a line is real or a corrupted one."""
+    """Whether a line is real or has its tokens shuffled."""
     rows = [row for row, line in enumerate(source.lines, 1) if 20 <= len(line.strip()) <= 80]
     lines = {line.rstrip() for line in source.lines}
     for row in rng.sample(rows, min(LINES_A_MODULE, len(rows))):
         line = source.lines[row - 1].rstrip()
         if row in source.inside_string or line.lstrip().startswith(("#", '"', "'")):
             continue
-        changed = corrupt(line, rng)
+        changed = shuffle_tokens(line, rng)
         if changed is not None and changed not in lines:
             real = rng.random() < 0.5
             yield _item(line if real else changed, "valid", real, f"{source.name}:{row}")

@@ -1,6 +1,6 @@
 """Eight multiple-choice tasks over held-out modules, as local lm-eval tasks: the pocket profile's zero-shot benchmark.
 
-Purpose: stand-ins for the paper's eight tasks that need no download. Cost: about ten seconds to build. Commands:
+Purpose: stand-ins for the paper's eight tasks that need no download. Cost: about six seconds to build. Commands:
     python -m experiments.pocket.tasks FOLDER              # build the eight
     python -m experiments.pocket.tasks FOLDER --drafts     # all twelve drafts, with the pocket model's accuracy on each
 Of the twelve drafts the eight with the largest accuracy above chance of the dense pocket model are kept. No single item
