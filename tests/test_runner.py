@@ -374,10 +374,10 @@ def profile_in(folder: Path) -> Path:
 
 def start(tree: Path, folder: Path, *words: str, before: Sequence[str] = (), **options) -> subprocess.Popen[str]:
     command = [*before, sys.executable, "-m", "experiments", words[0], "--profile", str(profile_in(folder))]
-    output = ["--output", str(folder / "an output")]
-    return subprocess.Popen(
-        [*command, *output, *words[1:]], cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+    command += ["--output", str(folder / "an output"), *words[1:]]
+    # a shell starts its background jobs with SIGINT ignored, and they hand that on: here Ctrl-C must count
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def wait_for_journal(folder: Path, line: str, process: subprocess.Popen[str]) -> None:
