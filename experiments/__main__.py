@@ -102,7 +102,8 @@ def reproduce(arguments: argparse.Namespace, profile: dict[str, Any]) -> int:
 
 def run(arguments: argparse.Namespace, profile: dict[str, Any]) -> int:
     """Run one experiment in this process; the exit status."""
-    from experiments.runner import is_main_process, locked, run_experiment
+    from experiments.config import is_main_process
+    from experiments.runner import locked, run_experiment
 
     config: Config = make_config(arguments.experiment, Path(arguments.profile).stem, profile, arguments.output)
     with locked(arguments.output) if is_main_process() else nullcontext():

@@ -1,6 +1,7 @@
 """A profile (TOML) becomes one `Config` for each experiment."""
 
 import json
+import os
 import re
 import shutil
 import tomllib
@@ -102,7 +103,8 @@ class Config:
                 pass  # written by an older version or damaged: measure again
         rows = list(compute())
         content = {"unit": key, "settings": stamp, "rows": [[row.table, asdict(row)] for row in rows]}
-        write_text_atomically(path, json.dumps(content))
+        if is_main_process():
+            write_text_atomically(path, json.dumps(content))
         return rows
 
     def workdir(self, key: str) -> Path:
@@ -117,7 +119,13 @@ class Config:
 
     def progress(self, iterable: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
         """``iterable`` behind a progress bar with an estimate of the time left."""
-        return tqdm(iterable, desc=f"{self.experiment} {description}", total=total, mininterval=1.0, dynamic_ncols=True)
+        label, silent = f"{self.experiment} {description}", not is_main_process()
+        return tqdm(iterable, desc=label, total=total, mininterval=1.0, dynamic_ncols=True, disable=silent)
+
+
+def is_main_process() -> bool:
+    """False in the processes that accelerate's launcher started beside the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _slug(key: str) -> str:

@@ -21,16 +21,11 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from experiments.config import EXPERIMENTS, Config, RunError
+from experiments.config import EXPERIMENTS, Config, RunError, is_main_process
 from experiments.results import Row, git_state, hardware, now, read_provenance, versions, write_provenance, write_tables
 
 _LOCK_HELD = "CATS_LOCK_HELD_FOR"  # tells the children that the run directory is already held for them
 DISTRIBUTED = ("e02", "e03", "e04", "e07")  # experiments that spread over processes; the timed ones must not
-
-
-def is_main_process() -> bool:
-    """False in the processes that accelerate's launcher started beside the first."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
