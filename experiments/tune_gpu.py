@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +22,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from cats_kernels.reference import sparse_gated_mlp_reference
-from cats_kernels.triton_launch import Target, target_of
+from cats_kernels.triton_launch import Call, target_of
 from cats_kernels.triton_mlp import CONFIGS, MAX_ROWS, VARIANTS, Config, choose_config, dense_masked, launch, plan, run
 from torch import Tensor
 
+from experiments.precompile import Task, precompile
 from experiments.timing import measure, read_bandwidth
 
 SHAPES = {"Mistral-7B": (4096, 14336), "Llama2-7B": (4096, 11008)}
@@ -101,6 +100,19 @@ FUSED = {
         *((2, 8, 1, 3), (1, 8, 1, 3), (1, 8, 1, 5), (1, 8, 1, 7), (1, 16, 1, 5), (2, 16, 1, 3), (1, 8, 2, 3)),
     ),
 }
+# the same of the one-pass kernel, one row of x: what does not spill (compiled for sm_90) and lets all programs run
+# at once
+ONE_PASS = {
+    2: (
+        *((4, 8, 2, 1), (2, 4, 3, 1), (2, 8, 2, 1), (1, 8, 3, 1), (4, 16, 1, 1), (2, 16, 2, 1)),
+        *((2, 8, 2, 2), (2, 8, 2, 3), (2, 4, 2, 3), (2, 4, 3, 2), (1, 4, 3, 3), (1, 8, 2, 3), (1, 8, 2, 2)),
+        *((2, 8, 1, 4), (4, 8, 1, 3), (4, 16, 1, 3), (2, 16, 1, 4), (1, 16, 2, 3)),
+    ),
+    4: (
+        *((2, 8, 2, 1), (1, 4, 3, 1), (1, 8, 2, 1), (1, 16, 2, 1), (2, 16, 2, 1)),
+        *((1, 8, 2, 2), (1, 8, 2, 3), (1, 4, 2, 3), (1, 4, 3, 2), (2, 8, 1, 3), (2, 16, 1, 3), (1, 16, 2, 3)),
+    ),
+}
 # (gate_tile = tile, warps, bytes of columns, stages, programs), then (bytes of down_block, down_tile), on tensor cores
 PROJECTIONS = (
     *((64, 4, 256, 4, 2), (64, 4, 256, 6, 2), (64, 4, 512, 3, 2), (64, 4, 128, 6, 2), (64, 4, 128, 8, 3)),
@@ -120,6 +132,8 @@ def configs(rows: int, element_size: int, d: int) -> list[Config]:
         found += gates
         for tile, warps, programs, stages in FUSED[element_size]:
             found.append(replace(best, tile=tile, warps=warps, programs=programs, stages=stages))
+        for tile, warps, programs, stages in ONE_PASS[element_size] if rows == 1 else ():
+            found.append(replace(best, tile=tile, warps=warps, programs=programs, stages=stages, one_pass=True))
         found += [replace(best, reduce_block=block) for block in (16, 64)]
     if rows >= 2:
         dot = CONFIGS[element_size, MAX_ROWS]
@@ -128,29 +142,6 @@ def configs(rows: int, element_size: int, d: int) -> list[Config]:
             found.append(replace(both, columns=size // element_size, stages=stages, programs=programs))
         found += [replace(dot, down_block=size // element_size, down_tile=tile) for size, tile in DOWNS]
     return list(dict.fromkeys(found))
-
-
-Task = tuple[str, int, int, torch.dtype, int, Config | None, Target]
-"""Variant, d, m, dtype, rows, configuration and target of a plan to compile."""
-
-
-def _compile(task: Task) -> str:
-    variant, d, m, dtype, rows, config, target = task
-    x, weight = (torch.empty(n, d, dtype=dtype, device="meta") for n in (rows, m))
-    try:
-        for step in plan(variant, x, weight, weight, weight, 0.5, "silu", x, target, config=config):
-            step.compile()
-    except Exception as error:  # a configuration that does not fit the chip is a result, not a failure
-        return f"{variant} {config}: {type(error).__name__}: {error}"
-    return ""
-
-
-def precompile(tasks: list[Task], workers: int) -> None:
-    """Fill Triton's cache from several processes."""
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for message in pool.map(_compile, tasks, chunksize=4):
-            if message:
-                print(message, flush=True)
 
 
 def expected(problem: Problem, sparsity: float) -> Tensor:
@@ -171,7 +162,7 @@ def first_launches(arguments: tuple[Tensor, Tensor, Tensor, Tensor, float, str],
     """Only the first launches of "cats": differences of their times say what each kernel costs."""
     x = arguments[0]
     y = torch.empty_like(x)
-    run(plan("cats", *arguments, y, target_of(x.device))[:count], x.device)
+    run(plan("cats", Call(*arguments, y, target_of(x.device)))[:count], x.device)
     return y
 
 
@@ -281,19 +272,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for tune_gpu.csv")
     parser.add_argument("--quick", action="store_true", help="batch 1 of the Mistral shape only")
-    parser.add_argument("--workers", type=int, default=14, help="processes that compile")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
-    target = target_of(torch.device("cuda", 0))
     tasks: list[Task] = []
     for shape, dtype, rows, search in cases(options.quick):
         d, m = SHAPES[shape]
         kind = DTYPES[dtype]
-        tasks += [(name, d, m, kind, rows, None, target) for name in VARIANTS]
+        tasks += [Task(name, d, m, kind, rows) for name in VARIANTS]
         if search:
-            tasks += [("cats", d, m, kind, rows, c, target) for c in configs(rows, kind.itemsize, d)]
-    precompile(tasks, options.workers)
+            tasks += [Task("cats", d, m, kind, rows, c) for c in configs(rows, kind.itemsize, d)]
+    for message in precompile(tasks):
+        print(message, flush=True)
     print(f"compiled {len(tasks)} plans in {time.perf_counter() - begin:.0f} s", flush=True)
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}, read bandwidth {bandwidth:.0f} GB/s", flush=True)

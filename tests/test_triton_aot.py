@@ -25,7 +25,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 import triton.language as tl
-from cats_kernels.triton_launch import Launch, Target
+from cats_kernels.triton_launch import Call, Launch, Target
 from cats_kernels.triton_mlp import CONFIGS, VARIANTS, Config, launch, plan
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -37,7 +37,8 @@ SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a block,
 PROCESSORS = {80: 108, 89: 142, 90: 132}  # A100, L40S, H200
 D, M = 4096, 14336  # Mistral-7B
 WIDE = 5120  # Llama2-13B: padded to 8192, where a pipeline of three stages does not fit
-WEIGHT_KERNELS = ("gate_kernel", "up_down_kernel", "up_kernel", "gated_up_kernel", "down_kernel")
+ONE_PASS = Config(2, 8, tile=1, warps=8, programs=2, stages=2, one_pass=True)
+WEIGHT_KERNELS = ("one_pass_kernel", "gate_kernel", "up_down_kernel", "up_kernel", "gated_up_kernel", "down_kernel")
 
 
 def compile_ahead(step: Launch, arch: int) -> triton.compiler.CompiledKernel:
@@ -93,7 +94,9 @@ def launches(arch: int) -> dict[str, Launch]:
         for name in VARIANTS if rows == 1 else ("cats",):
             for width in (D, WIDE):
                 x, weight = (torch.empty(n, width, dtype=dtype, device="meta") for n in (rows, M))
-                for step in plan(name, x, weight, weight, weight, 0.5, "silu", x, target):
+                call = Call(x, weight, weight, weight, 0.5, "silu", x, target)
+                one_pass = plan(name, call, ONE_PASS) if (name, rows, width) == ("cats", 1, D) else []
+                for step in plan(name, call) + one_pass:
                     constants = {key: value for key, value in step.constants.items() if key not in ("D", "ACTIVATION")}
                     words = " ".join(f"{key}={value}" for key, value in constants.items())
                     label = f"{step.kernel.__name__} {dtype} warps={step.warps} {words}"
@@ -149,7 +152,7 @@ def test_the_check_catches_2_byte_loads():
 def test_the_check_catches_spills():
     x, weight = (torch.empty(n, D, dtype=torch.float32, device="meta") for n in (2, M))
     greedy = Config(8, 8, tile=16, warps=4, programs=1)
-    steps = plan("cats", x, weight, weight, weight, 0.5, "silu", x, Target(90, 132, True), config=greedy)
+    steps = plan("cats", Call(x, weight, weight, weight, 0.5, "silu", x, Target(90, 132, True)), greedy)
     kernel = compile_ahead(steps[1], 90)
     assert any("spills" in text for text in complaints(kernel, resources(kernel), 90, reads_weights=True))
 
@@ -158,7 +161,7 @@ def test_dependent_launch_only_where_the_chip_has_it():
     x, weight = (torch.empty(n, D, dtype=torch.bfloat16, device="meta") for n in (1, M))
     for arch in (80, 90):
         target = Target(arch, PROCESSORS[arch], dependent_launch=arch >= 90)
-        steps = plan("cats", x, weight, weight, weight, 0.5, "silu", x, target)
+        steps = plan("cats", Call(x, weight, weight, weight, 0.5, "silu", x, target))
         waits = ["griddepcontrol" in compile_ahead(step, arch).asm["ptx"] for step in steps]
         assert waits == [arch >= 90] * 3
 

@@ -65,6 +65,7 @@ else:
             warps=4,
             programs=data.draw(st.integers(1, 4)),
             fused=data.draw(st.booleans()),
+            one_pass=data.draw(st.booleans()),
         )
         if data.draw(st.booleans()):
             config = replace(TENSOR_CORES, gate_tile=data.draw(st.sampled_from((16, 64))), columns=64, down_block=64)

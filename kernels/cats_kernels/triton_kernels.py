@@ -114,6 +114,47 @@ def up_down_kernel(
 
 
 @triton.jit
+def one_pass_kernel(
+    x_ptr,
+    gate_ptr,
+    up_ptr,
+    down_ptr,
+    partial_ptr,  # float32 (programs, ROWS, D)
+    threshold,
+    m,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """All three products over this program's even share of the neurons; dropped rows of W_up and W_down are masked
+    out of the loads. Nothing is listed and nothing waits for another program."""
+    await_previous_kernel(PDL)
+    x = load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D)
+    program = tl.program_id(0)
+    start = program * m // tl.num_programs(0)
+    end = (program + 1) * m // tl.num_programs(0)
+    row = tl.arange(0, BLOCK_ROWS)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    sums = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    for first in tl.range(start, end, TILE, num_stages=STAGES):
+        neuron = first + tl.arange(0, TILE)
+        live = neuron < end
+        v = activate(dot_rows(x, load_rows(gate_ptr, neuron, live, 0, D, BLOCK_D, False)), ACTIVATION)
+        keep = kept(v, threshold) & live[None, :] & (row < ROWS)
+        active = tl.max(keep.to(tl.int32), 0) == 1
+        up = load_rows(up_ptr, neuron, active, 0, D, BLOCK_D, False)
+        down = load_rows(down_ptr, neuron, active, 0, D, BLOCK_D, False)
+        sums = add_rows(sums, gated(tl.where(keep, v, 0.0), dot_rows(x, up)), down, False)
+    partial = partial_ptr + program * (ROWS * D) + row * D + column
+    tl.store(partial, sums, mask=(row < ROWS) & (column < D))
+
+
+@triton.jit
 def up_kernel(
     x_ptr,
     up_ptr,

@@ -22,6 +22,39 @@ class Target:
     dependent_launch: bool
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of the sparse gated MLP: x (rows, d) and weights (m, d) into y (rows, d), on one chip."""
+
+    x: Tensor
+    gate_weight: Tensor
+    up_weight: Tensor
+    down_weight_t: Tensor
+    threshold: float
+    activation: str
+    y: Tensor
+    target: Target
+
+    @property
+    def rows(self) -> int:
+        """Rows of x."""
+        return self.x.shape[0]
+
+    @property
+    def d(self) -> int:
+        """Columns of x and of a weight row."""
+        return self.x.shape[1]
+
+    @property
+    def m(self) -> int:
+        """Neurons."""
+        return self.gate_weight.shape[0]
+
+    def buffer(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialised tensor beside x; the kernels write all that they read."""
+        return torch.empty(shape, dtype=dtype, device=self.x.device)
+
+
 @dataclass
 class Launch:
     """One kernel launch: arguments by name, compile-time constants by name, and the compiler's options."""

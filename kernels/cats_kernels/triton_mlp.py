@@ -20,8 +20,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .triton_kernels import gate_kernel, masked_product_kernel, up_down_kernel, up_kernel
-from .triton_launch import Launch, Target, power_of_2, target_of
+from .triton_kernels import gate_kernel, masked_product_kernel, one_pass_kernel, up_down_kernel, up_kernel
+from .triton_launch import Call, Launch, power_of_2, target_of
 from .triton_paper import plan_down, plan_paper, plan_reduce
 
 MAX_ROWS = 8
@@ -46,6 +46,7 @@ class Config:
     programs: int  # per streaming multiprocessor, of the kernels after the gate
     stages: int = 1  # software pipelining depth: of the fused kernel, or of all with dot
     fused: bool = True  # up and down in one kernel; needs rows * d float32 sums in the registers of one program
+    one_pass: bool = False  # gate, up and down in one kernel, if fused
     dot: bool = False  # products on tensor cores, not fused; tiles of 16 rows a warp
     columns: int = 128  # of x and W_gate or W_up in one stage, with dot
     down_block: int = 512  # columns, and
@@ -83,104 +84,82 @@ def choose_config(element_size: int, rows: int, d: int, arch: int = 90) -> Confi
     waiting = 2 * (config.stages - 1) * config.tile * power_of_2(d) * element_size
     if config.fused and waiting > (99 if arch in SMALL_SHARED_MEMORY else 163) * 1024:
         config = replace(config, stages=1, programs=2)
-    return replace(config, fused=config.fused and most * power_of_2(d) <= MAX_FUSED_WIDTH)
+    fits = most * power_of_2(d) <= MAX_FUSED_WIDTH
+    return replace(config, fused=config.fused and fits, one_pass=config.one_pass and fits)
 
 
-def plan_cats(
-    x: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    down_weight_t: Tensor,
-    threshold: float,
-    activation: str,
-    y: Tensor,
-    target: Target,
-    config: Config | None = None,
-) -> list[Launch]:
-    """The launches of "cats" for x (rows, d), rows <= 8, into y."""
-    rows, d = x.shape
-    m = gate_weight.shape[0]
-    config = config or choose_config(x.element_size(), rows, d, target.arch)
-    pdl = target.dependent_launch and config.dependent
-    block_rows = max(8, power_of_2(rows)) if config.dot else power_of_2(rows)  # a tensor core's tile has 8 columns
-    shape: dict[str, Any] = {"ROWS": rows, "BLOCK_ROWS": block_rows, "D": d, "PDL": pdl}
-    block_d = power_of_2(d)
-    columns = config.columns if config.dot else 4096 if rows <= 2 else 1024  # at a time, summing products only
+def plan_cats(call: Call, config: Config | None = None) -> list[Launch]:
+    """The launches of "cats"; rows <= 8."""
+    config = config or choose_config(call.x.element_size(), call.rows, call.d, call.target.arch)
+    pdl = call.target.dependent_launch and config.dependent
+    # a tensor core's tile has 8 columns
+    block_rows = max(8, power_of_2(call.rows)) if config.dot else power_of_2(call.rows)
+    shape = {"ROWS": call.rows, "BLOCK_ROWS": block_rows, "D": call.d, "PDL": pdl}
+    if config.one_pass:
+        return plan_one_pass(call, config, shape)
+    columns = config.columns if config.dot else 4096 if call.rows <= 2 else 1024  # at a time, summing products only
     product = {
-        "BLOCK_D": min(max(16, block_d), columns),
+        "BLOCK_D": min(max(16, power_of_2(call.d)), columns),
         "DOT": config.dot,
         "STAGES": config.stages if config.dot else 1,
     }
     word_rows = min(config.gate_tile, 16)
-    words = triton.cdiv(m, word_rows)
-    programs = min(target.processors * config.programs, triton.cdiv(m, config.tile))
-    v = torch.empty((rows, m), dtype=torch.float32, device=x.device)
-    word, indices, count = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (words, m, 1))
+    words = triton.cdiv(call.m, word_rows)
+    v = call.buffer(call.rows, call.m)
+    word, indices, count = (call.buffer(n, dtype=torch.int32) for n in (words, call.m, 1))
     gate = Launch(
         gate_kernel,
-        (triton.cdiv(m, config.gate_tile),),
-        dict(x_ptr=x, gate_ptr=gate_weight, v_ptr=v, mark_ptr=word, count_ptr=count, threshold=threshold, m=m),
+        (triton.cdiv(call.m, config.gate_tile),),
+        dict(
+            x_ptr=call.x,
+            gate_ptr=call.gate_weight,
+            v_ptr=v,
+            mark_ptr=word,
+            count_ptr=count,
+            threshold=call.threshold,
+            m=call.m,
+        ),
         dict(
             shape,
             **product,
             TILE=config.gate_tile,
             WORD_ROWS=word_rows,
             MARK="WORDS",
-            ACTIVATION=activation,
-            EVEN_M=m % config.gate_tile == 0,
+            ACTIVATION=call.activation,
+            EVEN_M=call.m % config.gate_tile == 0,
         ),
         warps=config.gate_warps,
         dependent=pdl,
     )
+    listed = dict(x_ptr=call.x, up_ptr=call.up_weight, v_ptr=v, words_ptr=word, indices_ptr=indices, words=words)
     listing = dict(WORD_ROWS=word_rows, BLOCK_WORDS=max(32, power_of_2(words)), CHUNK=256, TILE=config.tile)
+    programs = count_programs(call, config)
     if config.fused:
-        sums = torch.empty((programs, rows, d), dtype=torch.float32, device=x.device)
+        sums = call.buffer(programs, call.rows, call.d)
         up_down = Launch(
             up_down_kernel,
             (programs,),
-            dict(
-                x_ptr=x,
-                up_ptr=up_weight,
-                down_ptr=down_weight_t,
-                v_ptr=v,
-                words_ptr=word,
-                indices_ptr=indices,
-                partial_ptr=sums,
-                words=words,
-                m=m,
-            ),
-            dict(shape, **listing, BLOCK_D=block_d, STAGES=config.stages),
+            dict(listed, down_ptr=call.down_weight_t, partial_ptr=sums, m=call.m),
+            dict(shape, **listing, BLOCK_D=power_of_2(call.d), STAGES=config.stages),
             warps=config.warps,
             dependent=pdl,
         )
-        return [gate, up_down, plan_reduce(sums, y, pdl, config.reduce_block)]
-    h = torch.empty((rows, m), dtype=torch.float32, device=x.device)
+        return [gate, up_down, plan_reduce(call, sums, pdl, config.reduce_block)]
+    h = call.buffer(call.rows, call.m)
     up = Launch(
         up_kernel,
         (programs,),
-        dict(
-            x_ptr=x,
-            up_ptr=up_weight,
-            v_ptr=v,
-            words_ptr=word,
-            indices_ptr=indices,
-            count_ptr=count,
-            h_ptr=h,
-            words=words,
-            m=m,
-        ),
+        dict(listed, count_ptr=count, h_ptr=h, m=call.m),
         dict(shape, **listing, **product),
         warps=config.warps,
         dependent=pdl,
     )
     down = plan_down(
+        call,
         h,
-        down_weight_t,
         indices,
         count,
-        y,
         by_mask=False,
-        target=target,
         block_d=config.down_block,
         tile=config.down_tile,
         programs_per_processor=config.programs,
@@ -191,21 +170,37 @@ def plan_cats(
     return [gate, up, *down]
 
 
-def plan(
-    variant: str,
-    x: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    down_weight_t: Tensor,
-    threshold: float,
-    activation: str,
-    y: Tensor,
-    target: Target,
-    config: Config | None = None,
-) -> list[Launch]:
+def plan_one_pass(call: Call, config: Config, shape: dict[str, Any]) -> list[Launch]:
+    """The launches of "cats" where one kernel computes all three products."""
+    programs = count_programs(call, config)
+    sums = call.buffer(programs, call.rows, call.d)
+    one_pass = Launch(
+        one_pass_kernel,
+        (programs,),
+        dict(
+            x_ptr=call.x,
+            gate_ptr=call.gate_weight,
+            up_ptr=call.up_weight,
+            down_ptr=call.down_weight_t,
+            partial_ptr=sums,
+            threshold=call.threshold,
+            m=call.m,
+        ),
+        dict(shape, ACTIVATION=call.activation, BLOCK_D=power_of_2(call.d), TILE=config.tile, STAGES=config.stages),
+        warps=config.warps,
+        dependent=shape["PDL"],
+    )
+    return [one_pass, plan_reduce(call, sums, shape["PDL"], config.reduce_block)]
+
+
+def count_programs(call: Call, config: Config) -> int:
+    """Programs of a kernel that shares the neurons out evenly: no more than there are tiles."""
+    return min(call.target.processors * config.programs, triton.cdiv(call.m, config.tile))
+
+
+def plan(variant: str, call: Call, config: Config | None = None) -> list[Launch]:
     """The launches of a variant, in order; tensors on the "meta" device will do for compiling ahead of time."""
-    arguments = (x, gate_weight, up_weight, down_weight_t, threshold, activation, y, target)
-    return plan_cats(*arguments, config=config) if variant == "cats" else plan_paper(variant, *arguments)
+    return plan_cats(call, config) if variant == "cats" else plan_paper(variant, call)
 
 
 def launch(
@@ -237,8 +232,9 @@ def launch(
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if not 1 <= rows.shape[0] <= MAX_ROWS:
         raise ValueError(f"x has {rows.shape[0]} rows; the Triton kernels take 1 to {MAX_ROWS}.")
-    arguments = (rows, gate_weight, up_weight, down_weight_t, threshold, activation, y, target_of(x.device))
-    run(plan(variant, *arguments, config=config), x.device)
+    target = target_of(x.device)
+    call = Call(rows, gate_weight, up_weight, down_weight_t, threshold, activation, y.view(rows.shape), target)
+    run(plan(variant, call, config), x.device)
     return y
 
 

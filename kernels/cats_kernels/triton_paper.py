@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .triton_device import gated, kept, project
 from .triton_kernels import down_kernel, gate_kernel, reduce_kernel
-from .triton_launch import Launch, Target, power_of_2
+from .triton_launch import Call, Launch, power_of_2
 
 
 @triton.jit
@@ -92,75 +92,58 @@ def multiply_kernel(
     tl.store(h_ptr + row * m + place[None, :], tl.where(kept(v, threshold), v * h, 0.0), mask=mask)
 
 
-def plan_paper(
-    variant: str,
-    x: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    down_weight_t: Tensor,
-    threshold: float,
-    activation: str,
-    y: Tensor,
-    target: Target,
-) -> list[Launch]:
-    """The launches of "gather", "fused-compact" or "fused-mask" for x (rows, d), rows <= 8."""
-    rows, d = x.shape
-    m = gate_weight.shape[0]
+def plan_paper(variant: str, call: Call) -> list[Launch]:
+    """The launches of "gather", "fused-compact" or "fused-mask"; rows <= 8."""
+    rows, m = call.rows, call.m
     by_mask, fused = variant == "fused-mask", variant != "gather"
-    block_d = min(power_of_2(d), 4096 if rows <= 2 else 1024)
-    tile = 4 if rows <= 2 else 8
-    shape: dict[str, Any] = {"ROWS": rows, "BLOCK_ROWS": power_of_2(rows), "D": d, "BLOCK_D": block_d, "TILE": tile}
-    v = torch.empty((rows, m), dtype=torch.float32, device=x.device)
-    h = torch.empty_like(v)
-    mark = torch.empty(m, dtype=torch.int32, device=x.device)
-    count = torch.empty(1, dtype=torch.int32, device=x.device) if by_mask else torch.zeros_like(mark[:1])
-    tiles = (triton.cdiv(m, tile),)
-    listing = {"indices_ptr": mark, "count_ptr": count, "threshold": threshold, "m": m}
-    elementwise = {"ROWS": rows, "BLOCK_ROWS": power_of_2(rows), "BLOCK": 256}
-    launches = [
-        Launch(
-            gate_kernel,
-            tiles,
-            dict(x_ptr=x, gate_ptr=gate_weight, v_ptr=v, mark_ptr=mark, count_ptr=count, threshold=threshold, m=m),
-            dict(
-                shape,
-                MARK={"gather": "PLAIN", "fused-compact": "ATOMIC", "fused-mask": "MASK"}[variant],
-                ACTIVATION=activation,
-                WORD_ROWS=tile,
-                EVEN_M=m % tile == 0,
-                DOT=False,
-                STAGES=1,
-                PDL=False,
-            ),
-            warps=8,
-        )
-    ]
-    if not fused:
-        launches.append(Launch(compact_kernel, (triton.cdiv(m, 256),), dict(v_ptr=v, **listing), elementwise, warps=4))
-    launches.append(
-        Launch(
-            gated_up_kernel,
-            tiles,
-            dict(x_ptr=x, up_ptr=up_weight, v_ptr=v, mark_ptr=mark, count_ptr=count, h_ptr=h, m=m),
-            dict(shape, BY_MASK=by_mask, FUSED=fused),
-            warps=8,
-        )
+    block_rows, tile = power_of_2(rows), 4 if rows <= 2 else 8
+    block_d = min(power_of_2(call.d), 4096 if rows <= 2 else 1024)
+    shape: dict[str, Any] = {"ROWS": rows, "BLOCK_ROWS": block_rows, "D": call.d, "BLOCK_D": block_d, "TILE": tile}
+    v, h, mark = call.buffer(rows, m), call.buffer(rows, m), call.buffer(m, dtype=torch.int32)
+    count = call.buffer(1, dtype=torch.int32)
+    if not by_mask:
+        count.zero_()
+    common = {"mark_ptr": mark, "count_ptr": count, "m": m}
+    listing = {"indices_ptr": mark, "count_ptr": count, "threshold": call.threshold, "m": m}
+    tiles, blocks = (triton.cdiv(m, tile),), (triton.cdiv(m, 256),)
+    elementwise = {"ROWS": rows, "BLOCK_ROWS": block_rows, "BLOCK": 256}
+    gate = Launch(
+        gate_kernel,
+        tiles,
+        dict(common, x_ptr=call.x, gate_ptr=call.gate_weight, v_ptr=v, threshold=call.threshold),
+        dict(
+            shape,
+            MARK={"gather": "PLAIN", "fused-compact": "ATOMIC", "fused-mask": "MASK"}[variant],
+            ACTIVATION=call.activation,
+            WORD_ROWS=tile,
+            EVEN_M=m % tile == 0,
+            DOT=False,
+            STAGES=1,
+            PDL=False,
+        ),
+        warps=8,
     )
-    if not fused:
-        launches.append(
-            Launch(multiply_kernel, (triton.cdiv(m, 256),), dict(v_ptr=v, h_ptr=h, **listing), elementwise, warps=4)
-        )
-    return launches + plan_down(h, down_weight_t, mark, count, y, by_mask, target)
+    up = Launch(
+        gated_up_kernel,
+        tiles,
+        dict(common, x_ptr=call.x, up_ptr=call.up_weight, v_ptr=v, h_ptr=h),
+        dict(shape, BY_MASK=by_mask, FUSED=fused),
+        warps=8,
+    )
+    down = plan_down(call, h, mark, count, by_mask)
+    if fused:
+        return [gate, up, *down]
+    compact = Launch(compact_kernel, blocks, dict(listing, v_ptr=v), elementwise, warps=4)
+    multiply = Launch(multiply_kernel, blocks, dict(listing, v_ptr=v, h_ptr=h), elementwise, warps=4)
+    return [gate, compact, up, multiply, *down]
 
 
 def plan_down(
+    call: Call,
     h: Tensor,
-    down_weight_t: Tensor,
     mark: Tensor,
     count: Tensor,
-    y: Tensor,
     by_mask: bool,
-    target: Target,
     block_d: int = 512,
     tile: int = 16,
     programs_per_processor: int = 4,
@@ -168,17 +151,17 @@ def plan_down(
     dot: bool = False,
     dependent: bool = False,
 ) -> list[Launch]:
-    """The down projection over the marked rows: partial sums over splits of the neurons, then one reduction into y."""
-    rows, m = h.shape
-    d = y.shape[-1]
+    """The down projection of h (rows, m) over the marked rows: partial sums over splits of the neurons, then one
+    reduction into y."""
+    rows, d, m = call.rows, call.d, call.m
     block_d = min(max(16, power_of_2(d)), block_d)
     blocks = triton.cdiv(d, block_d)
-    splits = max(1, min(programs_per_processor * target.processors // blocks, triton.cdiv(m, tile)))
-    partial = torch.empty((splits, rows, d), dtype=torch.float32, device=h.device)
+    splits = max(1, min(programs_per_processor * call.target.processors // blocks, triton.cdiv(m, tile)))
+    partial = call.buffer(splits, rows, d)
     down = Launch(
         down_kernel,
         (splits, blocks),
-        dict(h_ptr=h, down_ptr=down_weight_t, mark_ptr=mark, count_ptr=count, partial_ptr=partial, m=m),
+        dict(h_ptr=h, down_ptr=call.down_weight_t, mark_ptr=mark, count_ptr=count, partial_ptr=partial, m=m),
         dict(
             BY_MASK=by_mask,
             ROWS=rows,
@@ -193,16 +176,16 @@ def plan_down(
         warps=4,
         dependent=dependent,
     )
-    return [down, plan_reduce(partial, y, dependent, block=128 if dot else 32)]
+    return [down, plan_reduce(call, partial, dependent, block=128 if dot else 32)]
 
 
-def plan_reduce(partial: Tensor, y: Tensor, dependent: bool, block: int = 32) -> Launch:
+def plan_reduce(call: Call, partial: Tensor, dependent: bool, block: int = 32) -> Launch:
     """The sum of partial (parts, rows, d) into y; a program sums a block of elements."""
-    parts, n = partial.shape[0], y.numel()
+    parts, n = partial.shape[0], call.y.numel()
     return Launch(
         reduce_kernel,
         (triton.cdiv(n, block),),
-        dict(partial_ptr=partial, y_ptr=y, parts=parts, n=n),
+        dict(partial_ptr=partial, y_ptr=call.y, parts=parts, n=n),
         dict(BLOCK_PARTS=power_of_2(parts), BLOCK=block, PDL=dependent),
         warps=8,
         dependent=dependent,
