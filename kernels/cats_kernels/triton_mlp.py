@@ -12,16 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from .triton_kernels import gate_kernel, masked_product_kernel, one_pass_kernel, up_down_kernel, up_kernel
-from .triton_launch import Call, Launch, power_of_2, target_of
+from .triton_launch import Call, Launch, cdiv, power_of_2, target_of
 from .triton_paper import plan_down, plan_paper, plan_reduce
 
 MAX_ROWS = 8
@@ -76,6 +75,7 @@ SMALL_SHARED_MEMORY = (86, 89, 120, 121)
 """Compute capabilities with 99 KB of shared memory a block; the others have at least 163 KB."""
 
 
+@cache
 def choose_config(element_size: int, rows: int, d: int, arch: int = 90) -> Config:
     """The launch configuration for weights of element_size bytes, rows of x (1 to 8), width d and a chip."""
     most = next(key for key in (1, 2, 8) if rows <= key)
@@ -104,12 +104,12 @@ def plan_cats(call: Call, config: Config | None = None) -> list[Launch]:
         "STAGES": config.stages if config.dot else 1,
     }
     word_rows = min(config.gate_tile, 16)
-    words = triton.cdiv(call.m, word_rows)
+    words = cdiv(call.m, word_rows)
     v = call.buffer(call.rows, call.m)
     word, indices, count = (call.buffer(n, dtype=torch.int32) for n in (words, call.m, 1))
     gate = Launch(
         gate_kernel,
-        (triton.cdiv(call.m, config.gate_tile),),
+        (cdiv(call.m, config.gate_tile),),
         dict(
             x_ptr=call.x,
             gate_ptr=call.gate_weight,
@@ -195,7 +195,7 @@ def plan_one_pass(call: Call, config: Config, shape: dict[str, Any]) -> list[Lau
 
 def count_programs(call: Call, config: Config) -> int:
     """Programs of a kernel that shares the neurons out evenly: no more than there are tiles."""
-    return min(call.target.processors * config.programs, triton.cdiv(call.m, config.tile))
+    return min(call.target.processors * config.programs, cdiv(call.m, config.tile))
 
 
 def plan(variant: str, call: Call, config: Config | None = None) -> list[Launch]:
@@ -262,7 +262,7 @@ def dense_masked(
     launches = [
         Launch(
             masked_product_kernel,
-            (triton.cdiv(z.numel(), 256),),
+            (cdiv(z.numel(), 256),),
             dict(z_ptr=z, u_ptr=u, h_ptr=h, threshold=threshold, n=z.numel()),
             dict(ACTIVATION=activation, BLOCK=256),
             warps=4,

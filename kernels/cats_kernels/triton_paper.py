@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .triton_device import gated, kept, project
 from .triton_kernels import down_kernel, gate_kernel, reduce_kernel
-from .triton_launch import Call, Launch, power_of_2
+from .triton_launch import Call, Launch, cdiv, power_of_2
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def plan_paper(variant: str, call: Call) -> list[Launch]:
         count.zero_()
     common = {"mark_ptr": mark, "count_ptr": count, "m": m}
     listing = {"indices_ptr": mark, "count_ptr": count, "threshold": call.threshold, "m": m}
-    tiles, blocks = (triton.cdiv(m, tile),), (triton.cdiv(m, 256),)
+    tiles, blocks = (cdiv(m, tile),), (cdiv(m, 256),)
     elementwise = {"ROWS": rows, "BLOCK_ROWS": block_rows, "BLOCK": 256}
     gate = Launch(
         gate_kernel,
@@ -155,8 +155,8 @@ def plan_down(
     reduction into y."""
     rows, d, m = call.rows, call.d, call.m
     block_d = min(max(16, power_of_2(d)), block_d)
-    blocks = triton.cdiv(d, block_d)
-    splits = max(1, min(programs_per_processor * call.target.processors // blocks, triton.cdiv(m, tile)))
+    blocks = cdiv(d, block_d)
+    splits = max(1, min(programs_per_processor * call.target.processors // blocks, cdiv(m, tile)))
     partial = call.buffer(splits, rows, d)
     down = Launch(
         down_kernel,
@@ -184,7 +184,7 @@ def plan_reduce(call: Call, partial: Tensor, dependent: bool, block: int = 32) -
     parts, n = partial.shape[0], call.y.numel()
     return Launch(
         reduce_kernel,
-        (triton.cdiv(n, block),),
+        (cdiv(n, block),),
         dict(partial_ptr=partial, y_ptr=call.y, parts=parts, n=n),
         dict(BLOCK_PARTS=power_of_2(parts), BLOCK=block, PDL=dependent),
         warps=8,
