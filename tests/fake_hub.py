@@ -5,7 +5,7 @@
     with hub:  # then HF_ENDPOINT=hub.url in the process that downloads
 
 It serves files (HEAD and GET with ETag, X-Repo-Commit and ranges), repository information, listings and access checks,
-and it misbehaves on request: gated repositories, and connections that are cut in the middle of a file.
+and it misbehaves on request: gated repositories, and connections that are cut or stall in the middle of a file.
 """
 
 import hashlib
@@ -40,12 +40,14 @@ class FakeHub:
 
     Attributes:
         cut: file name to byte count: the connection closes once after so many bytes of that file.
+        stall: the same, but the connection stays open and nothing more comes.
         requests: (method, path, Range header or None, bytes of body sent), in order.
     """
 
     models: dict[str, Repo] = field(default_factory=dict)
     datasets: dict[str, Repo] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
+    stall: dict[str, int] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None, int]] = field(default_factory=list)
     port: int = 0
     running: bool = False
@@ -166,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
         if span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, end = int(span[1]), min(end, int(span[2] or end) + 1)
             status, headers["Content-Range"] = 206, f"bytes {start}-{end - 1}/{len(content)}"
-        self._send(status, content[start:end], headers, self.hub.cut if self.command == "GET" else {}, path.name)
+        self._send(status, content[start:end], headers, path.name)
 
     def _json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -175,22 +177,20 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Error-Code": code, "X-Error-Message": message, "Content-Type": "application/json"}
         self._send(status, json.dumps({"error": message}).encode(), headers)
 
-    def _send(
-        self, status: int, body: bytes, headers: dict[str, str], cut: dict[str, int] | None = None, file: str = ""
-    ) -> None:
+    def _send(self, status: int, body: bytes, headers: dict[str, str], file: str = "") -> None:
         self.send_response(status)
         for key, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command == "HEAD":
-            sent = b""
-        elif cut and file in cut:
-            sent, self.close_connection = body[: cut.pop(file)], True
-        else:
-            sent = body
+        sent = b"" if self.command == "HEAD" else body
+        stalls = bool(sent) and file in self.hub.stall
+        if stalls or (sent and file in self.hub.cut):
+            sent, self.close_connection = body[: (self.hub.stall if stalls else self.hub.cut).pop(file)], True
         path = urllib.parse.urlsplit(self.path).path
         self.hub.requests.append((self.command, path, self.headers.get("Range"), len(sent)))
         self.wfile.write(sent)
+        if stalls:
+            self.rfile.read(1)  # until the client hangs up
 
 
 def _digest(content: bytes) -> str:

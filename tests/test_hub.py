@@ -7,8 +7,10 @@ seconds; each scenario has repositories of its own in the child's cache.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,16 +42,20 @@ for line in sys.stdin:
 """
 
 
+def environment(url: str, home: Path) -> dict[str, str]:
+    """Variables of a process that uses the hub at ``url`` and keeps its cache in ``home``."""
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE"))}
+    return {**keep, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
 class Client:
     """An interpreter that uses the hub at ``url``; `run` executes code there and returns its variable ``said``."""
 
     def __init__(self, url: str, home: Path) -> None:
-        keep = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE"))}
-        settings = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
         self.home = home
         self.errors = (home.parent / "client errors").open("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-c", CLIENT], cwd=ROOT, env={**keep, **settings}, text=True,
+            [sys.executable, "-c", CLIENT], cwd=ROOT, env=environment(url, home), text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
         )  # fmt: skip
 
@@ -108,6 +114,25 @@ said = [type(model).__name__, len(thresholds.gate)]
     assert original.keys() <= state.keys() and all(torch.equal(state[key], original[key]) for key in original)
     assert client.run('said = attempt("tiny/mistral")') == "loaded"
     assert len(weights_of(hub, "tiny/mistral")) == 2  # the second time it came from the cache
+
+
+def test_ctrl_c_in_a_download_keeps_the_files_that_are_whole(hub: FakeHub, client: Client) -> None:
+    hub.models["tiny/stalled"] = hub.models["tiny/mistral"]
+    hub.stall["model.safetensors"] = 50_000
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cats", "calibrate", "tiny/stalled"], cwd=ROOT, text=True, stderr=subprocess.PIPE,
+        env=environment(hub.url, client.home), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    while not weights_of(hub, "tiny/stalled"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
+    assert not list(client.home.rglob("*.incomplete"))
+    assert client.run('said = attempt("tiny/stalled")') == "loaded"
+    assert len(weights_of(hub, "tiny/stalled")) == 2
+    assert len([path for path, *_ in hub.downloads("/config.json") if path.startswith("/tiny/stalled/")]) == 1
 
 
 def test_the_eight_tasks_and_a_corpus_come_from_the_hub(hub: FakeHub, client: Client) -> None:
