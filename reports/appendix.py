@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,7 @@ def appendix(runs: list[Run]) -> list[Block]:
             blocks.append(Text(f"{escape(run.label)}: no provenance."))
             continue
         label = escape(run.label)
-        blocks.append(Table(_times(run), f"{label}: when each experiment ran and how long it took."))
+        blocks.append(Table(_times(run), f"{label}: when each experiment ran and how long it took.", (46, 24, 16, 14)))
         caption = f"{label}: hardware, versions and settings, as recorded with the measurements."
         blocks.append(Table(pd.DataFrame(_facts(run)), caption, (22, 78)))
     blocks += [Heading(2, "Missing pieces"), *_missing(runs)]
@@ -97,7 +96,7 @@ def _facts(run: Run) -> list[dict[str, str]]:
     by_key: dict[str, dict[str, list[str]]] = {}
     for experiment, entry in run.provenance.items():
         for key, value in entry.items():
-            text = _plain(value)
+            text = style.listed(value)
             if key not in IN_TIMES and text:
                 by_key.setdefault(key, {}).setdefault(text, []).append(experiment)
     rows = []
@@ -109,37 +108,27 @@ def _facts(run: Run) -> list[dict[str, str]]:
     return rows
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return "; ".join(f"{key} {_plain(inner)}" for key, inner in value.items() if inner not in (None, "", [], {}))
-    if isinstance(value, list):
-        return ", ".join(map(_plain, value))
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:g}"
-    return "" if value is None else str(value)
-
-
 def _missing(runs: list[Run]) -> list[Block]:
     rows = []
     for run in runs:
-        for name in TABLES:
-            if name in run.tables:
-                continue
-            why = f"broken: {run.problems[name]}" if name in run.problems else "not measured here"
-            rows.append({"Run": escape(run.label), "Table": escape(f"{name}.csv"), "Why": escape(why),
-                         "Command": f"`{command(name[:3])}`"})  # fmt: skip
+        label = escape(run.label)
+        for experiment in EXPERIMENTS:
+            named = [name for name in TABLES if name.startswith(experiment)]
+            absent = [name for name in named if name not in run.tables and name not in run.problems]
+            again = f"`{command(experiment, run)}`"
+            if absent:
+                rows.append((label, escape(", ".join(absent)), "not measured here", again))
+            rows += [
+                (label, escape(name), f"broken: {escape(run.problems[name])}", again)
+                for name in named
+                if name in run.problems
+            ]
         if "provenance" in run.problems:
-            rows.append(
-                {
-                    "Run": escape(run.label),
-                    "Table": "provenance.json",
-                    "Why": escape(run.problems["provenance"]),
-                    "Command": "",
-                }
-            )
+            rows.append((label, "provenance", escape(run.problems["provenance"]), ""))
     if not rows:
         return [Text("None: every table of every run is there and readable.")]
-    return [Table(pd.DataFrame(rows), "Tables that are not in these runs.", (14, 20, 40, 26))]
+    frame = pd.DataFrame(rows, columns=["Run", "Table", "Why", "Command"])
+    return [Table(frame, "Tables that are not in these runs.", (12, 28, 17, 43))]
 
 
 def _demote(markdown: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-LONG_TABLE = 14  # rows; a shorter table stays on one page
+LONG_TABLE = 14, 1500  # rows, characters; a shorter table stays on one page
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,10 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph or list, in Markdown."""
+    """A paragraph or list, in Markdown; `with_next` keeps it on the page of what follows."""
 
     markdown: str
+    with_next: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>#|~$^@])", r"\\\1", " ".join(str(text).split()))
 
 
+def without_constant(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Without a column that says the same in every row (the caption or the text above says it then)."""
+    return frame.drop(columns=column) if column in frame and frame[column].nunique() <= 1 else frame
+
+
 def to_markdown(title: str, blocks: Iterable[Block]) -> str:
     """The report for the web (GitHub's Markdown); pictures are figures/*.png beside it."""
     parts, figures, tables = [f"# {title}"], 0, 0
@@ -80,11 +86,14 @@ def to_pandoc(blocks: Iterable[Block]) -> str:
         match block:
             case Heading(level, text):
                 parts.append(f"{'#' * level} {text}")
-            case Text(markdown):
-                parts.append(markdown)
+            case Text(markdown, with_next):
+                text = _unbroken(markdown)
+                parts.append(f'::: {{typst:sticky="true"}}\n{text}\n:::' if with_next else text)
             case Table(frame, caption, widths):
                 table = _unbroken(f"{_pipe_table(frame, widths or _widths(frame))}\n\n: {caption}")
-                parts.append(table if len(frame) > LONG_TABLE else f'::: {{typst:breakable="false"}}\n{table}\n:::')
+                size = len(frame), sum(len(str(cell)) for cell in frame.to_numpy().ravel())
+                whole = all(count <= most for count, most in zip(size, LONG_TABLE, strict=True))
+                parts.append(f'::: {{typst:breakable="false"}}\n{table}\n:::' if whole else table)
             case Picture(stem, caption):
                 parts.append(f"![{_unbroken(caption)}](figures/{stem}.svg)")
     return "\n\n".join(parts) + "\n"

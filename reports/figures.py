@@ -12,9 +12,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reports import figures_accuracy, figures_latency, figures_throughput, style
+from reports import figures_accuracy, figures_finetuning, figures_latency, figures_throughput, style
 from reports.load import Run
-from reports.stats import bytes_bound_speedup, zero_shot_means
+from reports.stats import batch_one, bytes_bound_speedup, zero_shot_means
 
 Draw = Callable[[Mapping[str, pd.DataFrame]], Figure | None]
 
@@ -22,9 +22,9 @@ FIGURES: dict[str, tuple[str, Draw]] = {
     "e01_histogram": ("e01_histogram", figures_accuracy.e01_histogram),
     "e01_thresholds": ("e01_thresholds", figures_accuracy.e01_thresholds),
     "e02_accuracy": ("e02_zero_shot", figures_accuracy.e02_accuracy),
-    "e03_curves": ("e03_finetuning", figures_accuracy.e03_curves),
-    "e03_sparsity": ("e03_sparsity", figures_accuracy.e03_sparsity),
-    "e04_tasks": ("e04_task_finetuning", figures_accuracy.e04_tasks),
+    "e03_curves": ("e03_finetuning", figures_finetuning.e03_curves),
+    "e03_sparsity": ("e03_sparsity", figures_finetuning.e03_sparsity),
+    "e04_tasks": ("e04_task_finetuning", figures_finetuning.e04_tasks),
     "e05_latency": ("e05_mlp_latency", figures_latency.e05_latency),
     "e05_speedup": ("e05_mlp_latency", figures_latency.e05_speedup),
     "e05_ablation": ("e05_mlp_latency", figures_latency.e05_ablation),
@@ -33,6 +33,7 @@ FIGURES: dict[str, tuple[str, Draw]] = {
     "e06_ratio": ("e06_throughput", figures_throughput.e06_ratio),
     "e06_growth": ("e06_throughput", figures_throughput.e06_growth),
     "e06_shares": ("e06_shares", figures_throughput.e06_shares),
+    "e07_attention": ("e07_attention", figures_accuracy.e07_attention),
 }
 """Figure name -> the table it needs, and what draws it (None where the table holds nothing to draw)."""
 
@@ -90,11 +91,11 @@ def _headline_accuracy(ax: Axes, run: Run) -> None:
 def _headline_speed(ax: Axes, runs: list[Run]) -> None:
     s = np.linspace(0, 0.95, 60)
     ax.plot(100 * s, bytes_bound_speedup(s), ":", color=style.PURPLE)
-    ends = [(95.0, float(bytes_bound_speedup(0.95)), "bytes bound", style.PURPLE)]
+    ends = [(95.0, float(bytes_bound_speedup(0.95)), "ratio of bytes", style.PURPLE)]
     palette = iter([style.BLUE, style.ORANGE, style.GREEN, style.VERMILLION, style.SKY, style.BLACK] * 4)
     shapes = []
     for run in runs:
-        table = figures_latency.batch_one(run.tables)
+        table = batch_one(run.tables["e05_mlp_latency"])
         table = table[table["implementation"] == "cats"]
         shape = next((name for name in figures_latency.SHAPES if name in set(table["shape"])), None)
         shapes.append(shape)
@@ -104,7 +105,7 @@ def _headline_speed(ax: Axes, runs: list[Run]) -> None:
             ax.plot(100 * part["sparsity"], part["speedup"], "o-", color=colour)
             name = style.dtype_name(str(dtype)) + (f", {run.label}" if len(runs) > 1 else "")
             ends.append((100 * part["sparsity"].iloc[-1], part["speedup"].iloc[-1], name, colour))
-    ax.axhline(1, color=style.GREY, lw=0.8)
-    ax.set(title=f"MLP of {shapes[0]}, batch 1", xlabel="sparsity, %", ylabel="speed-up over dense", xlim=(-3, 135))
-    ax.set_xticks([0, 25, 50, 75, 100])
+    style.level_line(ax, 1)
+    style.sparsity_axis(ax, 135)
+    ax.set(title=f"MLP of {shapes[0]}, batch 1", xlabel="sparsity, %", ylabel="speed-up over dense")
     style.label_ends(ax, ends)

@@ -1,4 +1,4 @@
-"""Figures of e01 to e04: histograms, accuracy against sparsity, fine-tuning curves, sparsity left, task fine-tuning."""
+"""Figures of e01, e02 and e07: histograms and thresholds, accuracy against sparsity, the attention variant."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFor
 
 from reports import style
 from reports.load import paper_models, paper_table
-from reports.stats import finetuning_means, histogram_quantile, sparsity_means, task_means, variants, zero_shot_means
+from reports.stats import histogram_quantile, variants, zero_shot_means
 
 Tables = Mapping[str, pd.DataFrame]
 PAPER_RELU_SPARSITY = 0.90  # the paper gives "about 90 %" and no measured value
@@ -26,7 +26,7 @@ def e01_histogram(tables: Tables) -> Figure:
     table, thresholds = tables["e01_histogram"], tables.get("e01_thresholds")
     models = list(table["model"].unique())
     columns = max(part["layer_index"].nunique() for _, part in table.groupby("model"))
-    figure, axes = plt.subplots(len(models), columns, figsize=(style.WIDTH, 2.1 * len(models)), squeeze=False)
+    figure, axes = plt.subplots(len(models), columns, figsize=(style.WIDTH, 2.0 * len(models)), squeeze=False)
     for row, model in zip(axes, models, strict=True):
         of_model = table[table["model"] == model]
         for ax in row[of_model["layer_index"].nunique() :]:
@@ -37,7 +37,7 @@ def e01_histogram(tables: Tables) -> Figure:
             if thresholds is not None:
                 at = thresholds[(thresholds["model"] == model) & (thresholds["layer_index"] == index)]
                 _threshold_lines(ax, at)
-        row[0].set_ylabel("share of activations per bin")
+        row[0].set_ylabel("share of activations")
     for ax in axes[-1]:
         ax.set_xlabel(r"$|\mathrm{SiLU}(xW_\mathrm{gate})|$")
     return figure
@@ -45,32 +45,39 @@ def e01_histogram(tables: Tables) -> Figure:
 
 def _histogram_panel(ax: Axes, layer: pd.DataFrame) -> None:
     """At most 80 bars up to the 99.5th percentile: what is beyond would only stretch the axis."""
-    layer = layer[np.isfinite(layer["bin_right"])].sort_values("bin_left")
-    top = histogram_quantile(layer, 0.995)
+    layer = layer.sort_values("bin_left")
+    top, total = histogram_quantile(layer, 0.995), layer["count"].sum()
+    layer = layer[np.isfinite(layer["bin_right"])]
     edges = np.append(layer["bin_left"].to_numpy(), layer["bin_right"].iloc[-1])
-    cumulative = np.append(0.0, np.cumsum(layer["count"].to_numpy()))
+    cumulative = np.append(0.0, np.cumsum(layer["count"].to_numpy())) / total
     step = max(1, int(np.searchsorted(edges, top)) // 80)
-    edges, cumulative = edges[::step], cumulative[::step]
-    ax.stairs(np.diff(cumulative) / cumulative[-1], edges, fill=True, color=style.SKY, alpha=0.8, lw=0)
+    ax.stairs(np.diff(cumulative[::step]), edges[::step], fill=True, color=style.SKY, alpha=0.8, lw=0)
     ax.set_xlim(0, top)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    beyond = 1 - float(np.interp(top, edges, cumulative))
+    look: dict[str, Any] = {"color": style.GREY, "fontsize": 7.5, "ha": "right", "linespacing": 1.0}
+    ax.text(0.99, 0.03, f"{style.percent(beyond)}\nbeyond", transform=ax.transAxes, **look)
+    ax.yaxis.set_major_locator(MaxNLocator(4))
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
 
 
 def _threshold_lines(ax: Axes, thresholds: pd.DataFrame) -> None:
+    """A line a threshold, as high as the bars, and their values in the room above."""
+    high = ax.dataLim.y1
+    ax.set_ylim(0, 1.5 * high)
     for place, row in enumerate(thresholds.sort_values("sparsity_target").to_dict("records")):
         target = round(row["sparsity_target"], 2)
         colour = LEVEL_COLOURS.get(target, style.BLACK)
-        ax.axvline(row["threshold"], color=colour, lw=1.2)
+        ax.plot([row["threshold"]] * 2, [0, high], color=colour, lw=1.2)
+        look: dict[str, Any] = {"color": colour, "fontsize": 8, "ha": "right", "va": "top"}
         label = f"{100 * target:g} %: {row['threshold']:.3f}"
-        look: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "va": "top", "color": colour, "fontsize": 8}
-        ax.text(0.99, 0.97 - 0.13 * place, label, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1}, **look)
+        ax.text(0.99, 0.98 - 0.11 * place, label, transform=ax.transAxes, **look)
 
 
 def e01_thresholds(tables: Tables) -> Figure:
     """Thresholds of every layer, and how far the sparsity on held-out text is from its target."""
     table = tables["e01_thresholds"]
     models = list(table["model"].unique())
-    figure, axes = plt.subplots(len(models), 2, figsize=(style.WIDTH, 2.1 * len(models)), squeeze=False)
+    figure, axes = plt.subplots(len(models), 2, figsize=(style.WIDTH, 1.9 * len(models)), squeeze=False)
     for (left, right), model in zip(axes, models, strict=True):
         ends = []
         for target, part in table[table["model"] == model].groupby("sparsity_target"):
@@ -89,8 +96,10 @@ def e01_thresholds(tables: Tables) -> Figure:
         right.set_ylim(
             *(f(bound, limit) for f, bound, limit in zip((min, max), right.get_ylim(), (-1.3, 1.3), strict=True))
         )
-        for ax, label in ((left, "threshold"), (right, f"held-out sparsity {style.MINUS} target, points")):
-            ax.set(xlabel="layer", ylabel=label, title=model)
+        left.set(title=model, ylabel="threshold")
+        right.set(title=f"{model}, held-out text", ylabel=f"sparsity {style.MINUS} target, points")
+        for ax in (left, right):
+            ax.set_xlabel("layer")
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         style.label_ends(left, ends)
     return figure
@@ -165,128 +174,61 @@ def accuracy_panel(ax: Axes, means: pd.DataFrame) -> None:
     ax.set(xlabel="sparsity, %", xlim=(-6, 104), xticks=[0, 50, 70, 90])
 
 
-def e03_curves(tables: Tables) -> Figure:
-    """The paper's Figure 2: mean accuracy against LoRA steps, all variants; the band spans the seeds."""
-    means = finetuning_means(tables["e03_finetuning"])
-    paper = paper_table("figure2_finetuning_accuracy")
+SITE_NAMES = {"gate": "gate", "attention_input": "attention\ninput", "mlp_input": "MLP\ninput"}
+
+
+def e07_attention(tables: Tables) -> Figure:
+    """Appendix B: accuracy of CATS on the MLP alone and on the attention inputs too, and the sparsity at each place."""
+    table = tables["e07_attention"]
+    means = zero_shot_means(table)
     models = [str(model) for model in means["model"].unique()]
-    beside = list(dict.fromkeys(name for model in models for name in paper_models(model, paper["model"])))
-    count = len(models) + len(beside)
-    ratios = [1.5] * len(models) + [1.0] * len(beside)
     figure, axes = plt.subplots(
-        1, count, figsize=(style.WIDTH, 2.9), squeeze=False, gridspec_kw={"width_ratios": ratios}
-    )
-    for ax, name in zip(axes[0], [*models, *beside], strict=True):
-        ours = name in models
-        part = (
-            means[means["model"] == name]
-            if ours
-            else paper[paper["model"] == name].rename(columns={"average_accuracy": "accuracy"})
-        )
-        ends = []
-        for variant in variants(part):
-            curve = part[part["variant"] == variant].sort_values("step")
-            colour = style.variant_colour(variant)
-            ax.plot(curve["step"], curve["accuracy"], "o-", color=colour, ms=3)
-            if ours:
-                ax.fill_between(curve["step"], curve["low"], curve["high"], color=colour, alpha=0.18, lw=0)
-                ends.append((curve["step"].iloc[-1], curve["accuracy"].iloc[-1], style.variant_name(variant), colour))
-        ax.set(title=f"{name} ({'ours' if ours else 'paper'})", xlabel="LoRA steps")
-        ax.xaxis.set_major_locator(MaxNLocator(4))
-        if ours:
-            ax.set_xlim(right=part["step"].max() * 1.42)
-            ax.set_xticks(sorted(part["step"].unique())[:: max(1, part["step"].nunique() // 5)])
-            style.label_ends(ax, ends)
-        else:
-            base = paper_table("table1_zero_shot").query("task == 'average' and variant == 'dense' and model == @name")
-            ax.axhline(base["accuracy"].iloc[0], color=style.GREY, lw=1, ls="--")
-    axes[0][0].set_ylabel("mean zero-shot accuracy")
+        len(models), 3, figsize=(style.WIDTH, 2.5 * len(models)), squeeze=False,
+        gridspec_kw={"width_ratios": [1.3, 1, 1.2]},
+    )  # fmt: skip
+    paper = paper_table("appendix_b_attention").rename(columns={"average_accuracy": "value"}).assign(stderr=np.nan)
+    for (ours, theirs, sparsity), model in zip(axes, models, strict=True):
+        _variant_points(ours, means[means["model"] == model])
+        ours.set(title=f"{model} (ours)", ylabel="mean zero-shot accuracy")
+        _variant_points(theirs, paper)
+        theirs.set_title("Mistral-7B (paper)")
+        _site_bars(sparsity, table[table["model"] == model])
+        sparsity.set(title=f"{model}, held-out text", ylabel="zeros, %")
     return figure
 
 
-def e03_sparsity(tables: Tables) -> Figure:
-    """The paper's Figure 5, by layer: sparsity left after fine-tuning, with and without recalibration; means beside."""
-    table = tables["e03_sparsity"]
-    table = table[table["step"] == table.groupby(["model", "variant"])["step"].transform("max")]
-    paper = paper_table("figure5_finetuned_sparsity")
-    models = [str(model) for model in table["model"].unique()]
-    figure, axes = plt.subplots(
-        len(models), 2, figsize=(style.WIDTH, 2.8 * len(models)), squeeze=False, gridspec_kw={"width_ratios": [1.5, 1]}
-    )
-    for (left, right), model in zip(axes, models, strict=True):
-        part = table[table["model"] == model]
-        for variant in variants(part):
-            _sparsity_lines(left, part[part["variant"] == variant], style.variant_colour(variant))
-        means = sparsity_means(part)
-        _sparsity_means_panel(right, means, paper[paper["model"].isin(paper_models(model, paper["model"]))])
-        left.set(xlabel="layer", ylabel="sparsity after fine-tuning, %", title=f"{model} (ours), by layer")
-        left.xaxis.set_major_locator(MaxNLocator(integer=True))
-        low = 100 * min(part["sparsity_measured"].min(), 0.4) - 3
-        for ax in (left, right):
-            ax.set_ylim(low, 101)
-    return figure
-
-
-def _sparsity_lines(ax: Axes, part: pd.DataFrame, colour: str) -> None:
-    ax.axhline(100 * part["sparsity_target"].iloc[0], color=colour, lw=0.8, ls=":")
-    for recalibrated, of_kind in part.groupby("recalibrated"):
-        layers = 100 * of_kind.groupby("layer_index")["sparsity_measured"].mean()
-        ax.plot(
-            layers.index, layers, "s--" if recalibrated else "o-", color=colour, mfc="white" if recalibrated else colour
-        )
-
-
-def _sparsity_means_panel(ax: Axes, means: pd.DataFrame, paper: pd.DataFrame) -> None:
-    names = ["ours", "recalibrated", *paper["model"].unique()]
-    for row in means.to_dict("records"):
-        colour = style.variant_colour(row["variant"])
-        ax.axhline(100 * row["sparsity_target"], color=colour, lw=0.8, ls=":")
-        again = row["recalibrated"]
-        marker, fill = ("s", "white") if again else ("o", colour)
-        ax.plot(int(again), 100 * row["sparsity"], marker, color=colour, mfc=fill, ms=5)
-    for row in paper.to_dict("records"):
-        colour = style.variant_colour(row["variant"])
-        ax.plot(names.index(row["model"]), row["average_sparsity_percent"], "D", color=colour, ms=5)
-    labels = ["ours", "ours, reca-\nlibrated", *(f"{name}\n(paper)" for name in names[2:])]
+def _variant_points(ax: Axes, means: pd.DataFrame) -> None:
+    """A point a variant, with one standard error, its value written beside."""
+    names = variants(means)
+    for row in means[means["value"].notna()].to_dict("records"):
+        x, colour = names.index(row["variant"]), style.variant_colour(row["variant"].removesuffix("-finetuned"))
+        error = row["stderr"] if np.isfinite(row["stderr"]) else None
+        ax.errorbar(x, row["value"], error, fmt="o", color=colour, capsize=2, ms=5)
+        ax.annotate(style.number(row["value"], 3), (x, row["value"]), xytext=(5, 0), textcoords="offset points",
+                    va="center", fontsize=7.5)  # fmt: skip
+    labels = [style.variant_name(name).replace(", ", ",\n").replace(" too", "\ntoo") for name in names]
     ax.set_xticks(range(len(names)), labels, fontsize=7.5)
-    ax.set(title="mean over layers", xlim=(-0.5, len(names) - 0.5))
+    ax.set_xlim(-0.4, len(names) - 0.3)
+    ax.margins(y=0.15)
 
 
-def e04_tasks(tables: Tables) -> Figure:
-    """The paper's Table 2 as a picture: accuracy against base after task fine-tuning, ours and the paper's."""
-    means = task_means(tables["e04_task_finetuning"])
-    paper = paper_table("table2_task_finetuning").assign(stderr=np.nan)
-    models = [str(model) for model in means["model"].unique()]
-    panels = [(f"{model} (ours)", means[means["model"] == model]) for model in models]
-    panels += [("Mistral-7B (paper)", paper)]
-    figure, axes = plt.subplots(1, len(panels), figsize=(style.WIDTH, 2.5), squeeze=False, sharey=True)
-    for ax, (title, part) in zip(axes[0], panels, strict=True):
-        names = [name for name in variants(part) if name != "dense"]
-        tasks = [task for task in part["task"].unique() if task != "average"] + ["average"]
-        for place, variant in enumerate(names):
-            change, errors = [], []
-            for task in tasks:
-                at = part[part["task"] == task].set_index("variant")
-                known = {"dense", variant} <= set(at.index)
-                change.append(100 * (at["accuracy"][variant] - at["accuracy"]["dense"]) if known else np.nan)
-                errors.append(100 * np.hypot(at["stderr"][variant], at["stderr"]["dense"]) if known else np.nan)
-            width = 0.8 / len(names)
-            x = np.arange(len(tasks)) + (place - (len(names) - 1) / 2) * width
-            shown = None if np.isnan(errors).all() else errors
-            colour = style.variant_colour(variant)
-            ax.bar(
-                x,
-                change,
-                width * 0.92,
-                yerr=shown,
-                color=colour,
-                error_kw={"lw": 0.8},
-                label=style.variant_name(variant),
-            )
-        ax.axhline(0, color=style.GREY, lw=0.8)
-        ax.set_xticks(range(len(tasks)), [style.task_name(task) for task in tasks])
-        ax.set_title(title)
-    axes[0][0].set_ylabel(f"accuracy {style.MINUS} base, points")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
-    return figure
+def _site_bars(ax: Axes, table: pd.DataFrame) -> None:
+    """The share of zeros at each place where a variant thresholds; nothing where it does not."""
+    sites = table[table["metric"].str.startswith("sparsity_")]
+    found = [site for site in SITE_NAMES if f"sparsity_{site}" in set(sites["metric"])]
+    names = variants(sites)
+    width = 0.8 / max(1, len(names))
+    for place, variant in enumerate(names):
+        at = sites[sites["variant"] == variant].set_index("metric")["value"]
+        x = np.arange(len(found)) + (place - (len(names) - 1) / 2) * width
+        heights = [100 * at.get(f"sparsity_{site}", np.nan) for site in found]
+        colour = style.variant_colour(variant.removesuffix("-finetuned"))
+        label = "gate only" if "attention" not in variant else "attention too"
+        label += ", fine-tuned" * variant.endswith("-finetuned")
+        ax.bar(x, heights, width * 0.92, color=colour, label=label)
+    for target in sites["sparsity_target"].dropna().unique():
+        ax.axhline(100 * target, color=style.GREY, lw=0.8, ls=":")
+    ax.set_xticks(range(len(found)), [SITE_NAMES[site] for site in found], fontsize=7.5)
+    ax.set_ylim(0, 1.45 * ax.get_ylim()[1])
+    if names:
+        ax.legend(frameon=False, fontsize=7.5, loc="upper right")

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 
 from reports import style
 from reports.load import paper_models, paper_table
-from reports.stats import (
-    GENERATION_KEYS,
-    generation_speedups,
-    throughput_by_length,
-)
+from reports.stats import GENERATION_KEYS, generation_speedups, throughput_by_length
 
 Tables = Mapping[str, pd.DataFrame]
 LOOP_HATCH = {"eager": "", "compiled": "////"}
@@ -30,42 +27,43 @@ def e06_throughput(tables: Tables) -> Figure | None:
         return None
     columns = min(2, len(groups))
     rows = -(-len(groups) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(style.WIDTH, 2.1 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(style.WIDTH, 1.75 * rows), squeeze=False)
     for ax in axes.flat[len(groups) :]:
         ax.set_visible(False)
     for ax, ((model, layers, dtype), part) in zip(axes.flat, groups, strict=False):
-        ticks = sorted(part["generated_tokens"].unique())
-        loops = [loop for loop in ("eager", "compiled") if loop in set(part["loop"])]
-        width = 0.84 / (2 * len(loops))
-        for i, loop in enumerate(loops):
-            of_loop = part[part["loop"] == loop].set_index("generated_tokens").reindex(ticks)
-            for j, (column, colour) in enumerate(
-                (("dense_tokens_per_second", style.GREY), ("tokens_per_second", style.BLUE))
-            ):
-                x = np.arange(len(ticks)) + (2 * i + j - len(loops) + 0.5) * width
-                label = f"{'CATS-50' if j else 'Base'}, {loop}"
-                hatch = {"hatch": LOOP_HATCH[loop], "edgecolor": "white", "linewidth": 0}
-                ax.bar(x, of_loop[column], width * 0.94, color=colour, label=label, **hatch)
-                if j:
-                    for position, height, ratio in zip(x, of_loop[column], of_loop["speedup"], strict=True):
-                        if np.isfinite(height):
-                            ax.annotate(
-                                style.times(ratio),
-                                (position, height),
-                                ha="center",
-                                va="bottom",
-                                fontsize=7.5,
-                                path_effects=[withStroke(linewidth=2, foreground="white")],
-                            )
-        ax.set_xticks(range(len(ticks)), [f"{tick:.0f}" for tick in ticks])
-        ax.set_title(f"{model}, {layers:.0f} layers, {style.dtype_name(str(dtype))}")
+        _throughput_bars(ax, part)
+        ax.set_title(_condition(model, layers, dtype))
         ax.margins(y=0.12)
+    for ax in axes[-1]:
         ax.set_xlabel("generated tokens")
     for ax in axes[:, 0]:
         ax.set_ylabel("tokens per second")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    shown = dict(pair for ax in axes.flat for pair in zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
+
+
+def _condition(model: object, layers: object, *rest: object) -> str:
+    """`Mistral-7B, 32 layers, bfloat16`; the values are those of a group's key."""
+    return ", ".join([style.model_name(str(model)), f"{layers:.0f} layers", *(style.dtype_name(str(x)) for x in rest)])
+
+
+def _throughput_bars(ax: Axes, part: pd.DataFrame) -> None:
+    """Pairs of bars, dense and CATS-50, for each loop in which a length was timed, centred on the length."""
+    ticks = sorted(part["generated_tokens"].unique())
+    most = part.groupby("generated_tokens")["loop"].nunique().max()
+    width = 0.84 / (2 * most)
+    for place, tick in enumerate(ticks):
+        at = part[part["generated_tokens"] == tick].set_index("loop")
+        loops = [loop for loop in LOOP_HATCH if loop in at.index]
+        for i, loop in enumerate(loops):
+            x = place + (2 * i - len(loops) + 0.5) * width
+            look: dict[str, Any] = {"hatch": LOOP_HATCH[loop], "edgecolor": "white", "linewidth": 0}
+            dense, cats = at["dense_tokens_per_second"][loop], at["tokens_per_second"][loop]
+            ax.bar(x, dense, width * 0.94, color=style.GREY, label=f"Base, {loop}", **look)
+            ax.bar(x + width, cats, width * 0.94, color=style.BLUE, label=f"CATS-50, {loop}", **look)
+            ax.annotate(style.times(at["speedup"][loop]), (x + width, cats), ha="center", va="bottom", fontsize=7.5)
+    ax.set_xticks(range(len(ticks)), [f"{tick:.0f}" for tick in ticks])
 
 
 def e06_ratio(tables: Tables) -> Figure | None:
@@ -81,23 +79,29 @@ def e06_ratio(tables: Tables) -> Figure | None:
     beside = list(dict.fromkeys(name for model in models for name in paper_models(model, paper_ratio["model"])))
     groups = [
         (
-            f"{model}, {layers:.0f} layers\n{style.dtype_name(str(dtype))}, {loop}",
+            f"{style.model_name(str(model))}, {layers:.0f} layers\n{style.dtype_name(str(dtype))}, {loop}",
             part,
-            style.BLUE,
-            LOOP_HATCH.get(str(loop), ""),
+            str(loop),
         )
         for (model, layers, dtype, loop), part in lengths.groupby(["model", "layers", "dtype", "loop"], sort=False)
     ]
-    groups += [(f"{name}\npaper, eager", paper_ratio[paper_ratio["model"] == name], style.GREEN, "") for name in beside]
-    figure, ax = plt.subplots(figsize=(style.WIDTH, 0.5 + 0.15 * sum(len(part) + 1 for _, part, _, _ in groups)))
-    for place, (_, part, colour, hatch) in enumerate(groups):
+    groups += [(f"{name}\npaper, eager", paper_ratio[paper_ratio["model"] == name], "paper") for name in beside]
+    figure, ax = plt.subplots(figsize=(style.WIDTH, 0.5 + 0.135 * sum(len(part) + 1 for _, part, _ in groups)))
+    for place, (_, part, loop) in enumerate(groups):
         part = part.sort_values("generated_tokens")
         height = 0.8 / len(part)
         y = place + (np.arange(len(part)) - (len(part) - 1) / 2) * height
-        ax.barh(y, part["speedup"] - 1, height * 0.9, left=1, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
+        look: dict[str, Any] = {
+            "color": style.GREEN if loop == "paper" else style.BLUE,
+            "hatch": LOOP_HATCH.get(loop, ""),
+        }
+        ax.barh(y, part["speedup"] - 1, height * 0.9, left=1, edgecolor="white", linewidth=0, **look)
         for position, row in zip(y, part.to_dict("records"), strict=True):
+            error = row["speedup"] * row.get("log_stderr", np.nan)
+            if np.isfinite(error):
+                ax.errorbar(row["speedup"], position, xerr=error, color=style.BLACK, lw=0.8, capsize=1.5)
             text = f"{style.times(row['speedup'])}  {row['generated_tokens']:.0f} tokens"
-            end = (max(row["speedup"], 1), position)
+            end = (max(row["speedup"] + (error if np.isfinite(error) else 0), 1), position)
             ax.annotate(text, end, xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
     ax.axvline(1, color=style.GREY, lw=0.8)
     ax.set_yticks(range(len(groups)), [title for title, *_ in groups], fontsize=7.5)
@@ -132,26 +136,17 @@ def e06_growth(tables: Tables) -> Figure | None:
     if not found:
         return None
     rows = -(-len(found) // 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(style.WIDTH, 2.1 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, 2, figsize=(style.WIDTH, 1.75 * rows), squeeze=False)
     for ax in axes.flat[len(found) :]:
         ax.set_visible(False)
     looks: dict[tuple[str, ...], str] = {}
-    palette = [
-        style.BLUE,
-        style.ORANGE,
-        style.GREEN,
-        style.VERMILLION,
-        style.PURPLE,
-        style.SKY,
-        style.GREY,
-        style.BLACK,
-    ]
+    palette = (style.BLUE, style.ORANGE, style.GREEN, style.VERMILLION, style.PURPLE, style.SKY, style.GREY)
     for ax, (dimension, part) in zip(axes.flat, found.items(), strict=False):
         for key, line in part.groupby(["model", "dtype", "loop"], sort=False):
             name = tuple(str(piece) for piece in key)
             colour = looks.setdefault(name, palette[len(looks) % len(palette)])
             x = line[dimension] * (100 if dimension == "sparsity_target" else 1)
-            ax.plot(x, line["speedup"], "o-", color=colour)
+            ax.errorbar(x, line["speedup"], line["speedup"] * line["log_stderr"], fmt="o-", color=colour, capsize=2)
             below = line["speedup"] < 1
             ax.plot(x[below], line["speedup"][below], "x", color=style.BLACK, ms=7, mew=1.5)
         ax.axhline(1, color=style.GREY, lw=0.8)
@@ -164,7 +159,7 @@ def e06_growth(tables: Tables) -> Figure | None:
     for ax in axes[:, 0]:
         ax.set_ylabel("speed-up over dense")
     handles = [plt.Line2D([], [], color=colour, marker="o") for colour in looks.values()]
-    labels = [f"{name[0]}, {style.dtype_name(name[1])}, {name[2]}" for name in looks]
+    labels = [f"{style.model_name(model)}, {style.dtype_name(dtype)}, {loop}" for model, dtype, loop in looks]
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=8)
     return figure
 
@@ -173,19 +168,25 @@ def e06_shares(tables: Tables) -> Figure:
     """Where the time of one decoded token goes, per model and dtype."""
     table = tables["e06_shares"]
     groups = list(table.groupby(["model", "layers", "dtype"], sort=False))
-    colours = {"mlp": style.BLUE, "attention": style.ORANGE, "head": style.GREEN, "other": style.GREY}
+    looks = {
+        "mlp": ("MLP", style.BLUE, "white"),
+        "attention": ("attention", style.ORANGE, "black"),
+        "head": ("head", style.GREEN, "white"),
+        "other": ("other", style.GREY, "white"),
+    }
     figure, ax = plt.subplots(figsize=(style.WIDTH, 0.7 + 0.36 * len(groups)))
     for place, (_, part) in enumerate(groups):
         left = 0.0
-        for row in part.to_dict("records"):
+        for row in part[part["share"] > 0].to_dict("records"):
             width = 100 * row["share"]
-            ax.barh(place, width, 0.7, left=left, color=colours.get(row["component"], style.PURPLE))
-            if width > 6:
-                label = f"{row['component']} {width:.0f} %"
-                ax.text(left + width / 2, place, label, ha="center", va="center", color="white", fontsize=8)
+            name, colour, ink = looks[row["component"]]
+            ax.barh(place, width, 0.7, left=left, color=colour)
+            if width > 8:
+                label = f"{name} {width:.0f} %"
+                ax.text(left + width / 2, place, label, ha="center", va="center", color=ink, fontsize=8)
             left += width
-    names = [f"{model}, {layers:.0f} layers, {style.dtype_name(str(dtype))}" for (model, layers, dtype), _ in groups]
-    ax.set_yticks(range(len(groups)), names)
+    ax.axvline(100, color=style.BLACK, lw=0.8, ls=":")
+    ax.set_yticks(range(len(groups)), [_condition(*key) for key, _ in groups])
     ax.invert_yaxis()
-    ax.set(xlabel="share of the time of one decoded token, dense, %", xlim=(0, 100))
+    ax.set(xlabel="share of the time of one decoded token, dense, %", xlim=(0, None))
     return figure

@@ -71,14 +71,22 @@ class Run:
         """The table, or None when it is missing or broken (`problems[name]` says which)."""
         return self.tables.get(name)
 
+    @property
+    def profiles(self) -> list[str]:
+        """The profiles that its experiments ran with, as far as recorded."""
+        entries = self.provenance.values()
+        named = [(entry.get("settings") or {}).get("profile") or entry.get("profile") for entry in entries]
+        return sorted({str(name) for name in named if name})
+
     def broken(self, experiment: str) -> list[str]:
         """Sentences about tables of one experiment that are present but cannot be read."""
         return [f"{name}.csv: {why}" for name, why in self.problems.items() if name.startswith(experiment)]
 
 
-def command(experiment: str) -> str:
-    """The command that measures what is missing."""
-    return f"nox -s experiment -- {experiment}"
+def command(experiment: str, run: Run | None = None) -> str:
+    """The command that measures what is missing, with the profile of the run that misses it."""
+    profile = run.profiles[0] if run and run.profiles else "pocket"
+    return f"nox -s experiment -- {experiment}" + (f" --profile {profile}" if profile != "pocket" else "")
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:

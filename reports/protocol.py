@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from string import Formatter
 from typing import Any
 
 import pandas as pd
@@ -10,18 +11,20 @@ import pandas as pd
 from reports import style
 from reports.document import escape
 from reports.load import Run
+from reports.stats import generation_speedups, throughput_conditions
 
 Told = Callable[[Run, pd.DataFrame], str]
 
 
-def _values(column: str, digits: int = 0) -> Told:
-    """The distinct values of a column."""
+def _values(column: str) -> Told:
+    """The distinct values of a column; numbers are whole ones."""
 
     def told(run: Run, table: pd.DataFrame) -> str:
         values = table[column].dropna().unique()
         if table[column].dtype == float:
-            return ", ".join(f"{value:.{digits}f}" for value in sorted(values))
-        return ", ".join(dict.fromkeys(style.task_name(style.dtype_name(str(value))) for value in values))
+            return ", ".join(f"{value:.0f}" for value in sorted(values))
+        names = (style.model_name(style.task_name(style.dtype_name(str(value)))) for value in values)
+        return ", ".join(dict.fromkeys(names))
 
     return told
 
@@ -34,17 +37,20 @@ def _span(column: str) -> Told:
     return told
 
 
-def _option(experiment: str, *names: str) -> Told:
-    """Options of the profile, as recorded."""
+def _options(run: Run, experiment: str) -> dict[str, Any]:
+    """The options of the profile, as recorded, and where the text came from (`source`)."""
+    settings: dict[str, Any] = run.provenance.get(experiment, {}).get("settings") or {}
+    data = settings.get("data") or {}
+    return {"source": data.get("path") or data.get("source"), **(settings.get("options") or {})}
+
+
+def _phrases(experiment: str, *phrases: str) -> Told:
+    """Phrases with the options filled in, `{length} tokens`; those whose options were not recorded are left out."""
 
     def told(run: Run, table: pd.DataFrame) -> str:
-        entry = run.provenance.get(experiment, {})
-        settings: dict[str, Any] = entry.get("settings") or {}
-        options = settings.get("options") or {}
-        source = (settings.get("data") or {}).get("source")
-        wanted = names or tuple(options)
-        said = [f"{name.replace('_', ' ')} {options[name]}" for name in wanted if name in options]
-        return "; ".join(([f"text: {source}"] if source else []) + said)
+        options = {name: style.listed(value) for name, value in _options(run, experiment).items()}
+        wanted = [(phrase, [name for _, name, _, _ in Formatter().parse(phrase) if name]) for phrase in phrases]
+        return "; ".join(phrase.format(**options) for phrase, names in wanted if all(options.get(n) for n in names))
 
     return told
 
@@ -57,44 +63,64 @@ def _zero_shot_items(run: Run, table: pd.DataFrame) -> str:
 def _steps(run: Run, table: pd.DataFrame) -> str:
     part = table[table["accuracy"].notna()]
     rates = ", ".join(f"{rate:g}" for rate in sorted(part["learning_rate"].dropna().unique()))
-    return f"steps {_values('step')(run, part)}; {part['seed'].nunique()} seeds; learning rate {rates}"
+    items = f"{part['task'].nunique()} tasks of {_span('items')(run, part)} items"
+    return f"steps {_values('step')(run, part)}; {items}; {part['seed'].nunique()} seeds; learning rate {rates}"
 
 
-def _timing(run: Run, table: pd.DataFrame) -> str:
-    return "; ".join(
-        filter(None, [f"{_span('rounds')(run, table)} rounds, geometric mean", _option("e05")(run, table)])
-    )
+def _shapes(run: Run, table: pd.DataFrame) -> str:
+    sizes = table[["shape", "d", "m"]].drop_duplicates().itertuples(index=False)
+    return ", ".join(f"{shape} {d:.0f} x {m:.0f}" for shape, d, m in sizes)
 
+
+def _prompts(run: Run, table: pd.DataFrame) -> str:
+    fixed = throughput_conditions(generation_speedups(table))
+    count, tokens = _span("prompts")(run, fixed), _values("prompt_tokens")(run, fixed)
+    return f"{count} of {tokens} tokens, batch 1"
+
+
+CALIBRATION = ("{calibration_blocks} blocks of {length} tokens, text: {source}",)
+TRAINING = (
+    "LoRA with the {lora}'s settings",
+    "batch {train_batch_size}",
+    "weight decay {weight_decay}",
+    "{warmup_steps} warm-up steps",
+)
 
 PROTOCOL: dict[str, tuple[str, list[tuple[str, str, Told]]]] = {
     "e01": ("e01_thresholds", [
         ("models", "Llama2-7B, Mistral-7B", _values("model")),
-        ("calibration", "500 samples of RefinedWeb (the authors' code: 100)", _option("e01")),
+        ("calibration", "500 samples of RefinedWeb (the authors' code: 100)",
+         _phrases("e01", "{blocks} blocks of {length} tokens, text: {source}")),
     ]),
     "e02": ("e02_zero_shot", [
         ("models", "Mistral-7B, Llama2-7B (13B: averages)", _values("model")),
         ("tasks", "openbookqa, arc_easy, winogrande, hellaswag, arc_challenge, piqa, boolq, sciq; lm-eval's acc, "
          "0-shot, all items", _zero_shot_items),
-        ("calibration", "500 samples of RefinedWeb", _option("e02")),
+        ("calibration", "500 samples of RefinedWeb", _phrases("e02", *CALIBRATION)),
     ]),
     "e03": ("e03_finetuning", [
         ("models", "Mistral-7B, Llama2-7B", _values("model")),
         ("training", "RefinedWeb; LoRA on 1 % of the parameters (query, key, gate, down); bfloat16, 8 x L40S, batch 16",
-         _option("e03")),
+         _phrases("e03", *TRAINING, "sequences of {length} tokens, text: {source}")),
+        ("learning rate", "1e-5 (the authors' code)",
+         _phrases("e03", "the best of {learning_rates} at {sweep_steps} steps, swept for CATS and ReLUfication")),
         ("evaluation", "every 250 steps from 350 to 2600, eight tasks, one seed", _steps),
     ]),
     "e04": ("e04_task_finetuning", [
         ("models", "Mistral-7B", _values("model")),
         ("tasks", "CoLA, SST-2, BoolQ", _values("task")),
-        ("training", "10 epochs (the authors' script: 1)", _option("e04")),
+        ("training", "10 epochs (the authors' script: 1)",
+         _phrases("e04", "epochs: {epochs}, of {train_items} items", "learning rate {learning_rate}", *TRAINING)),
+        ("calibration", "1000 samples of the task (the authors' code)",
+         _phrases("e04", "{calibration_items} items of the task")),
         ("items", "the tasks' validation sets", _span("items")),
     ]),
     "e05": ("e05_mlp_latency", [
         ("machine", "one L40S", _values("machine")),
-        ("shapes", "Mistral-7B 4096 x 14336, Llama2-7B 4096 x 11008", _values("shape")),
+        ("shapes", "Mistral-7B 4096 x 14336, Llama2-7B 4096 x 11008", _shapes),
         ("dtype", "float32", _values("dtype")),
         ("timing", "20 warm-ups, 80 rounds, geometric mean, 256 MB cleared between rounds",
-         _timing),
+         _phrases("e05", "{warmups} warm-ups", "{rounds} rounds, interleaved", "geometric mean", "cold cache")),
     ]),
     "e06": ("e06_throughput", [
         ("machine", "one L40S", _values("machine")),
@@ -102,15 +128,14 @@ PROTOCOL: dict[str, tuple[str, list[tuple[str, str, Told]]]] = {
          lambda run, table: f"{_values('model')(run, table)}; layers: {_values('layers')(run, table)}"),
         ("dtype, loop", "float32, eager generate",
          lambda run, table: f"{_values('dtype')(run, table)}; {_values('loop')(run, table)}"),
-        ("prompts", "50 of RefinedWeb, batch 1",
-         lambda run, table: f"{table['prompt'].nunique()}, of {_values('prompt_tokens')(run, table)} tokens; "
-         f"batch {_values('batch')(run, table)}"),
+        ("prompts", "50 of RefinedWeb, batch 1", _prompts),
         ("generated tokens", "256, 512, 1024, 2048", _values("generated_tokens")),
     ]),
     "e07": ("e07_attention", [
         ("models", "Mistral-7B, after 2000 batches of 16 of general fine-tuning", _values("model")),
         ("tasks", "the eight of Table 1", _zero_shot_items),
-        ("training", "as for Figure 2", _option("e07")),
+        ("calibration", "as for Table 1", _phrases("e07", *CALIBRATION)),
+        ("training", "as for Figure 2", _phrases("e07", "{steps} steps of general fine-tuning")),
     ]),
 }  # fmt: skip
 
@@ -123,6 +148,6 @@ def protocol(experiment: str, runs: list[Run]) -> pd.DataFrame:
         cells = {"": aspect, "The paper": escape(paper)}
         for run in runs:
             said = told(run, run.tables[name]) if name in run.tables else ""
-            cells[escape(run.label)] = escape(said) or "not recorded"
+            cells[escape(run.label)] = escape(said) or style.DASH
         rows.append(cells)
     return pd.DataFrame(rows)

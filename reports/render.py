@@ -50,14 +50,11 @@ def render(runs: list[Run], output: Path) -> list[Path]:
 def _run_line(run: Run) -> str:
     """`pocket: Imaginary CPU, 2 cores; profile pocket; measured 2001-01-07; commit 0123456789`."""
     entries = list(run.provenance.values())
-    profiles = {
-        str((entry.get("settings") or {}).get("profile") or entry.get("profile") or "") for entry in entries
-    } - {""}
     days = sorted({str(entry["started"])[:10] for entry in entries if entry.get("started")})
     commits = sorted({commit({**entry, "dirty": False}) for entry in entries})
     changed = ", in part with uncommitted changes" if any(entry.get("dirty") for entry in entries) else ""
     said = [machine(run)]
-    said += [f"profile {', '.join(sorted(profiles))}"] if profiles else []
+    said += [f"profile {', '.join(run.profiles)}"] if run.profiles else []
     said += [f"measured {days[0]}" + (f" to {days[-1]}" if len(days) > 1 else "")] if days else []
     said += [f"commit {' and '.join(commits)}{changed}"] if commits else ["no provenance"]
     return f"{run.label}: {'; '.join(said)}"

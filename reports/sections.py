@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from reports import tables
+from reports import tables, tables_speed
 from reports.appendix import appendix, machine, provenance_line
 from reports.claims import CLAIMS, NOT_REPRODUCED, NOT_TESTED, REPRODUCED
 from reports.document import Block, Heading, Picture, Table, Text, escape
@@ -29,7 +29,7 @@ FIGURES_OF = {
     "e04": ("e04_tasks",),
     "e05": ("e05_latency", "e05_speedup", "e05_ablation", "e05_rows"),
     "e06": ("e06_throughput", "e06_ratio", "e06_growth", "e06_shares"),
-    "e07": (),
+    "e07": ("e07_attention",),
 }
 
 Drawn = dict[tuple[str, str], str]
@@ -39,11 +39,7 @@ def build(runs: list[Run], judged: pd.DataFrame, drawn: Drawn, headline: str | N
     """Every block of the report, in order."""
     blocks = _claims(runs, judged)
     if headline:
-        caption = (
-            "At a glance. Left: mean accuracy against sparsity without fine-tuning (colours as in the other figures). "
-        )
-        caption += "Right: speed-up of one MLP block over dense against sparsity, and what the bytes to be read allow."
-        blocks.append(Picture(headline, caption))
+        blocks.append(Picture(headline, CAPTIONS["headline"]))
     for experiment in EXPERIMENTS:
         blocks += _experiment(experiment, runs, drawn)
     return blocks + appendix(runs)
@@ -52,22 +48,24 @@ def build(runs: list[Run], judged: pd.DataFrame, drawn: Drawn, headline: str | N
 def _claims(runs: list[Run], judged: pd.DataFrame) -> list[Block]:
     count = judged["verdict"].value_counts()
     said = ", ".join(f"{count.get(verdict, 0)} {verdict}" for verdict in (REPRODUCED, NOT_REPRODUCED, NOT_TESTED))
+    said += f"; {judged['undecided'].eq('yes').sum()} of them undecided"
     several = len(runs) > 1
     where = f"{len(runs)} runs" if several else f"the run *{escape(runs[0].label)}*"
     intro = (
-        f"The paper's claims, judged on {where} by rules that are code (listed below). One row is one claim on "
-        f"one model or condition: {said}. Accuracies are fractions, “points” hundredths; SE is one standard error; "
-        "“undecided” marks a verdict whose margin is within the measurement's own uncertainty. The paper's numbers "
-        "come from its own models and hardware, so a ratio or an ordering is compared, not a value."
+        f"The paper's claims, judged on {where} by rules that are code (Table 2). One row is one claim on one model or "
+        f"condition: {said}. Accuracies are fractions, “points” hundredths; SE is one standard error; a margin is the "
+        "distance from the rule's bound, positive inside; “undecided” marks a verdict that the measurement's own "
+        "uncertainty (2 SE, or the 20th to 80th percentile of timings) could turn. The paper's numbers come from its "
+        "own models and hardware, so a ratio or an ordering is compared, not a value."
     )
     rules = [{"": claim.id, "Rule": escape(claim.rule_text)} for claim in CLAIMS]
     return [
         Heading(1, "Claims"),
         Text(intro),
         Table(
-            tables.claims(judged, several), "The paper's claims and what was found.", (3.2, 12, 12, 10, 16, 17, 11.5)
+            tables.claims(judged, several), "The paper's claims and what was found.", (3.4, 12, 11, 12, 16, 16, 11.5)
         ),
-        Table(pd.DataFrame(rules), "The rules that give the verdicts, chosen before the measurements.", (4, 90)),
+        Table(pd.DataFrame(rules), "The rules that give the verdicts.", (4, 90)),
     ]
 
 
@@ -91,16 +89,18 @@ def _experiment(experiment: str, runs: list[Run], drawn: Drawn) -> list[Block]:
     for run in measured:
         if len(runs) > 1:
             blocks.append(Heading(2, f"{escape(run.label)}: {escape(machine(run))}"))
-        blocks.append(Text(provenance_line(run, experiment)))
+        blocks.append(Text(provenance_line(run, experiment), with_next=True))
         absent = [
             name
             for name in TABLES
             if name.startswith(experiment) and name not in run.tables and name not in run.problems
         ]
         if absent:
-            blocks.append(Text(f"Not measured here: {', '.join(absent)}; run `{command(experiment)}`."))
+            blocks.append(Text(f"Not measured here: {escape(', '.join(absent))}; run `{command(experiment, run)}`."))
         blocks += [
-            Picture(drawn[name, run.label], CAPTIONS[name])
+            Picture(
+                drawn[name, run.label], f"{escape(run.label)}: {CAPTIONS[name]}" if len(runs) > 1 else CAPTIONS[name]
+            )
             for name in FIGURES_OF[experiment]
             if (name, run.label) in drawn
         ]
@@ -109,10 +109,8 @@ def _experiment(experiment: str, runs: list[Run], drawn: Drawn) -> list[Block]:
 
 
 def _e01(run: Run) -> list[Block]:
-    if "e01_thresholds" not in run.tables:
-        return []
-    caption = "Thresholds over the layers and the sparsity they give on text that calibration has not seen."
-    return [Table(tables.thresholds(run.tables["e01_thresholds"]), caption)]
+    table = run.table("e01_thresholds")
+    return [] if table is None else [Table(tables.thresholds(table), CAPTIONS["table_thresholds"])]
 
 
 def _e02(run: Run) -> list[Block]:
@@ -122,7 +120,7 @@ def _e02(run: Run) -> list[Block]:
         name = escape(model)
         blocks += [
             Table(tables.zero_shot(table, model), f"{name}: {CAPTIONS['table_zero_shot']}"),
-            Table(tables.zero_shot_paper(model), "The paper's Table 1."),
+            Table(tables.zero_shot_paper(model), CAPTIONS["table_zero_shot_paper"]),
             Table(tables.zero_shot_summary(table, model), f"{name}: {CAPTIONS['table_zero_shot_summary']}"),
         ]
     return blocks
@@ -138,50 +136,43 @@ def _e03(run: Run) -> list[Block]:
             caption = f"{escape(model)}: {CAPTIONS['table_finetuned_sparsity']}"
             blocks.append(Table(tables.finetuned_sparsity(table, model), caption))
     if (table := run.table("e03_sweep")) is not None:
-        blocks.append(Table(tables.sweep(table), "The learning-rate sweep: what was tried and what was used."))
+        blocks.append(Table(tables.sweep(table), CAPTIONS["table_sweep"]))
     return blocks
 
 
 def _e04(run: Run) -> list[Block]:
     table = run.tables["e04_task_finetuning"]
-    caption = "accuracy after task fine-tuning (the paper's Table 2) and sparsity left (Table 3), ± one standard error."
-    return [
-        Table(tables.task_finetuning(table, model), f"{escape(model)}: {caption}") for model in table["model"].unique()
-    ]
+    blocks: list[Block] = []
+    for model in table["model"].unique():
+        name = escape(model)
+        blocks += [
+            Table(tables.task_finetuning(table, model), f"{name}: {CAPTIONS['table_task_finetuning']}"),
+            Table(tables.task_sparsity(table, model), f"{name}: {CAPTIONS['table_task_sparsity']}"),
+        ]
+    return [*blocks, Table(tables.task_finetuning_paper(), CAPTIONS["table_task_paper"])]
 
 
 def _e05(run: Run) -> list[Block]:
     table = run.tables["e05_mlp_latency"]
     machines = escape(", ".join(table["machine"].unique()))
     threads = ", ".join(f"{count:.0f}" for count in sorted(table["threads"].dropna().unique()))
-    caption = f"Speed-up of one MLP block over dense at batch 1 on {machines}" + (
-        f" ({threads} threads)" if threads else ""
-    )
-    caption += (
-        "; in brackets the range from dense's 20th over CATS' 80th percentile to the reverse. Paper: its nearest "
-    )
-    caption += "measured sparsity, L40S, float32."
-    blocks: list[Block] = [Table(tables.latency(run.tables), caption)]
-    failed = tables.latency_errors(table)
+    where = machines + (f" ({threads} threads)" if threads else "")
+    caption = f"Speed-up of one MLP block over dense at batch 1 on {where}; {CAPTIONS['table_latency']}"
+    blocks: list[Block] = [Table(tables_speed.latency(run.tables), caption)]
+    failed = tables_speed.latency_errors(table)
     return [*blocks, Table(failed, "What could not be timed, and why.")] if len(failed) else blocks
 
 
 def _e06(run: Run) -> list[Block]:
     blocks: list[Block] = []
     if (table := run.table("e06_throughput")) is not None:
-        shown = tables.throughput(table)
-        caption = (
-            f"Generation on {escape(', '.join(table['machine'].unique()))}, batch 1, geometric mean over prompts ± one "
-        )
-        caption += "standard error of the paired ratio; memory: peak of CATS over peak of dense."
+        shown = tables_speed.throughput(table)
+        caption = f"Generation on {escape(', '.join(table['machine'].unique()))}, {CAPTIONS['table_throughput']}"
         blocks.append(Table(shown, caption) if len(shown) else Text("No length was timed both dense and with CATS-50."))
     if (table := run.table("e06_amdahl")) is not None:
-        caption = (
-            "Amdahl's law: what the MLP's share of the time and the kernel's own gain allow, and what was measured."
-        )
-        blocks.append(Table(tables.amdahl(table), caption))
+        blocks.append(Table(tables_speed.amdahl(table), CAPTIONS["table_amdahl"]))
     if (table := run.table("e06_greedy")) is not None:
-        blocks.append(Table(tables.greedy(table), CAPTIONS["table_greedy"]))
+        blocks.append(Table(tables_speed.greedy(table), CAPTIONS["table_greedy"]))
     return blocks
 
 
@@ -192,7 +183,7 @@ def _e07(run: Run) -> list[Block]:
         caption = f"{escape(model)}: {CAPTIONS['table_attention']}"
         blocks += [
             Table(tables.zero_shot_summary(table, model).pipe(_without_paper), caption),
-            Table(tables.zero_shot(table, model), f"{escape(model)}: the same by task, ± one standard error."),
+            Table(tables.zero_shot(table, model), f"{escape(model)}: {CAPTIONS['table_attention_tasks']}"),
         ]
     return blocks
 

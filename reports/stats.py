@@ -7,6 +7,7 @@ rest.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -179,16 +180,36 @@ def kernel_speedups(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(groups, ignore_index=True)
 
 
-def speedup_at(part: pd.DataFrame, target: float) -> tuple[float, float, float, str] | None:
-    """Speed-up near a sparsity, its p20 to p80 range, and a note: the nearest row, else interpolated between two."""
+def batch_one(table: pd.DataFrame) -> pd.DataFrame:
+    """Speed-ups of e05 at one row, at the largest number of threads timed, per machine, shape and dtype."""
+    speedups = kernel_speedups(table)
+    speedups = speedups[speedups["rows"] == 1]
+    most = speedups.groupby(["machine", "shape", "dtype"])["threads"].transform("max")
+    return speedups[speedups["threads"].isna() | (speedups["threads"] == most)]
+
+
+@dataclass(frozen=True)
+class SpeedupAt:
+    """Speed-up near a sparsity: where it was measured, its p20 to p80 range, the speed-up at the bound by bytes."""
+
+    where: str
+    speedup: float
+    low: float
+    high: float
+    reachable: float
+
+
+def speedup_at(part: pd.DataFrame, target: float) -> SpeedupAt | None:
+    """At the measured row nearest to `target`, else interpolated between two; None outside of what was measured."""
+    names = ("speedup", "low", "high", "reachable")
     part = part.sort_values("sparsity")
     row = part.iloc[int((part["sparsity"] - target).abs().argmin())]
     if abs(row["sparsity"] - target) <= NEAR_SPARSITY:
-        return row["speedup"], row["low"], row["high"], f"at {100 * row['sparsity']:.1f} %"
+        return SpeedupAt(f"{100 * row['sparsity']:.3g} %", *(float(row[name]) for name in names))
     if not part["sparsity"].min() <= target <= part["sparsity"].max():
         return None
-    values = [float(np.interp(target, part["sparsity"], part[name])) for name in ("speedup", "low", "high")]
-    return values[0], values[1], values[2], f"at {100 * target:.0f} %, interpolated"
+    values = [float(np.interp(target, part["sparsity"], part[name])) for name in names]
+    return SpeedupAt(f"{100 * target:.0f} %, interpolated", *values)
 
 
 def bytes_bound_speedup(sparsity: float | np.ndarray) -> float | np.ndarray:
@@ -236,12 +257,11 @@ def generation_speedups(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*GENERATION_KEYS, *extra, "sparsity_measured", "prompts"])
 
 
-def throughput_by_length(speedups: pd.DataFrame, target: float = 0.5) -> pd.DataFrame:
-    """Figure 4's conditions out of `generation_speedups`: batch 1, one target sparsity, a row per generated length.
+def throughput_conditions(speedups: pd.DataFrame, target: float = 0.5) -> pd.DataFrame:
+    """Figure 4's rows out of `generation_speedups`: batch 1, one target sparsity.
 
     Growth measurements (longer contexts, more layers) stand in the same table; the conditions kept per
-    (machine, model, dtype) are those that were timed at the most generated lengths, then on the most prompts. What
-    is still several is pooled, weighted by the number of prompts.
+    (machine, model, dtype) are those that were timed at the most generated lengths, then on the most prompts.
     """
     at = speedups[(speedups["batch"] == 1) & np.isclose(speedups["sparsity_target"], target)]
     group = ["machine", "model", "dtype"]
@@ -250,6 +270,12 @@ def throughput_by_length(speedups: pd.DataFrame, target: float = 0.5) -> pd.Data
         score = 1e6 * timed["generated_tokens"].transform("nunique") + timed["prompts"].transform("sum")
         at = at[score == score.groupby([at[g] for g in group]).transform("max")]
         group.append(column)
+    return at
+
+
+def throughput_by_length(speedups: pd.DataFrame) -> pd.DataFrame:
+    """Figure 4: a row per generated length; what is still several is pooled, weighted by the number of prompts."""
+    at = throughput_conditions(speedups)
     keys = ["machine", "model", "layers", "dtype", "loop", "generated_tokens"]
     rows: list[dict[Any, Any]] = []
     for _, part in at.groupby(keys, sort=False):

@@ -53,6 +53,19 @@ IMPLEMENTATION_NAMES = {
     "gather": "unfused, compacting",
     "optimal-all-three-shrunk": "“Optimal”",
 }
+TASK_NAMES = {
+    "winogrande": "WinoGrande",
+    "piqa": "PIQA",
+    "sciq": "SciQ",
+    "openbookqa": "OBQA",
+    "hellaswag": "HellaSwag",
+    "boolq": "BoolQ",
+    "arc_easy": "ARC-e",
+    "arc_challenge": "ARC-c",
+    "cola": "CoLA",
+    "sst2": "SST-2",
+}
+MODEL_NAMES = {"mistral-7b": "Mistral-7B", "llama2-7b": "Llama2-7B", "llama2-13b": "Llama2-13B"}
 PAPER_IMPLEMENTATIONS = {  # the paper's CSV names -> the same algorithm's name here
     "dense": "dense",
     "cats-kernel": "fused-mask",
@@ -100,14 +113,19 @@ def variant_name(variant: str) -> str:
     return name + ", fine-tuned" * (plain != variant)
 
 
+def model_name(model: str) -> str:
+    """A shape's name as the paper writes it: `mistral-7b` -> `Mistral-7B`; others stay."""
+    return MODEL_NAMES.get(model.removeprefix("shape:"), model)
+
+
 def dtype_name(dtype: str) -> str:
     """`torch.bfloat16` -> `bfloat16`."""
     return dtype.removeprefix("torch.")
 
 
 def task_name(task: str) -> str:
-    """A task's name with spaces, so that a narrow column can break it."""
-    return task.removeprefix("pocket_").replace("_", " ")
+    """A task's name as its authors write it; one of the pocket tasks with spaces for underscores."""
+    return TASK_NAMES.get(task, task.removeprefix("pocket_").replace("_", " "))
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -137,6 +155,34 @@ def times(ratio: float) -> str:
     return DASH if ratio is None or not math.isfinite(ratio) else f"{ratio:.2f}x"
 
 
+def times_range(low: float, high: float) -> str:
+    """`1.55 to 1.57x`; one number where both are written the same."""
+    return times(high) if times(low) == times(high) else f"{low:.2f} to {times(high)}"
+
+
+def ratio_error(stderr: float) -> str:
+    """` ± 0.02` after a ratio; nothing when it is unknown."""
+    return "" if not math.isfinite(stderr) else f" ± {stderr:.2f}" if stderr >= 0.01 else f" ± {stderr:.1g}"
+
+
+def significant(value: float) -> str:
+    """Three significant digits, never as a power of ten: `34.7`, `0.183`."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}" if value else "0"
+
+
+def listed(value: Any) -> str:
+    """A recorded setting in words: `{"float32": [0.5, 0.7]}` -> `float32 0.5, 0.7`; nothing for what is not set."""
+    if isinstance(value, dict):
+        return "; ".join(f"{key} {listed(inner)}" for key, inner in value.items() if inner not in (None, "", [], {}))
+    if isinstance(value, list):
+        return ", ".join(map(listed, value))
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
 def duration(seconds: float) -> str:
     """Seconds in words: `42 s`, `3 min 20 s`, `2 h 05 min`."""
     if not math.isfinite(seconds):
@@ -146,6 +192,18 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s"
+
+
+def sparsity_axis(ax: Axes, end: float) -> None:
+    """A horizontal axis of 0 to 100 % sparsity that leaves room for labels up to `end`."""
+    ax.set_xlim(-3, end)
+    ax.set_xticks([0, 25, 50, 75, 100])
+    ax.spines.bottom.set_bounds(-3, 100)
+
+
+def level_line(ax: Axes, y: float) -> None:
+    """A grey line across the measured part of a sparsity axis, behind the data."""
+    ax.plot([-3, 100], [y, y], color=GREY, lw=0.8, zorder=1)
 
 
 def label_ends(ax: Axes, ends: Iterable[End], size: float = 8.0) -> None:
@@ -165,9 +223,11 @@ def _place_labels(figure: Figure) -> None:
         items = sorted(ends, key=lambda end: end[1])
         wanted = [float(ax.transData.transform((x, y))[1]) for x, y, _, _ in items]
         placed = _apart(wanted, gap)
-        if placed:  # pushing only upwards would drift a crowded group: bring it back to its middle
+        if placed:  # pushing only upwards would drift a crowded group: back to its middle, and out of the title
             shift = sum(placed) / len(placed) - sum(wanted) / len(wanted)
             placed = _apart([now - shift for now in placed], gap)
+            above = max(0.0, placed[-1] + gap / 2 - float(ax.bbox.y1))
+            placed = [now - above for now in placed]
         for (x, y, text, colour), now, then in zip(items, placed, wanted, strict=True):
             offset = (4.0, (now - then) * 72 / figure.dpi)
             look: dict[str, Any] = {"color": colour, "fontsize": size, "va": "center", "annotation_clip": False}

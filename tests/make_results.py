@@ -34,6 +34,7 @@ TASKS = [
     "operator",
 ]
 UNPAIRED = (np.nan, np.nan, 20000, np.nan)  # difference, difference_stderr, items, chance
+OTHER_SITES = {"attention_input": 0.498, "mlp_input": 0.499}
 PERPLEXITY = {"dense": 10, "cats-50": 10.5, "cats-70": 12, "cats-90": 30, "cats-matched": 28, "relufication": 20}
 
 
@@ -233,9 +234,18 @@ def greedy(machine: str = "made-up machine") -> pd.DataFrame:
 
 
 def attention(model: str = "made-up", accuracy: dict[str, float] | None = None) -> pd.DataFrame:
-    """e07 from the same maker as e02."""
+    """e07 from the same maker as e02, with the share of zeros at each site."""
     table = zero_shot(model, accuracy or {"dense": 0.70, "cats-50": 0.69, "cats-50-attention": 0.67})
-    return table[table["metric"] == "acc"]
+    table = table[table["metric"] == "acc"]
+    first = table[table["variant"] != "dense"].drop_duplicates("variant")
+    sites = [("gate", 0.503, first)]
+    sites += [(site, share, first[first["variant"].str.contains("attention")]) for site, share in OTHER_SITES.items()]
+    unmeasured = {name: np.nan for name in ("stderr", "difference", "difference_stderr", "chance")}
+    rows = [
+        of.assign(task="heldout_text", metric=f"sparsity_{site}", value=share, **unmeasured)
+        for site, share, of in sites
+    ]
+    return pd.concat([table, *rows], ignore_index=True)
 
 
 def all_tables() -> dict[str, pd.DataFrame]:

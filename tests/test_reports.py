@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reports import document, figures_throughput, style, tables
+from reports import document, figures_accuracy, figures_throughput, style, tables, tables_speed
 from reports.__main__ import main
 from reports.figures import FIGURES
 from reports.load import TABLES, load_run, load_runs, read_table
+from reports.protocol import protocol
 from reports.sections import CAPTIONS, FIGURES_OF
 from tests import make_results as made
 
@@ -112,7 +113,8 @@ def test_missing_and_broken_are_said_and_never_zero(tmp_path: Path, capsys: pyte
         assert sentence in said
     text = (run / "report.md").read_text(encoding="utf-8")
     assert "e02\\_zero\\_shot.csv: columns stderr, chance missing" in text
-    assert "| e05\\_mlp\\_latency.csv | not measured here | `nox -s experiment -- e05` |" in text
+    assert "| e05\\_mlp\\_latency | not measured here | `nox -s experiment -- e05` |" in text
+    assert "| e01\\_histogram | not measured here | `nox -s experiment -- e01` |" in text
     judged = pd.read_csv(run / "claims.csv", keep_default_na=False)
     assert set(judged["verdict"]) == {"not tested here"}
     assert "missing" in judged.set_index("claim").loc["C2", "ours"]
@@ -125,7 +127,7 @@ def test_unmeasured_cells_stay_unmeasured(tmp_path: Path) -> None:
     loaded = load_run(run).tables["e02_zero_shot"]
     shown = tables.zero_shot(loaded, "made-up").set_index("")
     assert shown.loc["CATS-70", "keyword"] == style.DASH
-    assert shown.loc["CATS-70", "Average"] == f"**{style.DASH}**"
+    assert shown.loc["CATS-70", "Average"] == style.DASH
     assert main([str(run)]) == 0
 
 
@@ -175,6 +177,65 @@ def test_data_cannot_become_markup() -> None:
     assert "**Table 1.** Caption.\n\n| Model | Value |\n|:---|:---:|\n| x\\|y | 1.0 |" in written
 
 
+def test_the_best_sparse_variant_of_each_column_is_bold() -> None:
+    table = made.zero_shot(accuracy={"dense": 0.7, "cats-50": 0.69, "cats-70": 0.69, "relufication": 0.5})
+    table.loc[(table["variant"] == "relufication") & (table["task"] == "keyword"), "value"] = 0.9
+    shown = tables.zero_shot(table, "made-up").set_index("")
+    assert shown.loc["CATS-50", "Average"] == shown.loc["CATS-70", "Average"] == "**0.6900 ± 0.0071**"
+    assert shown.loc["ReLUfication", "keyword"].startswith("**0.9000")
+    assert not shown.loc["CATS-50", "keyword"].startswith("**")
+    assert not shown.loc["Base"].str.contains(r"\*").any()
+    paper = tables.zero_shot_paper("made-up").set_index(["Model", ""])
+    assert paper.loc[("Mistral-7B", "Base"), "ARC-c"] == "0.5034"
+    bold = paper["ARC-c"][paper["ARC-c"].str.startswith("**")]
+    assert list(bold) == ["**0.5043**", "**0.4121**"]
+    assert tables.task_finetuning_paper().set_index("").loc["CATS-70", "SST-2"] == "**0.9702** (68.7 %)"
+
+
+def test_latency_names_the_bound_that_its_share_refers_to() -> None:
+    shown = tables_speed.latency({"e05_mlp_latency": made.latency(dtypes=("float32",), rows=(1,))})
+    row = shown[(shown["Shape"] == "Mistral-7B") & (shown["Sparsity"] == "50 %")].iloc[0]
+    # made-up CATS costs 1.05 of the bytes of dense, the bound 0.98 of them: 1.5 / 1.05, 1.5 / 0.98 and their ratio
+    assert row["Ours"].startswith("1.43x (")
+    assert (row["At the bound"], row["Of the bound"]) == ("1.53x", "93 %")
+    assert row["Paper"] == "1.49x at 53.9 %"
+
+
+def test_settings_are_written_in_words(tmp_path: Path) -> None:
+    run = made.write_run(tmp_path / "run", {"e02_zero_shot": made.zero_shot()})
+    options = {"calibration_blocks": 256, "length": 128, "levels": [0.5, 0.7]}
+    settings = {"profile": "laptop", "data": {"source": "hub", "path": "some/text"}, "options": options}
+    provenance = {"experiments": {"e02": {"settings": settings}}}
+    (run / "provenance.json").write_text(json.dumps(provenance), encoding="utf-8")
+    loaded = load_run(run)
+    shown = protocol("e02", [loaded]).set_index("")["run"]
+    assert shown["calibration"] == "256 blocks of 128 tokens, text: some/text"
+    assert main([str(run)]) == 0
+    text = (run / "report.md").read_text(encoding="utf-8")
+    assert "levels 0.5, 0.7" in text
+    assert not re.search(r"\\\[(?!unlabel)[\d']", text), "no list as Python writes it"
+    assert "`nox -s experiment -- e06 --profile laptop`" in text
+
+
+def test_components_that_add_to_more_than_the_token_are_not_drawn_backwards(tmp_path: Path) -> None:
+    table = made.shares()
+    table["share"] = [0.7, 0.3, 0.2, -0.2]
+    figure = figures_throughput.e06_shares({"e06_shares": table})
+    widths = [bar.get_width() for bar in figure.axes[0].patches]
+    assert widths == pytest.approx([70, 30, 20])
+    assert figure.axes[0].get_xlim()[1] > 120
+
+
+def test_the_attention_figure_shows_ours_the_papers_and_each_site() -> None:
+    figure = figures_accuracy.e07_attention({"e07_attention": made.attention()})
+    ours, paper, sites = figure.axes
+    assert [text.get_text() for text in ours.texts] == ["0.700", "0.690", "0.670"]
+    assert [text.get_text() for text in paper.texts] == ["0.699", "0.692", "0.668"]
+    assert [tick.get_text() for tick in sites.get_xticklabels()] == ["gate", "attention\ninput", "MLP\ninput"]
+    heights = [bar.get_height() for bar in sites.patches]
+    assert heights == pytest.approx([50.3, np.nan, np.nan, 50.3, 49.8, 49.9], nan_ok=True)
+
+
 def test_growth_varies_one_thing_only() -> None:
     speedups = figures_throughput.generation_speedups(made.throughput())
     batch = figures_throughput.growth(speedups, "batch")
@@ -193,6 +254,17 @@ def test_every_figure_has_a_caption_and_a_place() -> None:
 def test_numbers_are_written_one_way() -> None:
     assert style.plus_minus(0.689, 0.0043) == "0.6890 ± 0.0043"
     assert style.times(1.5234) == "1.52x"
+    assert [style.significant(x) for x in (34.739, 0.18312, 149.05, 0.0806, 0)] == [
+        "34.7",
+        "0.183",
+        "149",
+        "0.0806",
+        "0",
+    ]
+    assert [style.times_range(1.551, 1.572), style.times_range(1.341, 1.342)] == ["1.55 to 1.57x", "1.34x"]
+    assert [style.ratio_error(x) for x in (0.654, 0.0013, float("nan"))] == [" ± 0.65", " ± 0.001", ""]
+    assert style.listed({"float32": [0.5, 0.7], "empty": {}, "n": 1e-5}) == "float32 0.5, 0.7; n 1e-05"
+    assert [style.model_name(x) for x in ("shape:llama2-7b", "pocket")] == ["Llama2-7B", "pocket"]
     assert style.percent(0.5) == "50.0 %"
     assert style.points(-0.0104) == f"{style.MINUS}1.04"
     assert style.number(float("nan")) == style.times(float("nan")) == style.DASH
