@@ -3,11 +3,11 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
 
 from huggingface_hub import constants, get_session, snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 
 _CONVERSION_SWITCH = "DISABLE_SAFETENSORS_CONVERSION"
 
@@ -45,14 +45,12 @@ def loading(spec: str) -> Iterator[None]:
     os.environ[_CONVERSION_SWITCH] = "1"
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(
-            f"the weights of {spec} are damaged ({error}): delete its folder in the download cache, or fetch it again"
-        ) from error
-    except OSError as error:
+    except (RuntimeError, ImportError):  # memory, devices, packages: not what is loaded
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, JSONDecodeError):
+            raise ValueError(f"{spec} cannot be loaded: {_one_line(error)}") from error
         raise OSError(_sentence(spec, error)) from error
-    except ValueError as error:
-        raise ValueError(f"{spec} cannot be loaded: {_one_line(error)}") from error
     finally:
         if before is None:
             del os.environ[_CONVERSION_SWITCH]
@@ -60,13 +58,16 @@ def loading(spec: str) -> Iterator[None]:
             os.environ[_CONVERSION_SWITCH] = before
 
 
-def _sentence(spec: str, error: OSError) -> str:
+def _sentence(spec: str, error: Exception) -> str:
     if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
         return (
             f"{spec} is a gated model: ask for access at https://huggingface.co/{spec}, "
             "then log in with `hf auth login` or set HF_TOKEN"
         )
     text = _one_line(error)
+    if not isinstance(error, OSError) or "valid JSON" in text:  # what parsers raise: safetensors, json, tokenizers
+        cause = f"{type(error).__name__}: {text}"
+        return f"{spec} has a damaged file ({cause}): delete its folder in the download cache, or fetch it again"
     if "safetensors" in text and ("use_safetensors" in text or "no file named" in text):
         return f"{spec} has no safetensors weights; pickled weights are not loaded, since opening them can run code"
     return f"{spec} cannot be loaded: {text}"

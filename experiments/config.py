@@ -201,6 +201,8 @@ def make_config(experiment: str, name: str, profile: dict[str, Any], output: Pat
     given = {key: value for key, value in common.items() if value is not None}
     config = Config(experiment, name, output, options=options, **given)
     config.data = {"source": "hub" if "path" in config.data else "pocket", **config.data}
+    if "path" in config.data and "split" not in config.data:
+        raise ValueError(f"[data] has a path but no split: name the part of {config.data['path']} to read")
     config.device = resolve_device(config.device)
     if config.dtype not in DTYPES:
         raise ValueError(f"unknown dtype {config.dtype!r}: allowed are {', '.join(DTYPES)}")

@@ -5,6 +5,7 @@ any other table is passed to `datasets.load_dataset` (``path``, ``name``, ``data
 """
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from datasets import load_dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from cats.hub import reachable
 from experiments.config import Config
 
 PURPOSES = ("train", "heldout")
@@ -23,7 +25,8 @@ def texts(data: dict[str, Any], purpose: str, seed: int) -> Iterator[str]:
     A corpus with only a training split gives its first ``heldout_documents`` documents to ``heldout``.
 
     Raises:
-        ValueError: an unknown purpose, or a table with neither a known ``source`` nor a ``path``.
+        ValueError: an unknown purpose, a table with neither a known ``source`` nor a ``path``, an unknown column.
+        OSError: the data set cannot be had, for example because the hub is out of reach: it is read as it is used.
     """
     if purpose not in PURPOSES:
         raise ValueError(f"unknown purpose {purpose!r}: allowed are {', '.join(PURPOSES)}")
@@ -35,14 +38,33 @@ def texts(data: dict[str, Any], purpose: str, seed: int) -> Iterator[str]:
         train, heldout, _report = load_corpus()
         yield from (train if purpose == "train" else heldout).shuffle(seed=seed)["text"]
         return
+    path = data["path"]
+    remote = "/" in path and not Path(path).exists()
+    out_of_reach = f"the text of {path} is read from the hub as it is used, and the hub cannot be reached"
+    if remote and not reachable():  # asked first: load_dataset tries for a minute
+        raise OSError(out_of_reach)
+    try:
+        yield from _documents(data, purpose, seed)
+    except Exception as error:
+        if remote and not reachable():
+            raise OSError(out_of_reach) from error
+        raise
+
+
+def _documents(data: dict[str, Any], purpose: str, seed: int) -> Iterator[str]:
+    """`texts` of a data set of its own."""
     options = {key: data[key] for key in ("name", "data_files", "revision") if key in data}
     split = data.get("heldout_split", data["split"]) if purpose == "heldout" else data["split"]
     dataset = load_dataset(data["path"], split=split, streaming=True, **options)
     if "heldout_split" not in data:
         reserved = int(data.get("heldout_documents", 1000))
         dataset = dataset.take(reserved) if purpose == "heldout" else dataset.skip(reserved)
+    column = data.get("column", "text")
     for row in dataset.shuffle(seed=seed, buffer_size=int(data.get("shuffle_buffer", 1000))):
-        yield row[data.get("column", "text")]
+        if column not in row:
+            has = f"{data['path']} does not have: it has {', '.join(row)}"
+            raise ValueError(f"[data] names the column {column!r}, which {has}")
+        yield row[column]
 
 
 def blocks(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> Tensor:
@@ -51,15 +73,18 @@ def blocks(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, count: 
     Raises:
         ValueError: the documents are too few.
     """
-    ids: list[int] = []
-    needed = count * length
+    ids = torch.empty(count * length, dtype=torch.int64)  # a list of the paper profile's 42 M ids would need 1.7 GB
+    filled = 0
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     for document in documents:
-        ids += tokenizer(document, add_special_tokens=False, truncation=False, verbose=False)["input_ids"] + separator
-        if len(ids) >= needed:
-            return torch.tensor(ids[:needed]).reshape(count, length)
+        found = tokenizer(document, add_special_tokens=False, truncation=False, verbose=False)["input_ids"] + separator
+        part = torch.tensor(found[: len(ids) - filled], dtype=torch.int64)
+        ids[filled : filled + len(part)] = part
+        filled += len(part)
+        if filled == len(ids):
+            return ids.reshape(count, length)
     raise ValueError(
-        f"the text has only {len(ids)} tokens, but {count} blocks of {length} were asked for: lower one of them"
+        f"the text has only {filled} tokens, but {count} blocks of {length} were asked for: lower one of them"
     )
 
 

@@ -155,8 +155,9 @@ def read_provenance(output: Path) -> dict[str, Any]:
     if not path.exists():
         return {"experiments": {}}
     try:
-        data = json.loads(path.read_text())
-        data["experiments"].items()
+        data: dict[str, Any] = json.loads(path.read_text())
+        for entry in data["experiments"].values():
+            entry["settings"], entry["tables"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is broken ({error}): remove it, and what it described will be measured again"

@@ -7,6 +7,7 @@ because nothing runs beside them. With several GPUs the same command is started 
 import gc
 import importlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,19 +28,28 @@ from experiments.results import Row, git_state, hardware, now, read_provenance, 
 _LOCK_HELD = "CATS_LOCK_HELD_FOR"  # tells the children that the run directory is already held for them
 DISTRIBUTED = ("e02", "e03", "e04", "e07")  # experiments that spread over processes; the timed ones must not
 
+# what cuBLAS, the driver and Triton say, whose allocations are not torch's own
+_OUT_OF_MEMORY = re.compile(r"CUBLAS_STATUS_ALLOC_FAILED|CUDA.*: out of memory")
+
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Hold the run directory for this process and its children. Raises RunError when another run holds it."""
+    """Hold the run directory for this process and its children.
+
+    Raises:
+        RunError: another run holds it, or it cannot be written to.
+    """
     if os.environ.get(_LOCK_HELD) == str(output.resolve()):
         yield
         return
-    output.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output / ".lock")
     try:
+        output.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise RunError(f"another run is writing to {output}: wait for it, or choose another --output") from error
+    except OSError as error:
+        raise RunError(f"cannot write to {output} ({error.strerror}): choose another --output") from error
     os.environ[_LOCK_HELD] = str(output.resolve())
     try:
         yield
@@ -91,8 +101,10 @@ def _run_within_memory(module: ModuleType, config: Config) -> list[Row]:
     while True:
         try:
             return list(module.run(config))
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
             reason = str(error).split("\n")[0]
+            if not isinstance(error, torch.OutOfMemoryError) and not _OUT_OF_MEMORY.search(reason):
+                raise
             lowered = config.halve_batches() if int(os.environ.get("WORLD_SIZE", "1")) == 1 else {}
             if not lowered:
                 advice = "choose a smaller model or dtype, or lower its batches with --set"
@@ -131,13 +143,17 @@ def run_all(configs: Sequence[Config], arguments: Sequence[str], force: bool = F
         code = _run_child(_command(config, arguments, force, processes), log)
         seconds = time.monotonic() - begin
         if code:
-            failures.append(
-                f"{config.experiment} failed with exit status {code} after {seconds:.0f} s; its log is {log}"
-            )
+            failures.append(f"{config.experiment} failed with {_ending(code)} after {seconds:.0f} s; its log is {log}")
             print(f"{title} FAILED, see {log}", flush=True)
         else:
             print(f"{title} took {seconds:.0f} s", flush=True)
     return failures
+
+
+def _ending(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "SIGKILL, which the system sends when the machine's memory runs out,"
+    return f"exit status {code}" if code > 0 else signal.Signals(-code).name
 
 
 def _purpose(experiment: str) -> str:

@@ -1,21 +1,14 @@
-"""The experiment framework: resuming, locking, failing, overriding, and what it leaves behind.
-
-Most tests run it in this process over toy experiments. Those about processes and signals run a copy of the framework,
-with toy experiments, in a folder of its own (whose name has a space).
-"""
+"""The experiment framework in this process, over toy experiments: resuming, locking, failing, overriding, its files."""
 
 import csv
 import errno
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
-import textwrap
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +16,10 @@ from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from experiments import config as config_module
+from experiments import runner
 from experiments.__main__ import main
 from experiments.config import Config, load_profile, make_config, override
 from experiments.results import Row, read_provenance, write_tables
@@ -168,21 +163,42 @@ def test_provenance_says_where_numbers_come_from(tmp_path: Path, toy: Callable) 
     assert entry["data_hash"] == "abc" and entry["tables"] == ["e90_measured.csv"] and entry["seconds"] >= 0
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"experiments": []}', "{}"])
+BROKEN = [
+    "{",
+    "[]",
+    '{"experiments": []}',
+    "{}",
+    '{"experiments": {"e90": []}}',
+    '{"experiments": {"e90": {"tables": []}}}',
+]
+
+
+@pytest.mark.parametrize("content", BROKEN)
 def test_broken_provenance_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "provenance.json").write_text(content)
     with pytest.raises(ValueError, match=r"provenance\.json is broken"):
         read_provenance(tmp_path)
 
 
-def test_when_gpu_memory_runs_out_batches_are_halved_and_it_is_said(tmp_path: Path, toy: Callable, capsys) -> None:
+OUT_OF_MEMORY = {
+    "torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    "driver": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "Triton": RuntimeError("Triton Error [CUDA]: out of memory"),
+}
+
+
+@pytest.mark.parametrize("who", OUT_OF_MEMORY)
+def test_when_gpu_memory_runs_out_batches_are_halved_and_it_is_said(
+    who: str, tmp_path: Path, toy: Callable, capsys
+) -> None:
     tried: list[int] = []
 
     def run(config: Config) -> Iterable[Row]:
         yield from config.unit("small", lambda: [Measured("small", 1.0, 1)], [Measured])
         tried.append(config.options["batch_size"])
         if tried[-1] > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            raise OUT_OF_MEMORY[who]
         yield Measured("large", 2.0, 2)
 
     toy(run)
@@ -197,6 +213,15 @@ def test_when_gpu_memory_runs_out_batches_are_halved_and_it_is_said(tmp_path: Pa
     assert is_done(config_in(tmp_path, batch_size=16, train_batch_size=8))
 
 
+def test_other_errors_of_a_gpu_are_not_taken_for_its_memory(tmp_path: Path, toy: Callable) -> None:
+    def run(config: Config) -> Iterable[Row]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    toy(run)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run_experiment(config_in(tmp_path, batch_size=2))
+
+
 def test_memory_that_is_too_small_for_one_is_one_sentence(tmp_path: Path, toy: Callable, capsys) -> None:
     def run(config: Config) -> Iterable[Row]:
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -209,17 +234,40 @@ def test_memory_that_is_too_small_for_one_is_one_sentence(tmp_path: Path, toy: C
     assert "error: e90 needs more memory than the GPU has" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path, toy: Callable, capsys) -> None:
+def write_rows(folder: Path) -> list[Row]:
+    return [Measured("b" * 50, 1.0, 1)] * 200
+
+
+def write_pickle(folder: Path) -> list[Row]:
+    torch.save(torch.zeros(5000), folder / "optimizer.pt")
+    return [Measured("b", 1.0, 1)]
+
+
+def write_tensors(folder: Path) -> list[Row]:
+    save_file({"weight": torch.zeros(5000)}, folder / "adapter_model.safetensors")
+    return [Measured("b", 1.0, 1)]
+
+
+def write_wrapped(folder: Path) -> list[Row]:
+    try:
+        (folder / "data").write_bytes(bytes(5000))
+    except OSError:
+        raise RuntimeError("An error occurred while generating the dataset")  # noqa: B904, as libraries do
+    return [Measured("b", 1.0, 1)]
+
+
+@pytest.mark.parametrize("write", [write_rows, write_pickle, write_tensors, write_wrapped])
+def test_a_full_disk_is_said_and_loses_nothing(write: Callable, tmp_path: Path, toy: Callable, capsys) -> None:
     """Files of this process are limited to 4 kB while the second unit is written, so that the write itself fails."""
     measured: list[str] = []
 
-    def measure(name: str, size: int) -> list[Row]:
+    def measure(config: Config, name: str) -> list[Row]:
         measured.append(name)
-        return [Measured(name * 50, 1.0, 1)] * size
+        return [Measured("a", 1.0, 1)] if name == "a" else write(config.workdir("b"))
 
     def run(config: Config) -> Iterable[Row]:
-        for name, size in (("a", 1), ("b", 200)):
-            yield from config.unit(name, lambda name=name, size=size: measure(name, size), [Measured])
+        for name in ("a", "b"):
+            yield from config.unit(name, lambda name=name: measure(config, name), [Measured])
 
     toy(run)
     profile = tmp_path / "small.toml"
@@ -232,10 +280,29 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path, toy: Callable, ca
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     said = capsys.readouterr().err
-    assert "error: [Errno" in said and "what was finished is kept" in said
+    assert said.startswith("error: the disk is full (") and "what was finished is kept" in said
     assert main(words) == 0
     assert measured == ["a", "b", "b"]
     assert not list((tmp_path / "out").rglob(".*json*"))
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    class Interrupted:
+        def find_spec(self, name: str, *_more: object) -> None:
+            if name == "experiments.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "experiments.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    assert main([]) == 130
+    assert capsys.readouterr().err.startswith("interrupted: what was finished is kept")
+
+
+def test_an_experiment_that_the_system_killed_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    monkeypatch.setattr(runner, "_command", lambda *_arguments: words)
+    (failure,) = runner.run_all([Config("e01", "toy", tmp_path)], [])
+    assert failure.startswith("e01 failed with SIGKILL, which the system sends when the machine's memory runs out")
 
 
 # Locks, names and options
@@ -256,6 +323,13 @@ def test_two_runs_in_one_directory_are_refused(tmp_path: Path, toy: Callable, ca
     assert main(words) == 0
 
 
+def test_an_output_that_cannot_be_written_to_is_named(tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert main(["run", "e01", "--output", str(tmp_path / "file" / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"error: cannot write to {tmp_path / 'file' / 'out'} (Not a directory): choose another --output\n" == said
+
+
 BAD = {
     "profile": (["run", "e01", "--profile", "laptp"], "no profile 'laptp': allowed are "),
     "device": (["run", "e01", "--device", "tpu"], "unknown device 'tpu': allowed are auto, cpu, cuda, cuda:N"),
@@ -264,6 +338,7 @@ BAD = {
     "set of an unknown table": (["run", "e01", "--set", "e99.bins=3"], "must look like e02.limit=50"),
     "set below a value": (["run", "e01", "--set", "e01.bins.x=3"], "bins is not a table"),
     "nothing left": (["reproduce", "--only", "e01", "--skip", "e01"], "nothing to run"),
+    "data without a split": (["run", "e01", "--set", "data.path=a/b"], "a path but no split"),
     "empty models": (["run", "e01", "--set", "models=[]"], "models must be a non-empty list"),
 }
 
@@ -299,154 +374,16 @@ def test_a_profile_of_ones_own_is_checked(content: str, expected: str, tmp_path:
 
 def test_overrides_are_typed_and_reach_the_experiment(tmp_path: Path) -> None:
     profile = load_profile("pocket")
-    for assignment in ("e01.bins=7", "e01.targets=[0.25]", "data.path=a/b", "e01.note = a word", "e01.models=['x']"):
+    for assignment in (
+        "e01.bins=7",
+        "e01.targets=[0.25]",
+        "data.path=a/b",
+        "data.split=c",
+        "e01.note = a word",
+        "e01.models=['x']",
+    ):
         override(profile, assignment)
     made = make_config("e01", "pocket", profile, tmp_path)
     assert made.options["bins"] == 7 and made.options["targets"] == [0.25] and made.options["note"] == "a word"
     assert made.models == ["x"] and made.data["path"] == "a/b"
     assert make_config("e01", "pocket", load_profile("pocket"), tmp_path).models == ["pocket"]
-
-
-# Processes: a copy of the framework with toy experiments
-
-TOY = '''
-"""Toy {number}: {purpose}."""
-import os, sys, time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
-from experiments.results import Row
-
-@dataclass(frozen=True)
-class Line(Row):
-    table: ClassVar[str] = "e0{number}_line"
-    name: str
-
-def unit(config, name):
-    with open(config.options["journal"], "a") as file:
-        file.write(f"e0{number} {{name}}\\n")
-    return [Line(name)]
-
-def run(config):
-    for name in ("a", "b", "c"):
-        yield from config.unit(name, lambda: unit(config, name), [Line])
-        {action}
-'''
-ACTIONS = {
-    1: ("works", "pass"),
-    2: ("fails", 'raise RuntimeError("the flux is broken")'),
-    3: ("waits where it is told to", '''
-        waiting = Path(config.options["journal"] + ".wait")
-        while waiting.exists() and name == "b":
-            print("waiting", flush=True)
-            time.sleep(0.05)'''),
-}  # fmt: skip
-REPORT = """
-from pathlib import Path
-def main(words):
-    (Path(words[0]) / "report.md").write_text("report")
-    return 0
-"""
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source tree with the real framework, toy experiments e01 to e03 and a toy report."""
-    root = tmp_path_factory.mktemp("source") / "a source tree"
-    (root / "experiments" / "profiles").mkdir(parents=True)
-    (root / "reports").mkdir()
-    for name in ("__init__", "__main__", "config", "results", "runner"):
-        shutil.copy(ROOT / "experiments" / f"{name}.py", root / "experiments")
-    for number, (purpose, action) in ACTIONS.items():
-        text = TOY.format(number=number, purpose=purpose, action=action)
-        (root / "experiments" / f"e0{number}_toy.py").write_text(text.lstrip())
-    (root / "reports" / "__init__.py").write_text("")
-    (root / "reports" / "__main__.py").write_text(textwrap.dedent(REPORT))
-    return root
-
-
-def profile_in(folder: Path) -> Path:
-    path = folder / "toy.toml"
-    tables = "".join(f"[e0{n}]\njournal = '{folder / 'journal'}'\n" for n in ACTIONS)
-    path.write_text(f"device = 'cpu'\n{tables}")
-    return path
-
-
-def start(tree: Path, folder: Path, *words: str, before: Sequence[str] = (), **options) -> subprocess.Popen[str]:
-    command = [*before, sys.executable, "-m", "experiments", words[0], "--profile", str(profile_in(folder))]
-    command += ["--output", str(folder / "an output"), *words[1:]]
-    # a shell starts its background jobs with SIGINT ignored, and they hand that on: here Ctrl-C must count
-    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
-def wait_for_journal(folder: Path, line: str, process: subprocess.Popen[str]) -> None:
-    for _ in range(600):
-        if (folder / "journal").exists() and line in (folder / "journal").read_text().splitlines():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    raise AssertionError(f"{line} did not come")
-
-
-@pytest.mark.skipif(os.getuid() == 0 and not shutil.which("setpriv"), reason="root may write everywhere")
-def test_a_failed_experiment_fails_the_run_after_the_others(tree: Path, tmp_path: Path) -> None:
-    """In a source tree that cannot be written to, with spaces in its path and in the output's."""
-    # root may write everywhere, unless it gives that up
-    powerless = ["setpriv", "--bounding-set=-dac_override"] if os.getuid() == 0 else []
-    for path in [tree, *tree.rglob("*")]:
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    process = start(tree, tmp_path, "reproduce", before=powerless)
-    out, err = process.communicate(timeout=120)
-    output = tmp_path / "an output"
-    log = output / "logs" / "e02.log"
-    assert process.returncode == 1, err
-    assert "e02 failed with exit status 1 after" in err and f"its log is {log}" in err
-    assert "RuntimeError: the flux is broken" in log.read_text() and "[2/3] e02 Toy 2: fails." in out
-    assert sorted(path.name for path in (output / "results").iterdir()) == ["e01_line.csv", "e03_line.csv"]
-    assert (output / "report.md").exists()
-    assert not list(tree.rglob("__pycache__"))
-    journal = (tmp_path / "journal").read_text().split("\n")[:-1]
-    assert journal == ["e01 a", "e01 b", "e01 c", "e02 a", "e03 a", "e03 b", "e03 c"]
-    # a second time only what failed, from where it was; --skip leaves it out and the run succeeds
-    process = start(tree, tmp_path, "reproduce", "--skip", "e02", before=powerless)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "e01 is done already" in out, err
-    assert (tmp_path / "journal").read_text().split("\n")[:-1] == journal
-
-
-@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "kill -9"])
-def test_a_run_stopped_anywhere_goes_on(how: str, tree: Path, tmp_path: Path) -> None:
-    wait = tmp_path / "journal.wait"
-    wait.touch()
-    process = start(tree, tmp_path, "reproduce", "--only", "e03", start_new_session=True)
-    wait_for_journal(tmp_path, "e03 b", process)
-    if how == "Ctrl-C":
-        os.killpg(process.pid, signal.SIGINT)
-    else:
-        process.send_signal({"SIGTERM": signal.SIGTERM, "kill -9": signal.SIGKILL}[how])
-    _, err = process.communicate(timeout=60)
-    if how == "kill -9":
-        assert process.returncode == -signal.SIGKILL
-    else:
-        assert process.returncode == 130 and "what was finished is kept" in err and "Traceback" not in err
-    for _ in range(100):  # nothing goes on in the background
-        if not _group_is_alive(process.pid):
-            break
-        time.sleep(0.1)
-    else:
-        raise AssertionError("the child is still running")
-    wait.unlink()
-    process = start(tree, tmp_path, "run", "e03")
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert (tmp_path / "journal").read_text().split("\n")[:-1] == ["e03 a", "e03 b", "e03 c"]
-    assert [row["name"] for row in rows_of(tmp_path / "an output" / "results" / "e03_line.csv")] == ["a", "b", "c"]
-
-
-def _group_is_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -1,0 +1,150 @@
+"""Command line: ``python -m experiments reproduce | run`` (usually through nox).
+
+python -m experiments reproduce --profile pocket                 # everything, then the report
+python -m experiments run e02 --model PATH_OR_HUB_ID             # one experiment alone
+"""
+
+import argparse
+import re
+import signal
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from experiments.config import EXPERIMENTS, Config, RunError, load_profile, make_config, override
+
+# two of the messages are torch.save's, which does not say why it could not write
+_DISK_FULL = re.compile(
+    r"No space left|Disk quota exceeded|File too large|failed writing file|unexpected pos \d+ vs \d+"
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    root = argparse.ArgumentParser(prog="python -m experiments", description=__doc__.split("\n")[0])
+    commands = root.add_subparsers(dest="command", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--profile", default="pocket", help="pocket (default), laptop, paper, or a .toml file")
+    shared.add_argument("--output", type=Path, help="run directory (default runs/PROFILE)")
+    shared.add_argument(
+        "--model", action="append", metavar="PATH_OR_HUB_ID", help="instead of the profile's models; repeatable"
+    )
+    shared.add_argument("--device", help="auto, cpu, cuda, cuda:N or sharded (over all GPUs)")
+    shared.add_argument("--dtype", help="auto, float32, float16 or bfloat16")
+    shared.add_argument("--seed", type=int)
+    shared.add_argument(
+        "--set", action="append", default=[], metavar="e02.limit=50", help="any option of the profile; repeatable"
+    )
+    shared.add_argument("--force", action="store_true", help="measure again what is done already")
+    reproduce = commands.add_parser(
+        "reproduce", parents=[shared], help="run the experiments of a profile, then the report"
+    )
+    reproduce.add_argument("--only", nargs="+", metavar="eNN", choices=list(EXPERIMENTS))
+    reproduce.add_argument("--skip", nargs="+", metavar="eNN", default=[], choices=list(EXPERIMENTS))
+    reproduce.add_argument("--processes", type=int, default=1, help="processes (GPUs) for e02, e03, e04 and e07")
+    reproduce.add_argument(
+        "--plan", action="store_true", help="print models, data, disk, memory and hours; run nothing"
+    )
+    run = commands.add_parser("run", parents=[shared], help="run one experiment in this process")
+    run.add_argument("experiment", choices=list(EXPERIMENTS))
+    return root
+
+
+def profile_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The profile with the command line's changes."""
+    profile = load_profile(arguments.profile)
+    for key, value in (
+        ("models", arguments.model),
+        ("device", arguments.device),
+        ("dtype", arguments.dtype),
+        ("seed", arguments.seed),
+    ):
+        if value is not None:
+            profile[key] = value
+            for table in EXPERIMENTS:  # the command line wins over an experiment's own table
+                profile.get(table, {}).pop(key, None)
+    for assignment in arguments.set:
+        override(profile, assignment)
+    return profile
+
+
+def forwarded(arguments: argparse.Namespace) -> list[str]:
+    """The shared options again, for a child process."""
+    words = ["--profile", arguments.profile, "--output", str(arguments.output)]
+    for key in ("device", "dtype", "seed"):
+        if getattr(arguments, key) is not None:
+            words += [f"--{key}", str(getattr(arguments, key))]
+    for model in arguments.model or []:
+        words += ["--model", model]
+    for assignment in arguments.set:
+        words += ["--set", assignment]
+    return words
+
+
+def reproduce(arguments: argparse.Namespace, profile: dict[str, Any]) -> int:
+    """Run the chosen experiments, render the report, and say what failed; the exit status."""
+    from experiments.runner import locked, run_all
+
+    chosen = [e for e in EXPERIMENTS if e in (arguments.only or profile) and e not in arguments.skip]
+    name = Path(arguments.profile).stem
+    configs = [make_config(experiment, name, profile, arguments.output) for experiment in chosen]
+    if not configs:
+        raise ValueError("nothing to run: --only and --skip leave no experiment of this profile")
+    if arguments.plan:
+        from experiments.plan import print_plan
+
+        return print_plan(configs)
+    with locked(arguments.output):
+        failures = run_all(configs, forwarded(arguments), arguments.force, arguments.processes)
+        from reports.__main__ import main as report
+
+        unreported = report([str(arguments.output)])
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures or unreported else 0
+
+
+def run(arguments: argparse.Namespace, profile: dict[str, Any]) -> int:
+    """Run one experiment in this process; the exit status."""
+    from experiments.config import is_main_process
+    from experiments.runner import locked, run_experiment
+
+    config: Config = make_config(arguments.experiment, Path(arguments.profile).stem, profile, arguments.output)
+    with locked(arguments.output) if is_main_process() else nullcontext():
+        paths = run_experiment(config, arguments.force)
+    if is_main_process():
+        for path in paths:
+            print(f"wrote {path}")
+        if not paths:
+            print(f"{arguments.experiment} is done already in {arguments.output} (--force measures it again)")
+    return 0
+
+
+def disk_full(error: BaseException | None) -> str | None:
+    """What says that a disk is full, in ``error`` or in those that led to it (libraries wrap it in their own)."""
+    while error is not None:
+        if _DISK_FULL.search(str(error)):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def execute(words: list[str] | None = None) -> int:
+    """Do what the command line says; the exit status. Bad input is one sentence on stderr and status 2."""
+    arguments = parser().parse_args(words)
+    if arguments.output is None:
+        arguments.output = Path("runs") / Path(arguments.profile).stem
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's kill ends a run as Ctrl-C does
+    try:
+        profile = profile_of(arguments)
+        return reproduce(arguments, profile) if arguments.command == "reproduce" else run(arguments, profile)
+    except Exception as error:
+        if full := disk_full(error):
+            kept = f"what was finished is kept in {arguments.output}, the same command goes on from there"
+            print(f"error: the disk is full ({full}): make room; {kept}", file=sys.stderr)
+        elif isinstance(error, (OSError, ValueError, RunError)):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            raise
+        return 2
