@@ -125,6 +125,8 @@ def _widths(frame: pd.DataFrame) -> tuple[float, ...]:
     widths = []
     for place, column in enumerate(frame.columns):
         cells = [str(column), *map(str, frame.iloc[:, place])]
-        word = max(len(part) for cell in cells for part in re.split(r"[\s/-]+", cell.replace("\\", "")) or [""])
+        word = max(
+            len(part) for cell in cells for part in re.split(r"[\s/]+|-(?=[a-z])", cell.replace("\\", "")) or [""]
+        )
         widths.append(max(word + 1.5, 2.6 * max(len(cell) for cell in cells) ** 0.5))
     return tuple(widths)

@@ -68,7 +68,7 @@ def _threshold_lines(ax: Axes, thresholds: pd.DataFrame) -> None:
         target = round(row["sparsity_target"], 2)
         colour = LEVEL_COLOURS.get(target, style.BLACK)
         ax.plot([row["threshold"]] * 2, [0, high], color=colour, lw=1.2)
-        look: dict[str, Any] = {"color": colour, "fontsize": 8, "ha": "right", "va": "top"}
+        look: dict[str, Any] = {"color": style.INK.get(colour, colour), "fontsize": 8, "ha": "right", "va": "top"}
         label = f"{100 * target:g} %: {row['threshold']:.3f}"
         ax.text(0.99, 0.98 - 0.11 * place, label, transform=ax.transAxes, **look)
 

@@ -72,10 +72,12 @@ def _shapes(run: Run, table: pd.DataFrame) -> str:
     return ", ".join(f"{shape} {d:.0f} x {m:.0f}" for shape, d, m in sizes)
 
 
-def _prompts(run: Run, table: pd.DataFrame) -> str:
+def _figure_4(run: Run, table: pd.DataFrame, what: str) -> str:
+    """`what` with the layers and prompts of Figure 4's rows filled in; what grows beside them is not meant."""
     fixed = throughput_conditions(generation_speedups(table))
-    count, tokens = _span("prompts")(run, fixed), _values("prompt_tokens")(run, fixed)
-    return f"{count} of {tokens} tokens, batch 1"
+    names = ("model", "layers", "prompts", "prompt_tokens")
+    fixed = fixed.astype({"prompts": float})
+    return "" if fixed.empty else what.format(**{name: _values(name)(run, fixed) for name in names})
 
 
 CALIBRATION = ("{calibration_blocks} blocks of {length} tokens, text: {source}",)
@@ -125,10 +127,11 @@ PROTOCOL: dict[str, tuple[str, list[tuple[str, str, Told]]]] = {
     "e06": ("e06_throughput", [
         ("machine", "one L40S", _values("machine")),
         ("model", "Mistral-7B and Llama2-7B, whole (32 layers)",
-         lambda run, table: f"{_values('model')(run, table)}; layers: {_values('layers')(run, table)}"),
+         lambda run, table: _figure_4(run, table, "{model}; layers: {layers}")),
         ("dtype, loop", "float32, eager generate",
          lambda run, table: f"{_values('dtype')(run, table)}; {_values('loop')(run, table)}"),
-        ("prompts", "50 of RefinedWeb, batch 1", _prompts),
+        ("prompts", "50 of RefinedWeb, batch 1",
+         lambda run, table: _figure_4(run, table, "{prompts} of {prompt_tokens} tokens, batch 1")),
         ("generated tokens", "256, 512, 1024, 2048", _values("generated_tokens")),
     ]),
     "e07": ("e07_attention", [

@@ -135,7 +135,9 @@ def c1_concentration(tables: Tables) -> list[Finding]:
         seen = f"{part['count'].sum() / len(shares) / 1e6:.3g} million activations a layer"
         if shares[worst] >= 0.15 and {name for name, share in shares.items() if share >= 0.15} <= beyond:
             seen += f"; the 99.9th percentile lies beyond the histogram's end at {edge:g}"
-            findings.append(Finding(str(model), ours, seen, settings=f"--set e01.largest={8 * edge:g}"))
+            bins = 8 * int(np.isfinite(part["bin_right"]).sum() / len(shares))
+            wider = f"--set e01.largest={8 * edge:g} --set e01.bins={bins}"
+            findings.append(Finding(str(model), ours, seen, settings=wider))
         else:
             findings.append(Finding(str(model), ours, seen, shares[worst] < 0.15))
     return findings

@@ -109,7 +109,9 @@ def zero_shot_summary(table: pd.DataFrame, model: str) -> pd.DataFrame:
     means = zero_shot_means(part)
     perplexity = part[part["metric"] == "perplexity"].groupby("variant")["value"].first()
     sites = {
-        f"at {str(metric).removeprefix('sparsity_').replace('_', ' ')}": of_site.set_index("variant")["value"]
+        f"at {str(metric).removeprefix('sparsity_').replace('_', ' ').replace('mlp', 'MLP')}": of_site.set_index(
+            "variant"
+        )["value"]
         for metric, of_site in part.groupby("metric", sort=False)
         if str(metric).startswith("sparsity_")
     }

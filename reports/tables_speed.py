@@ -105,7 +105,7 @@ def amdahl(table: pd.DataFrame) -> pd.DataFrame:
         [
             {
                 **_condition(row),
-                "Kernel speed-up": style.times(row["kernel_speedup"]),
+                "Kernel gain": style.times(row["kernel_speedup"]),
                 "MLP share": style.percent(row["mlp_share"]),
                 "Predicted": style.times(row["predicted_speedup"]),
                 "Measured": style.times(row["measured_speedup"]),

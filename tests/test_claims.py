@@ -52,7 +52,7 @@ def test_c1_does_not_refute_with_a_tail_that_was_not_measured(median: float, hol
     finding = only(rules.c1_concentration({"e01_histogram": table}))
     assert finding.holds is holds
     assert f"under {100 * median:.1f} %" in finding.ours
-    assert finding.settings == ("" if holds else "--set e01.largest=8")
+    assert finding.settings == ("" if holds else "--set e01.largest=8 --set e01.bins=16")
     closed = table.assign(count=[500, 499.8, 0.2])  # the 99.9th percentile is measured now, just below 1
     assert only(rules.c1_concentration({"e01_histogram": closed})).holds is bool(holds)
 
@@ -307,7 +307,9 @@ def test_the_command_names_the_profile_and_the_settings() -> None:
     last = tail.tail(1).assign(bin_left=1.0, bin_right=math.inf, count=4e5)
     run = Run("made-up", Path(), {"e01_histogram": pd.concat([tail, last])}, {}, {"e01": {"profile": "paper"}})
     judged = claims.judge([run]).set_index("claim")
-    assert judged.loc["C1", "command"] == "nox -s experiment -- e01 --profile paper --set e01.largest=8"
+    assert (
+        judged.loc["C1", "command"] == "nox -s experiment -- e01 --profile paper --set e01.largest=8 --set e01.bins=320"
+    )
     assert judged.loc["C9", "command"] == "nox -s experiment -- e06"  # no run has tried
 
 

@@ -262,13 +262,30 @@ def test_numbers_are_written_one_way() -> None:
         "0",
     ]
     assert [style.times_range(1.551, 1.572), style.times_range(1.341, 1.342)] == ["1.55 to 1.57x", "1.34x"]
-    assert [style.ratio_error(x) for x in (0.654, 0.0013, float("nan"))] == [" ± 0.65", " ± 0.001", ""]
+    assert [style.ratio_error(x) for x in (0.654, 0.0049, 1e-5, float("nan"))] == [
+        " ± 0.65",
+        " ± 0.005",
+        " ± 0.001",
+        "",
+    ]
     assert style.listed({"float32": [0.5, 0.7], "empty": {}, "n": 1e-5}) == "float32 0.5, 0.7; n 1e-05"
     assert [style.model_name(x) for x in ("shape:llama2-7b", "pocket")] == ["Llama2-7B", "pocket"]
     assert style.percent(0.5) == "50.0 %"
     assert style.points(-0.0104) == f"{style.MINUS}1.04"
     assert style.number(float("nan")) == style.times(float("nan")) == style.DASH
     assert [style.duration(s) for s in (42, 200, 7500)] == ["42 s", "3 min 20 s", "2 h 05 min"]
+
+
+def test_coloured_letters_have_contrast() -> None:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for colour in {*style.VARIANT_COLOURS.values(), *style.IMPLEMENTATION_COLOURS.values(), style.PURPLE}:
+        contrast = 1.05 / (luminance(style.INK.get(colour, colour)) + 0.05)  # WCAG 2
+        assert contrast >= 3.4, (colour, contrast)
+    assert all(1.05 / (luminance(ink) + 0.05) >= 4.5 for ink in style.INK.values())
 
 
 REFUSED = ("torch", "transformers", "cats", "cats_kernels", "experiments", "numba")
