@@ -120,7 +120,7 @@ def e04_tasks(tables: Tables) -> Figure:
     models = [str(model) for model in means["model"].unique()]
     panels = [(f"{model} (ours)", means[means["model"] == model]) for model in models]
     panels += [("Mistral-7B (paper)", paper)]
-    figure, axes = plt.subplots(1, len(panels), figsize=(style.WIDTH, 2.15), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(style.WIDTH, 2.0), squeeze=False, sharey=True)
     for ax, (title, part) in zip(axes[0], panels, strict=True):
         names = [name for name in variants(part) if name != "dense"]
         tasks = [task for task in part["task"].unique() if task != "average"] + ["average"]

@@ -65,7 +65,7 @@ def _curve(ax: Axes, part: pd.DataFrame, name: str, column: str, band: bool = Fa
 def e05_latency(tables: Tables) -> Figure:
     """The paper's Figure 3: latency against sparsity: dense, ours, "Optimal", and the bound by bytes."""
     table = batch_one(tables["e05_mlp_latency"])
-    figure, panels = _grid(table, 1.35)
+    figure, panels = _grid(table, 1.5)
     for number, ((dtype, shape), ax) in enumerate(panels.items()):
         part = table[(table["dtype"] == dtype) & (table["shape"] == shape)]
         names = [name for name in (OPTIMAL, "cats") if name in set(part["implementation"])]
@@ -89,7 +89,7 @@ def e05_latency(tables: Tables) -> Figure:
 def e05_speedup(tables: Tables) -> Figure:
     """Figure 3 as ratios to dense, so that machines compare: ours, the paper's kernel on its own GPU, the bounds."""
     table, paper = batch_one(tables["e05_mlp_latency"]), paper_latency()
-    figure, panels = _grid(table, 1.35)
+    figure, panels = _grid(table, 1.5)
     s = np.linspace(0, 0.97, 60)
     for number, ((dtype, shape), ax) in enumerate(panels.items()):
         part = table[(table["dtype"] == dtype) & (table["shape"] == shape)]
