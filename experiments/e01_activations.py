@@ -1,7 +1,7 @@
 """Figure 1: histograms of |SiLU(x W_gate)| in the first, middle and last layer, with the 50 % threshold.
 
 Also the thresholds of every layer at each target, and the sparsity they give on text that calibration has not seen.
-Cost: two passes over a few hundred blocks of text; about half a minute for the pocket model on two cores.
+Cost: two passes over a few hundred blocks of text; about two minutes for the pocket model on two cores.
 
     nox -s experiment -- e01 --model PATH_OR_HUB_ID
 """
@@ -14,13 +14,12 @@ from typing import ClassVar
 
 import torch
 
-import cats
 from cats.calibration import Thresholds, fingerprint, histograms
 from cats.models import load_model
-from cats.observe import observe
 from experiments.config import Config
 from experiments.data import batches
 from experiments.results import Row
+from experiments.variants import check_models, fractions_below
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ class ThresholdRow(Row):
 
 def run(config: Config) -> Iterable[Row]:
     """Measure histograms and thresholds of each model in ``config.models``."""
+    check_models(config, config.options["targets"])
     for model in config.models:
         yield from config.unit(model, partial(measure, config, model), (HistogramRow, ThresholdRow))
 
@@ -60,8 +60,7 @@ def measure(config: Config, name: str) -> list[Row]:
     """Rows of one model. Options: blocks, length (tokens), targets, bins, largest (where the open last bin begins)."""
     options = config.options
     model, tokenizer = load_model(name, config.dtype, config.device)
-    if tokenizer is None:
-        raise ValueError(f"e01 needs a model with real weights and a tokenizer, not {name}")
+    assert tokenizer is not None  # check_models refuses models without one
     blocks, length = options["blocks"], options["length"]
     text = {p: batches(config, tokenizer, p, blocks, length, options["batch_size"]) for p in ("train", "heldout")}
     found, tokens = histograms(model, config.progress(text["train"], f"{name} calibration"))
@@ -87,24 +86,6 @@ def measure(config: Config, name: str) -> list[Row]:
         for target, thresholds in made.items():
             threshold = thresholds.gate[layer]
             calibration = histogram.fraction_below(threshold)
-            rows.append(ThresholdRow(name, layer, index, target, threshold, calibration, below[target, layer]))
+            rows.append(ThresholdRow(name, layer, index, target, threshold, calibration, below[target, "gate", layer]))
     config.notes["calibration_tokens"] = tokens
     return rows
-
-
-def fractions_below(
-    model: torch.nn.Module, text: Iterable[torch.Tensor], made: dict[float, cats.Thresholds]
-) -> dict[tuple[float, str], float]:
-    """Fraction of the dense model's gate activations below each threshold, by (target, layer)."""
-    below: dict[tuple[float, str], int] = {}
-    counts: dict[str, int] = {}
-
-    def record(_site: str, layer: str, values: torch.Tensor) -> None:
-        magnitude = values.float().abs()
-        counts[layer] = counts.get(layer, 0) + magnitude.numel()
-        for target, thresholds in made.items():
-            key = (target, layer)
-            below[key] = below.get(key, 0) + int((magnitude < thresholds.gate[layer]).sum())
-
-    observe(model, text, record)
-    return {(target, layer): count / counts[layer] for (target, layer), count in below.items()}

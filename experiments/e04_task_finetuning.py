@@ -2,8 +2,10 @@
 
 CoLA, SST-2 and BoolQ as instructions answered by yes or no (`instructions/*.yaml`); in pocket three tasks of the same
 forms over the standard library. Thresholds are calibrated on samples of the task itself, then fixed. Only the answer is
-trained on. Accuracy is lm-eval's, over the task's test split.
-Cost: variants x seeds x tasks short runs; under three minutes for the pocket model on two cores.
+trained on. Accuracy is lm-eval's, over the task's test split. The learning rate of CATS and of ReLUfication is chosen
+for each task by short runs and the loss on training items set aside; the dense model takes CATS's.
+Cost: variants x seeds x tasks short runs, and shorter ones for each learning rate; under five minutes for the pocket
+model on two cores.
 
     nox -s experiment -- e04 --model PATH_OR_HUB_ID
     accelerate launch --num_processes 8 -m experiments run e04 --profile paper      # the same batch, split over 8 GPUs
@@ -12,25 +14,28 @@ Cost: variants x seeds x tasks short runs; under three minutes for the pocket mo
 import json
 import math
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from lm_eval.api.task import Task
+from peft import PeftModel
 from torch import Tensor
 
 import cats
 from cats.calibration import Thresholds
 from cats.evaluation import Tasks, evaluate
-from cats.finetuning import TrainSettings, add_lora, finetune, preset, remove_lora
+from cats.finetuning import add_lora, finetune, preset, remove_lora
 from experiments.config import Config
 from experiments.results import Row
 from experiments.variants import (
     DENSE,
     RELUFICATION,
+    SWEEP_SEED,
     Subject,
     Variant,
     build_once,
@@ -62,10 +67,24 @@ class TaskFinetuningRow(Row):
     chance: float
 
 
+@dataclass(frozen=True)
+class TaskSweepRow(Row):
+    """One short run of the learning-rate sweep; eval_loss in nats a token of the answer, on items set aside for it."""
+
+    table: ClassVar[str] = "e04_sweep"
+    model: str
+    task: str
+    variant: str
+    learning_rate: float
+    step: int
+    eval_loss: float
+    chosen: bool
+
+
 class TaskSubject(Subject):
     """A `Subject` whose tasks have a training split.
 
-    Options read besides tasks, limit and batch_size: calibration_items, train_items, length.
+    Options read besides tasks, limit and batch_size: calibration_items, train_items, sweep_items, length.
     """
 
     def __init__(self, config: Config, name: str) -> None:
@@ -76,12 +95,15 @@ class TaskSubject(Subject):
         return instruction_folder(self.config)
 
     def items(self, task: Task, split: str, count: int) -> list[Item]:
-        """Up to ``count`` examples of ``train`` (shuffled by the seed) or ``test`` as token ids."""
+        """Up to ``count`` examples as token ids: of ``test``, or of the training split, shuffled by the seed, whose
+        first sweep_items are ``sweep`` and the others ``train``."""
         if split == "test":
             documents = list(task.eval_docs)
         else:
             documents = self._training_documents(task)
             random.Random(self.config.seed).shuffle(documents)
+            aside = self.config.options["sweep_items"]
+            documents = documents[:aside] if split == "sweep" else documents[aside:]
         return [self._item(task, document) for document in documents[:count]]
 
     def _training_documents(self, task: Task) -> list[Any]:
@@ -118,12 +140,13 @@ class TaskSubject(Subject):
 
     def task_thresholds(self, name: str, levels: Sequence[Variant]) -> dict[float, Thresholds]:
         """Thresholds of the dense model for all ``levels``, in one pass over samples of the task."""
-        if name not in self._task_thresholds:
+        known = self._task_thresholds.setdefault(name, {})
+        missing = [level.sparsity for level in levels if level.sparsity is not None and level.sparsity not in known]
+        if missing:
             put(self.model, DENSE)
             text = self.task_batches(self.tasks[name], "train", self.config.options["calibration_items"])
-            targets = [level.sparsity for level in levels if level.sparsity is not None]
-            self._task_thresholds[name] = cats.calibrate(self.model, text, targets)
-        return self._task_thresholds[name]
+            known.update(cats.calibrate(self.model, text, missing))
+        return known
 
 
 def encode(tokenizer: Any, context: str, answer: str) -> tuple[list[int], list[int]]:
@@ -144,50 +167,95 @@ def instruction_folder(config: Config) -> Path:
 
 
 def run(config: Config) -> Iterable[Row]:
-    """Fine-tune and measure every variant on every task of each model."""
+    """Sweep, then fine-tune and measure every variant on every task of each model."""
     options = config.options
     preset(options.get("lora", "paper"))
-    check(config, options["levels"], instruction_folder)
-    for key in ("calibration_items", "train_items"):
+    check(config, [*options["levels"], options["sweep_level"]], instruction_folder)
+    for key in ("calibration_items", "train_items", "sweep_items"):
         if options[key] < 1:
             raise ValueError(f"e04.{key} must be at least 1, not {options[key]}")
+    if not options["learning_rates"] or not options["seeds"]:
+        raise ValueError("e04.learning_rates and e04.seeds must each have at least one entry")
     levels = [cats_variant(level) for level in options["levels"]]
     variants = [DENSE, *levels, RELUFICATION]
     for name in config.models:
         subject = TaskSubject(config, name)
-        runs = [(task, v, seed) for task in options["tasks"] for v in variants for seed in options["seeds"]]
-        for task, variant, seed in config.progress(runs, name, len(runs)):
-            compute = partial(train, subject, task, variant, levels, seed)
-            yield from config.unit(f"{name}/{task}/{variant.name}/{seed}", compute, (TaskFinetuningRow,))
+        for task in config.progress(options["tasks"], f"{name} tasks"):
+            rates: dict[str, float] = {}
+            for variant in (cats_variant(options["sweep_level"]), RELUFICATION):
+                for row in sweep(subject, task, variant):
+                    if row.chosen:
+                        rates[variant.family] = row.learning_rate
+                    yield row
+            rates[DENSE.family] = rates["cats"]
+            runs = [(variant, config.seed + seed) for variant in variants for seed in options["seeds"]]
+            for variant, seed in config.progress(runs, f"{name} {task}", len(runs)):
+                compute = partial(measure, subject, task, variant, levels, rates[variant.family], seed)
+                yield from config.unit(f"{name}/{task}/{variant.name}/{seed}", compute, (TaskFinetuningRow,))
 
 
-def train(subject: TaskSubject, name: str, variant: Variant, levels: Sequence[Variant], seed: int) -> list[Row]:
-    """Fine-tune one variant on one task and measure it."""
-    options, task = subject.config.options, subject.tasks[name]
+def sweep(subject: TaskSubject, task: str, variant: Variant) -> list[TaskSweepRow]:
+    """Short runs at each learning rate, over as many items as are set aside; the lowest loss on these is chosen."""
+    rows = []
+    for rate in subject.config.options["learning_rates"]:
+        key = f"{subject.name}/{task}/{variant.name}/rate {rate:g}"
+        rows += subject.config.unit(key, partial(_sweep_one, subject, task, variant, rate, key), (TaskSweepRow,))
+    found = [row for row in rows if isinstance(row, TaskSweepRow)]
+    best = min(found, key=lambda row: row.eval_loss)
+    return [replace(row, chosen=row is best) for row in found]
+
+
+def _sweep_one(subject: TaskSubject, name: str, variant: Variant, rate: float, key: str) -> list[Row]:
+    task, count = subject.tasks[name], subject.config.options["sweep_items"]
+    data = subject.items(task, "train", count)
+    settings = subject.settings(math.ceil(len(data) / subject.config.options["train_batch_size"]), rate, SWEEP_SEED)
+    with tuned(subject, name, variant, [variant], SWEEP_SEED) as model:
+        finetune(model, data, settings, subject.config.workdir(key), collator=subject.collate)
+        loss = answer_loss(model, subject.task_batches(task, "sweep", count))
+    return [TaskSweepRow(subject.name, name, variant.name, rate, settings.steps, loss, False)]
+
+
+@torch.no_grad()
+def answer_loss(model: Any, batches: Iterable[dict[str, Tensor]]) -> float:
+    """Mean loss over the tokens of the answers, in nats."""
+    total, count = 0.0, 0
+    for batch in batches:
+        tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
+        total += tokens * float(model(**{key: value.to(model.device) for key, value in batch.items()}).loss)
+        count += tokens
+    return total / count
+
+
+@contextmanager
+def tuned(
+    subject: TaskSubject, task: str, variant: Variant, levels: Sequence[Variant], seed: int
+) -> Iterator[PeftModel]:
+    """The model as ``variant``, calibrated on the task, with fresh adapters; taken off again at the end."""
     thresholds = None
     if variant.sparsity is not None:
-        thresholds = subject.task_thresholds(name, levels)[variant.sparsity]
+        thresholds = subject.task_thresholds(task, levels)[variant.sparsity]
     put(subject.model, variant, thresholds)
-    data = subject.items(task, "train", options["train_items"])
-    settings = TrainSettings(
-        math.ceil(options["epochs"] * len(data) / options["train_batch_size"]),
-        options["train_batch_size"],
-        options["learning_rate"],
-        options["weight_decay"],
-        options["warmup_steps"],
-        options.get("micro_batch_size"),
-        seed,
-    )
-    model = add_lora(subject.model, preset(options.get("lora", "paper")), seed)
+    model = add_lora(subject.model, preset(subject.config.options.get("lora", "paper")), seed)
     try:
+        yield model
+    finally:
+        remove_lora(model)
+
+
+def measure(
+    subject: TaskSubject, name: str, variant: Variant, levels: Sequence[Variant], rate: float, seed: int
+) -> list[Row]:
+    """Fine-tune one variant on one task and measure it."""
+    options, task = subject.config.options, subject.tasks[name]
+    data = subject.items(task, "train", options["train_items"])
+    steps = math.ceil(options["epochs"] * len(data) / options["train_batch_size"])
+    with tuned(subject, name, variant, levels, seed) as model:
         workdir = subject.config.workdir(f"{subject.name}/{name}/{variant.name}/{seed}")
-        saved = range(options["save_steps"], settings.steps, options["save_steps"])
-        finetune(model, data, settings, workdir, saved, collator=subject.collate)
+        saved = range(options["save_steps"], steps, options["save_steps"])
+        finetune(model, data, subject.settings(steps, rate, seed), workdir, saved, collator=subject.collate)
         only = Tasks({name: task})
         (result,) = evaluate(model, subject.tokenizer, only, options.get("limit"), options["batch_size"])
         test = subject.task_batches(task, "test", options["calibration_items"])
         measured = mean(list(cats.measure_sparsity(model, test).values()))
-    finally:
-        remove_lora(model)
     scores = (result.accuracy, result.stderr, result.items, variant.sparsity, measured, result.chance)
     return [TaskFinetuningRow(subject.name, name, variant.name, seed, *scores)]

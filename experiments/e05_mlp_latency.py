@@ -4,7 +4,7 @@ Random weights of the true shapes, scaled by 1/sqrt(fan_in); the threshold is th
 activations. Every implementation is checked against a float64 reference and then timed in the same interleaved rounds
 with cold caches. Two bounds: the paper's "Optimal" (a dense MLP whose three matrices are all shrunk; no CATS kernel can
 reach it), and the bytes that must be read, (1 + 2 (1 - s)) / 3 of dense, at this machine's own read bandwidth.
-Cost: about two minutes for the pocket profile on two cores.
+Cost: about four minutes for the pocket profile on two cores.
 
     nox -s experiment -- e05
 """
@@ -100,7 +100,7 @@ class Problem:
         """Neurons that some row keeps: the rows of W_up and W_down that must be read."""
         return int((self.v.abs() >= threshold).any(0).sum())
 
-    def arguments(self, threshold: float) -> tuple[Any, ...]:
+    def arguments(self, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor, float, str]:
         """Those of every variant."""
         return self.x, self.gate, self.up, self.down_t, threshold, "silu"
 
@@ -199,10 +199,12 @@ def time_shape(config: Config, shape: str, dtype_name: str, rows: int) -> list[R
         problems = [Problem(d, m, rows, dtype, config.device, config.seed + i) for i in range(COPIES[kind])]
         cases = dense_cases(problems, options["sparsities"][dtype_name])
         for name, implementation in variants(config.device).items():
-            if (kind, dtype, name) == ("cpu", torch.bfloat16, "gather"):
-                continue  # torch's own bfloat16 rounding of the mask is over the tolerance, and its product takes 1 s
             targets = options["sparsities" if name == "cats" else "ablations"][dtype_name]
-            cases += sparse_cases(config, name, implementation, problems, targets)
+            if (kind, dtype, name) == ("cpu", torch.bfloat16, "gather"):
+                reason = "torch rounds v to bfloat16 before the mask: over the tolerance; its product takes 1 s"
+                cases += [Case(name, target, None, 0, [], reason) for target in targets]
+            else:
+                cases += sparse_cases(config, name, implementation, problems, targets)
         calls: dict[str, Any] = {
             str(i): case.calls if kind == "cuda" else case.calls[0] for i, case in enumerate(cases) if not case.error
         }
@@ -220,7 +222,8 @@ def dense_cases(problems: list[Problem], targets: list[float]) -> list[Case]:
     m, neuron = gate.shape[0], 3 * gate.shape[1] * gate.element_size()
     cases = [Case("dense", 0.0, 0.0, m * neuron, [p.dense() for p in problems])]
     for target in targets:
-        width = max(1, round(m * (1 - target)))
+        # a multiple of 128: with 11469 neurons, 80 % of Mistral-7B's, the bfloat16 MLP ran at 0.79x dense on an H200
+        width = min(m, max(128, 128 * round(m * (1 - target) / 128)))
         cases.append(Case(OPTIMAL, target, 1 - width / m, width * neuron, [p.dense(width) for p in problems]))
     return cases
 

@@ -15,16 +15,14 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from cats.calibration import Thresholds
 from cats.finetuning import finetune, preset
-from cats.observe import observe
 from experiments.config import Config
 from experiments.e02_zero_shot import ZeroShotRow, zero_shot_rows
 from experiments.e03_finetuning import FinetuningSubject, tuned
 from experiments.results import Row
-from experiments.variants import ALL_SITES, DENSE, Variant, cats_variant, check, put
+from experiments.variants import ALL_SITES, DENSE, Variant, cats_variant, check, fractions_below, mean, put
 
 
 @dataclass(frozen=True)
@@ -74,18 +72,7 @@ def _rows(
     if thresholds is None:
         return [*rows]
     start = (subject.name, shown.name, shown.sparsity, rows[0].sparsity_measured, "heldout_text")
-    shares = site_sparsity(model, thresholds, subject.heldout)
-    return [*rows, *(AttentionRow(*start, f"sparsity_{site}", share) for site, share in shares.items())]
-
-
-def site_sparsity(model: torch.nn.Module, thresholds: Thresholds, batches: Iterable[Tensor]) -> dict[str, float]:
-    """Fraction of values below their threshold, over all layers, at each site that has thresholds."""
-    below, counts = dict.fromkeys(ALL_SITES, 0), dict.fromkeys(ALL_SITES, 0)
-
-    def record(site: str, layer: str, values: Tensor) -> None:
-        below[site] += int((values.float().abs() < getattr(thresholds, site)[layer]).sum())
-        counts[site] += values.numel()
-
-    sites = [site for site in ALL_SITES if getattr(thresholds, site)]
-    observe(model, batches, record, sites)
-    return {site: below[site] / counts[site] for site in sites}
+    shares: dict[str, list[float]] = {}
+    for (_, site, _), share in fractions_below(model, subject.heldout, {0.0: thresholds}).items():
+        shares.setdefault(site, []).append(share)
+    return [*rows, *(AttentionRow(*start, f"sparsity_{site}", mean(found)) for site, found in shares.items())]

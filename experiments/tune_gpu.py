@@ -4,8 +4,8 @@ Purpose: choose the configurations in cats_kernels.triton_mlp, and measure what 
 Cost: under 6 minutes on one H200, compilation included (in parallel processes).
 Run: ``python -m experiments.tune_gpu --output DIR [--quick]``
 
-Random weights, normal with variance 1/d; the threshold of each copy of the weights is the quantile of its own
-activations. Timing is experiments.timing: CUDA graphs over rotating copies of the weights, events, interleaved rounds.
+Weights, thresholds, reference and timing are those of e05: random weights, rotating copies, CUDA graphs, interleaved
+rounds.
 """
 
 from __future__ import annotations
@@ -20,71 +20,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from cats_kernels.reference import sparse_gated_mlp_reference
 from cats_kernels.triton_launch import Call, target_of
 from cats_kernels.triton_mlp import CONFIGS, MAX_ROWS, VARIANTS, Config, choose_config, dense_masked, launch, plan, run
 from torch import Tensor
 
+from experiments.e05_mlp_latency import COPIES, SHAPES, TOLERANCE, Problem
 from experiments.precompile import Task, precompile
 from experiments.timing import measure, read_bandwidth
 
-SHAPES = {"Mistral-7B": (4096, 14336), "Llama2-7B": (4096, 11008)}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 SPARSITIES = (0.0, 0.2, 0.5, 0.7, 0.9, 0.95)
-COPIES = 3  # of the weights: 3 x 141 MB, the least a call reads (bfloat16, 90 %), is seven times the L2 cache
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One copy of the weights with its input and threshold. down_weight is (d, m) as Hugging Face stores it."""
-
-    x: Tensor
-    gate_weight: Tensor
-    up_weight: Tensor
-    down_weight_t: Tensor
-    down_weight: Tensor
-    magnitudes: Tensor
-
-    @classmethod
-    def random(cls, d: int, m: int, dtype: torch.dtype, rows: int, seed: int) -> Problem:
-        """Normal inputs and weights, scaled so that every product has variance 1."""
-        generator = torch.Generator("cuda").manual_seed(seed)
-
-        def normal(*shape: int, scale: float) -> Tensor:
-            return (torch.randn(shape, generator=generator, device="cuda") * scale).to(dtype)
-
-        x = normal(rows, d, scale=1.0)
-        gate, up, down_t = (normal(m, d, scale=s**-0.5) for s in (d, d, m))
-        magnitudes = F.silu(x.float() @ gate.float().T).abs()
-        return cls(x, gate, up, down_t, down_t.T.contiguous(), magnitudes)
-
-    def threshold(self, sparsity: float) -> float:
-        """The magnitude below which about that fraction of the activations lies.
-
-        In the middle of the widest of 32 gaps around the quantile, so that rounding cannot move a neuron across it.
-        """
-        if sparsity == 0:
-            return 0.0
-        ordered = self.magnitudes.flatten().sort().values
-        k = min(max(round(sparsity * ordered.numel()), 17), ordered.numel() - 17)
-        near = ordered[k - 16 : k + 17]
-        widest = int(near.diff().argmax())
-        return float((near[widest] + near[widest + 1]) / 2)
-
-    def active(self, threshold: float) -> float:
-        """Fraction of the neurons that at least one row of x keeps."""
-        return float((self.magnitudes >= threshold).any(0).float().mean())
-
-    def arguments(self, sparsity: float) -> tuple[Tensor, Tensor, Tensor, Tensor, float, str]:
-        """The launchers' arguments."""
-        return self.x, self.gate_weight, self.up_weight, self.down_weight_t, self.threshold(sparsity), "silu"
-
-    def dense(self) -> Tensor:
-        """The dense MLP as transformers computes it."""
-        return F.linear(F.silu(F.linear(self.x, self.gate_weight)) * F.linear(self.x, self.up_weight), self.down_weight)
-
 
 # (gate_tile, gate_warps), then (tile, warps, programs, stages) of the fused kernel, by bytes of a weight: what was
 # within 10 % of the best in a search over 120 configurations, and its neighbours that were not in it
@@ -144,20 +89,6 @@ def configs(rows: int, element_size: int, d: int) -> list[Config]:
     return list(dict.fromkeys(found))
 
 
-def expected(problem: Problem, sparsity: float) -> Tensor:
-    """The float64 reference."""
-    x, gate, up, down_t, threshold, activation = problem.arguments(sparsity)
-    return sparse_gated_mlp_reference(x.double(), gate.double(), up.double(), down_t.double(), threshold, activation)
-
-
-def check(y: Tensor, reference: Tensor, tolerance: float) -> float:
-    """Scale-free error; raises if it is over the tolerance or not finite."""
-    error = float((y.double() - reference).norm() / reference.norm())
-    if not error <= tolerance:
-        raise AssertionError(f"error {error:.2e} over {tolerance:.0e}")
-    return error
-
-
 def first_launches(arguments: tuple[Tensor, Tensor, Tensor, Tensor, float, str], count: int) -> Tensor:
     """Only the first launches of "cats": differences of their times say what each kernel costs."""
     x = arguments[0]
@@ -181,7 +112,7 @@ class Result:
     p50_us: float
     p80_us: float
     bound_us: float
-    error: float
+    error: float | None
 
 
 def bound_us(d: int, m: int, element_size: int, active: float, bandwidth: float) -> float:
@@ -207,44 +138,54 @@ def run_case(shape: str, dtype: str, rows: int, search: bool, bandwidth: float) 
     """Check and time dense, the variants over sparsities, and, to search, every configuration at 50 and 90 %."""
     d, m = SHAPES[shape]
     kind = DTYPES[dtype]
-    problems = [Problem.random(d, m, kind, rows, seed) for seed in range(COPIES)]
+    problems = [Problem(d, m, rows, kind, "cuda", seed) for seed in range(COPIES["cuda"])]
     for sparsity in SPARSITIES:
+        arguments = [problem.arguments(problem.threshold(sparsity)) for problem in problems]
         works: dict[tuple[str, str], list[Callable[[], Tensor]]] = {
-            ("dense", ""): [problem.dense for problem in problems],
-            ("dense-masked", ""): [partial(dense_masked, *problem.arguments(sparsity)) for problem in problems],
-            **{
-                (name, ""): [partial(launch, name, *problem.arguments(sparsity)) for problem in problems]
-                for name in VARIANTS
-            },
+            ("dense", ""): [problem.dense() for problem in problems],
+            ("dense-masked", ""): [partial(dense_masked, *a) for a in arguments],
+            **{(name, ""): [partial(launch, name, *a) for a in arguments] for name in VARIANTS},
         }
         if search and sparsity in (0.5, 0.9):
             for config in configs(rows, kind.itemsize, d):
                 key = ("config", " ".join(map(str, astuple(config))))
-                works[key] = [partial(launch, "cats", *p.arguments(sparsity), config=config) for p in problems]
-        reference = expected(problems[0], sparsity)
-        errors = {}
+                works[key] = [partial(launch, "cats", *a, config=config) for a in arguments]
+        errors: dict[tuple[str, str], float | None] = {}
         for key, work in list(works.items()):
             try:
-                # v is rounded before it is compared in the dense masked path: neurons at the threshold may differ
-                loose = 1.0 if key[0].startswith("dense") else TOLERANCE[kind]
-                errors[key] = check(work[0](), reference, loose)
+                errors[key] = check(problems[0], sparsity, work[0], key[0])
             except Exception as error:
                 print(f"FAILED {shape} {dtype} rows={rows} s={sparsity} {key}: {type(error).__name__}: {error}"[:300])
                 del works[key]
         if search and sparsity in (0.5, 0.9) and ("cats", "") in works:
             for count in (1, 2, 3) if rows >= 3 else (1, 2):
-                key = ("first launches", str(count))
-                works[key] = [partial(first_launches, p.arguments(sparsity), count) for p in problems]
-                errors[key] = float("nan")
+                works["first launches", str(count)] = [partial(first_launches, a, count) for a in arguments]
         timings = measure(
             {str(key): work for key, work in works.items()}, warmups=5, rounds=30, flush=False, device="cuda"
         )
-        active = sum(p.active(p.threshold(sparsity)) for p in problems) / COPIES
+        active = sum(p.active(p.threshold(sparsity)) for p in problems) / m / len(problems)
         bound = bound_us(d, m, kind.itemsize, active, bandwidth)
         for key in works:
             times = timings[str(key)]
             p20, p50, p80 = (1e3 * t for t in (times.p20_ms, times.p50_ms, times.p80_ms))
-            yield Result(shape, dtype, rows, sparsity, active, *key, p20, p50, p80, bound, errors[key])
+            yield Result(shape, dtype, rows, sparsity, active, *key, p20, p50, p80, bound, errors.get(key))
+
+
+def check(problem: Problem, sparsity: float, work: Callable[[], Tensor], name: str) -> float | None:
+    """Scale-free error against the float64 reference; None for the dense MLP, which is another function.
+
+    Raises:
+        ValueError: it is over the tolerance. Not for "dense-masked", which rounds v before it compares, so that neurons
+            at the threshold may differ.
+    """
+    y = work()
+    if name == "dense":
+        return None
+    threshold = problem.threshold(sparsity)
+    error = problem.errors({threshold: y})[threshold]
+    if name != "dense-masked" and not error <= TOLERANCE[y.dtype]:
+        raise ValueError(f"error {error:.2e} over {TOLERANCE[y.dtype]:.0e}")
+    return error
 
 
 def table(results: list[Result]) -> None:

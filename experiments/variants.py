@@ -1,7 +1,8 @@
 """What the accuracy experiments share: the variants, how to put one onto a model, and what to measure it with."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import cats
 from cats.calibration import Thresholds, check_sparsity, write_text_atomically
 from cats.evaluation import TaskResult, Tasks, check_tasks, evaluate, load_tasks
+from cats.finetuning import TrainSettings
 from cats.models import load_config, load_model
+from cats.observe import observe
 from experiments.config import Config
 from experiments.data import batches
 
+SWEEP_SEED = 1000  # of short runs that choose a learning rate; the measured runs' seeds are others
 ALL_SITES = ("gate", "attention_input", "mlp_input")
 
 
@@ -121,6 +125,22 @@ class Subject:
                 self._tuned[target, sites] = thresholds
         return {v: self._tuned[v.sparsity, v.sites] for v in variants if v.sparsity is not None}
 
+    def settings(self, steps: int, learning_rate: float, seed: int) -> TrainSettings:
+        """Hyper-parameters that all variants share, but for the rate.
+
+        Options read: train_batch_size, micro_batch_size, weight_decay, warmup_steps.
+        """
+        options = self.config.options
+        return TrainSettings(
+            steps,
+            options["train_batch_size"],
+            learning_rate,
+            options["weight_decay"],
+            options["warmup_steps"],
+            options.get("micro_batch_size"),
+            seed,
+        )
+
     def evaluate(self, model: torch.nn.Module | None = None) -> list[TaskResult]:
         """Accuracy of the model as it is now on the tasks of the options."""
         options = self.config.options
@@ -166,7 +186,25 @@ def check(config: Config, levels: Sequence[float], folder: Callable[[Config], Pa
     """Refuse what cannot work before any long work starts.
 
     Raises:
-        ValueError: a level outside [0, 1), no or an unknown task, a model without gated MLPs or without a tokenizer.
+        ValueError: as `check_models`, no text, no task or an unknown one.
+        OSError: a model's configuration cannot be read.
+    """
+    check_models(config, levels)
+    for key in ("calibration_blocks", "heldout_blocks"):
+        if config.options.get(key, 1) < 1:
+            raise ValueError(
+                f"{config.experiment}.{key} must be at least 1, not {config.options[key]}: there would be no text"
+            )
+    if not config.options.get("tasks"):
+        raise ValueError(f"{config.experiment}.tasks is missing: give a list of lm-eval task names")
+    check_tasks(config.options["tasks"], folder(config))
+
+
+def check_models(config: Config, levels: Sequence[float]) -> None:
+    """Refuse models and sparsities that cannot work, from the models' configurations alone.
+
+    Raises:
+        ValueError: a level outside [0, 1), a model without gated MLPs or without a tokenizer.
         OSError: a model's configuration cannot be read.
     """
     for level in levels:
@@ -176,11 +214,21 @@ def check(config: Config, levels: Sequence[float], folder: Callable[[Config], Pa
             raise ValueError(f"{config.experiment} needs real weights and a tokenizer, which {name} does not have")
         with torch.device("meta"):
             cats.gated_mlps(AutoModelForCausalLM.from_config(load_config(name)))
-    for key in ("calibration_blocks", "heldout_blocks"):
-        if config.options.get(key, 1) < 1:
-            raise ValueError(
-                f"{config.experiment}.{key} must be at least 1, not {config.options[key]}: there would be no text"
-            )
-    if not config.options.get("tasks"):
-        raise ValueError(f"{config.experiment}.tasks is missing: give a list of lm-eval task names")
-    check_tasks(config.options["tasks"], folder(config))
+
+
+def fractions_below(
+    model: torch.nn.Module, text: Iterable[Tensor], made: Mapping[float, Thresholds]
+) -> dict[tuple[float, str, str], float]:
+    """Fraction of values below their threshold, by (key of ``made``, site, layer), at each site that has thresholds."""
+    below: Counter[tuple[float, str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
+
+    def record(site: str, layer: str, values: Tensor) -> None:
+        magnitude = values.float().abs()
+        counts[site, layer] += magnitude.numel()
+        for key, thresholds in made.items():
+            below[key, site, layer] += int((magnitude < getattr(thresholds, site)[layer]).sum())
+
+    sites = [site for site in ALL_SITES if all(getattr(thresholds, site) for thresholds in made.values())]
+    observe(model, text, record, sites)
+    return {(key, site, layer): count / counts[site, layer] for (key, site, layer), count in below.items()}

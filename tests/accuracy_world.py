@@ -86,7 +86,7 @@ def build_world(root: Path) -> Path:
 
 
 def profile(world: Path) -> str:
-    """A profile in TOML that runs e02, e03, e04 and e07 in that world."""
+    """A profile in TOML that runs e01, e02, e03, e04 and e07 in that world."""
     text = f"""include_path = "{world}/tasks"
 batch_size = 8
 calibration_blocks = 8
@@ -113,6 +113,13 @@ path = "json"
 data_files = "{world}/text.jsonl"
 split = "train"
 heldout_documents = 100
+[e01]
+blocks = 4
+length = 32
+batch_size = 4
+targets = [0.5, 0.9]
+bins = 10
+largest = 1.0
 [e02]
 tasks = ["tiny_words", "tiny_yes"]
 levels = [0.5, 0.9]
@@ -130,8 +137,10 @@ seeds = [0]
 epochs = 2
 train_items = 20
 calibration_items = 16
+sweep_items = 12
+sweep_level = 0.7
 train_batch_size = 4
-learning_rate = 1e-3
+learning_rates = [1e-4, 1e-2]
 save_steps = 4
 {text}
 [e07]

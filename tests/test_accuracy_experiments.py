@@ -2,6 +2,7 @@
 
 import csv
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from transformers import AutoModelForCausalLM, GPT2Config
 import cats
 from cats.evaluation import evaluate, perplexity
 from cats.models import load_model
-from experiments import e03_finetuning, variants
+from experiments import e01_activations, e03_finetuning, variants
 from experiments.config import load_profile, make_config
-from experiments.e04_task_finetuning import IGNORED, TaskSubject
+from experiments.e04_task_finetuning import IGNORED, TaskSubject, answer_loss
 from experiments.runner import run_experiment
 from tests.accuracy_world import build_world, profile
 
@@ -137,6 +138,45 @@ def test_e04_trains_and_measures_each_variant(world, tmp_path):
     assert all(row["items"] == "24" and row["chance"] == "0.5" for row in rows)
     assert float(rows[0]["sparsity_measured"]) < 0.01
     assert float(rows[1]["sparsity_measured"]) == pytest.approx(0.5, abs=0.1)
+    sweep = table(tmp_path, "e04_sweep")
+    assert [(row["variant"], row["learning_rate"], row["step"]) for row in sweep] == [
+        (v, rate, "3") for v in ("cats-70", "relufication") for rate in ("0.0001", "0.01")
+    ]
+    for runs in (sweep[:2], sweep[2:]):
+        best = min(runs, key=lambda row: float(row["eval_loss"]))
+        assert [row["chosen"] for row in runs] == [str(row is best) for row in runs]
+
+
+def test_e04_chooses_the_rate_on_items_that_are_neither_trained_nor_tested_on(world, tmp_path):
+    subject = TaskSubject(config_of(world, "e04", tmp_path, length=64), str(world / "model"))
+    task = subject.tasks["tiny_yes"]
+    sweep, train, test = ([tuple(item["input_ids"]) for item in subject.items(task, split, 10**6)]
+                          for split in ("sweep", "train", "test"))  # fmt: skip
+    assert len(sweep) == 12 and len(sweep) + len(train) == len(list(task.training_docs()))
+    assert not set(sweep) & {*train, *test}
+
+
+def test_answer_loss_is_the_mean_over_the_tokens_of_all_answers():
+    """Against log-softmax by hand: three answer tokens in one batch, one in the other."""
+    logits = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(0))
+
+    class Model(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids, labels):
+            chosen = logits[input_ids[:, 0]]
+            loss = torch.nn.functional.cross_entropy(
+                chosen[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
+            )
+            return SimpleNamespace(loss=loss)
+
+    batches = [
+        {"input_ids": torch.zeros(1, 4, dtype=torch.long), "labels": torch.tensor([[IGNORED, 3, 2, 5]])},
+        {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.tensor([[IGNORED, IGNORED, IGNORED, 6]])},
+    ]
+    logs = logits.log_softmax(-1)
+    expected = -(logs[0, 0, 3] + logs[0, 1, 2] + logs[0, 2, 5] + logs[1, 2, 6]) / 4
+    assert answer_loss(Model(), batches) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_e04_trains_on_the_answer_alone(world, tmp_path):
@@ -192,6 +232,10 @@ def test_e07_without_training_needs_no_training_options(world, tmp_path):
         ("e03", {"seeds": []}, "must each have at least one entry"),
         ("e04", {"tasks": ["instruct_nothing"]}, "unknown task instruct_nothing"),
         ("e04", {"train_items": 0}, "train_items must be at least 1"),
+        ("e04", {"sweep_level": 1.5}, "sparsity must be a number"),
+        ("e04", {"learning_rates": []}, "must each have at least one entry"),
+        ("e01", {"targets": [0.5, 1.0]}, r"sparsity must be a number in \[0, 1\), not 1.0"),
+        ("e01", {"models": ["shape:small"]}, "needs real weights and a tokenizer"),
         ("e07", {"levels": [2]}, "sparsity must be a number"),
     ],
 )
@@ -199,7 +243,8 @@ def test_bad_input_is_refused_before_a_model_is_loaded(world, tmp_path, monkeypa
     def never(*_arguments, **_options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(variants, "load_model", never)
+    for module in (variants, e01_activations):
+        monkeypatch.setattr(module, "load_model", never)
     with pytest.raises(ValueError, match=message):
         run_experiment(config_of(world, experiment, tmp_path, **changes))
 

@@ -40,7 +40,10 @@ def test_every_implementation_is_timed_with_the_bytes_it_must_read(config: Confi
             ("dense", 0.0),
         }
         assert found["dense", 0.0].bytes_moved == found["cats", 0.0].bytes_moved == M * neuron
-        assert found[e05.OPTIMAL, 0.5].bytes_moved == M // 2 * neuron
+        # 704, 141 neurons to the nearest multiple of 128 (704 is in the middle)
+        assert found[e05.OPTIMAL, 0.5].bytes_moved in (640 * neuron, 768 * neuron)
+        assert found[e05.OPTIMAL, 0.9].bytes_moved == 128 * neuron
+        assert found[e05.OPTIMAL, 0.9].sparsity == pytest.approx(1 - 128 / M)
         for row in found.values():
             assert row.geomean_ms and row.p20_ms and row.p80_ms and row.p20_ms <= row.p80_ms and row.error == ""
             assert row.bound_ms == pytest.approx(row.bytes_moved / row.bandwidth_gb_per_s / 1e6)
