@@ -10,6 +10,8 @@ bench also shape:mistral-7b and the like (random weights).
 """
 
 import argparse
+import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -108,11 +110,9 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {device!r}: allowed are auto, cpu, cuda, cuda:N") from error
-    if kind == "cuda" and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"unknown device {device!r}: allowed are auto, cpu, cuda, cuda:N")
+    if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
     model, tokenizer = load_model(arguments.model, arguments.dtype, device)
     if tokenizer is None and arguments.command != "bench":
@@ -123,6 +123,12 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
 def calibrate(arguments: argparse.Namespace) -> None:
     """Write thresholds for a model."""
     check_sparsity(arguments.sparsity)
+    folder = arguments.output.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if arguments.output.is_dir() or not os.access(folder, os.W_OK):  # said before the work, not after it
+        raise ValueError(
+            f"--output {arguments.output} cannot be written: give a file in a folder that can be written to"
+        )
     model, tokenizer = load(arguments)
     batches = token_batches(model, tokenizer, sample_text(arguments.text, heldout=False), arguments.tokens)
     thresholds = cats.calibrate(model, tqdm(batches, desc="calibrate"), arguments.sparsity)
@@ -149,6 +155,8 @@ def generate(arguments: argparse.Namespace) -> None:
     """Print the prompt and its continuation."""
     if arguments.new_tokens < 1:
         raise ValueError(f"--new-tokens must be positive, not {arguments.new_tokens}")
+    if not arguments.temperature >= 0:
+        raise ValueError(f"--temperature must be 0 or more, not {arguments.temperature}")
     thresholds = cats.Thresholds.load(arguments.thresholds) if arguments.thresholds else None
     model, tokenizer = load(arguments)
     if thresholds:

@@ -85,6 +85,8 @@ def resolve(spec: str) -> str:
         if not (path / "config.json").is_file():
             raise ValueError(f"{spec} is a directory without config.json: give a directory written by save_pretrained")
         return str(path)
+    if path.is_file():
+        raise ValueError(f"{spec} is a file: give the directory that it is in, as written by save_pretrained")
     if path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:
         raise ValueError(f"{spec} does not exist: give a hub id (owner/name), a model directory, pocket, or shape:NAME")
     return spec

@@ -115,6 +115,11 @@ BAD = {
     "no such model": (["calibrate", "./nowhere"], "./nowhere does not exist"),
     "no tokenizer": (["calibrate", "shape:small"], "random weights and no tokenizer"),
     "unknown shape": (["bench", "shape:tiny"], "unknown shape 'shape:tiny'"),
+    "a file instead of a model": (["calibrate", "TEXT"], "is a file: give the directory"),
+    "a device without numbers": (["bench", "MODEL", "--device", "meta"], "unknown device 'meta'"),
+    "output is a folder": (["calibrate", "MODEL", "--text", "TEXT", "--output", "FOLDER"], "cannot be written"),
+    "output below a file": (["calibrate", "MODEL", "--output", "EMPTY/X.JSON"], "File exists"),
+    "negative temperature": (["generate", "MODEL", "x", "--temperature", "-1"], "--temperature must be 0 or more"),
     "unknown device": (["bench", "MODEL", "--device", "tpu9"], "unknown device 'tpu9'"),
     "sparsity of 1": (["calibrate", "MODEL", "--text", "TEXT", "--sparsity", "1"], "[0, 1)"),
     "no thresholds": (["sparsity", "MODEL"], "--thresholds FILE is needed"),
@@ -133,7 +138,8 @@ def test_bad_input_is_one_sentence_and_status_2(case: str, model: str, text: str
     words, expected = BAD[case]
     (tmp_path / "empty").write_text("")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    places = {"MODEL": model, "TEXT": text, "EMPTY": str(tmp_path / "empty"), "BINARY": str(tmp_path / "binary")}
+    places = {name.upper(): str(tmp_path / name) for name in ("empty", "empty/x.json", "binary")}
+    places |= {"MODEL": model, "TEXT": text, "FOLDER": str(tmp_path)}
     assert main([places.get(word, word) for word in words]) == 2
     printed = capsys.readouterr()
     errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]

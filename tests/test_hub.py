@@ -196,6 +196,11 @@ def test_damaged_weights_are_named(hub: FakeHub, client: Client, tmp_path: Path)
     os.truncate(cached, cached.stat().st_size // 2)
     kind, message = client.run('said = attempt("tiny/damaged")')
     assert kind == "OSError" and "tiny/damaged" in message and "damaged" in message and "\n" not in message
+    for name, damage in {"config.json": "{", "tokenizer.json": '{"version"', "tokenizer_config.json": "["}.items():
+        folder = shutil.copytree(hub.models["tiny/llama"].folder, tmp_path / f"damaged {name}")
+        (folder / name).write_text(damage)
+        kind, message = client.run(f"said = attempt({str(folder)!r})")
+        assert kind == "OSError" and "has a damaged file" in message and "\n" not in message
     other = tmp_path / "other"
     shutil.copytree(hub.models["tiny/llama"].folder, other)
     tensors = load_file(other / "model.safetensors")
@@ -203,6 +208,24 @@ def test_damaged_weights_are_named(hub: FakeHub, client: Client, tmp_path: Path)
     save_file({k: v for k, v in tensors.items() if k != removed}, other / "model.safetensors", {"format": "pt"})
     kind, message = client.run(f"said = attempt({str(other)!r})")
     assert kind == "OSError" and removed in message and "\n" not in message
+
+
+CORPUS = """
+from experiments.data import texts
+said = attempt(None, lambda _: list(texts({"path": "tiny/corpus", "split": "train", **%r}, "train", seed=0)))
+"""
+
+
+def test_text_that_cannot_be_had_is_one_sentence(hub: FakeHub, client: Client) -> None:
+    assert client.run(CORPUS % {"column": "content", "heldout_documents": 9}) == "loaded"
+    kind, message = client.run(CORPUS % {"column": "body", "heldout_documents": 9})
+    assert kind == "ValueError" and "'body'" in message and "it has content" in message
+    hub.stop()
+    try:
+        kind, message = client.run(CORPUS % {"column": "content"})
+    finally:
+        hub.start()
+    assert kind == "OSError" and message.startswith("the text of tiny/corpus") and "cannot be reached" in message
 
 
 PLAN = """

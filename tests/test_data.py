@@ -1,0 +1,52 @@
+"""Blocks of token ids from text."""
+
+import tracemalloc
+
+import pytest
+import torch
+
+from experiments.data import blocks
+
+
+class Tokenizer:
+    """A token a character: its code point."""
+
+    eos_token_id: int | None = 0
+
+    def __call__(self, text: str, **_options: object) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) for character in text]}
+
+
+def test_documents_are_joined_end_to_end_and_only_as_many_are_read_as_needed() -> None:
+    read: list[str] = []
+
+    def documents():
+        for document in ("abc", "", "defgh", "never read"):
+            read.append(document)
+            yield document
+
+    found = blocks(documents(), Tokenizer(), count=2, length=4)  # type: ignore[arg-type]
+    assert found.dtype == torch.int64
+    assert found.tolist() == [[97, 98, 99, 0], [0, 100, 101, 102]]
+    assert read == ["abc", "", "defgh"]
+    bare = Tokenizer()
+    bare.eos_token_id = None
+    assert blocks(["abc", "", "de"], bare, 1, 5).tolist() == [[97, 98, 99, 100, 101]]  # type: ignore[arg-type]
+
+
+def test_too_little_text_is_said_with_its_size() -> None:
+    with pytest.raises(ValueError, match="the text has only 6 tokens, but 2 blocks of 4"):
+        blocks(["abc", "d"], Tokenizer(), 2, 4)  # type: ignore[arg-type]
+
+
+def test_ids_are_not_held_as_python_integers() -> None:
+    """A million ids in a list are 8 MB of pointers alone."""
+    ids = list(range(1000))
+    tokenizer = type("T", (), {"eos_token_id": None, "__call__": lambda *_a, **_k: {"input_ids": ids}})()
+    tracemalloc.start()
+    try:
+        assert blocks(("" for _ in range(1000)), tokenizer, 1000, 1000).shape == (1000, 1000)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2e6
