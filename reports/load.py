@@ -28,6 +28,7 @@ _COLUMNS = {
     "e03_sparsity": "model,variant,seed,step,layer,layer_index,sparsity_target,sparsity_measured,recalibrated,"
     "accuracy_mean",
     "e03_sweep": "model,variant,learning_rate,step,eval_loss,chosen",
+    "e04_sweep": "model,task,variant,learning_rate,step,eval_loss,chosen",
     "e04_task_finetuning": "model,task,variant,seed,accuracy,stderr,items,sparsity_target,sparsity_measured,chance",
     "e05_mlp_latency": "machine,shape,d,m,dtype,rows,threads,sparsity_target,sparsity,implementation,geomean_ms,"
     "p20_ms,p50_ms,p80_ms,rounds,bytes_moved,gb_per_s,bandwidth_gb_per_s,bound_ms,fraction_of_bound,error",

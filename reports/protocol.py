@@ -67,6 +67,19 @@ def _steps(run: Run, table: pd.DataFrame) -> str:
     return f"steps {_values('step')(run, part)}; {items}; {part['seed'].nunique()} seeds; learning rate {rates}"
 
 
+def _seeds(run: Run, table: pd.DataFrame) -> str:
+    return str(table["seed"].nunique())
+
+
+def _weights(run: Run, table: pd.DataFrame) -> str:
+    """Models named `shape:...` have random weights, and no tokenizer: their prompts and calibration are random too."""
+    models = [str(name) for name in (run.provenance.get("e06", {}).get("settings") or {}).get("models", [])]
+    random = [name.startswith("shape:") for name in models]
+    if not any(random):
+        return "the models' own" if models else ""
+    return "random, and random tokens for prompts and calibration" + ("" if all(random) else " (shape: models)")
+
+
 def _shapes(run: Run, table: pd.DataFrame) -> str:
     sizes = table[["shape", "d", "m"]].drop_duplicates().itertuples(index=False)
     return ", ".join(f"{shape} {d:.0f} x {m:.0f}" for shape, d, m in sizes)
@@ -112,7 +125,10 @@ PROTOCOL: dict[str, tuple[str, list[tuple[str, str, Told]]]] = {
         ("models", "Mistral-7B", _values("model")),
         ("tasks", "CoLA, SST-2, BoolQ", _values("task")),
         ("training", "10 epochs (the authors' script: 1)",
-         _phrases("e04", "epochs: {epochs}, of {train_items} items", "learning rate {learning_rate}", *TRAINING)),
+         _phrases("e04", "epochs: {epochs}, of {train_items} items", *TRAINING)),
+        ("learning rate", "1e-5 (the authors' code)",
+         _phrases("e04", "the best of {learning_rates} on {sweep_items} items, swept for CATS and ReLUfication")),
+        ("seeds", "one", _seeds),
         ("calibration", "1000 samples of the task (the authors' code)",
          _phrases("e04", "{calibration_items} items of the task")),
         ("items", "the tasks' validation sets", _span("items")),
@@ -121,6 +137,9 @@ PROTOCOL: dict[str, tuple[str, list[tuple[str, str, Told]]]] = {
         ("machine", "one L40S", _values("machine")),
         ("shapes", "Mistral-7B 4096 x 14336, Llama2-7B 4096 x 11008", _shapes),
         ("dtype", "float32", _values("dtype")),
+        ("weights", "random, uniform in [-0.5, 0.5] (the authors' code)",
+         lambda run, table: "random, normal with variance 1 / fan-in; thresholds are quantiles of their activations"),
+        ("“Optimal”", "dense with m (1 - s) neurons", lambda run, table: "the same, to a multiple of 128"),
         ("timing", "20 warm-ups, 80 rounds, geometric mean, 256 MB cleared between rounds",
          _phrases("e05", "{warmups} warm-ups", "{rounds} rounds, interleaved", "geometric mean", "cold cache")),
     ]),
@@ -130,6 +149,7 @@ PROTOCOL: dict[str, tuple[str, list[tuple[str, str, Told]]]] = {
          lambda run, table: _figure_4(run, table, "{model}; layers: {layers}")),
         ("dtype, loop", "float32, eager generate",
          lambda run, table: f"{_values('dtype')(run, table)}; {_values('loop')(run, table)}"),
+        ("weights", "the models' own", _weights),
         ("prompts", "50 of RefinedWeb, batch 1",
          lambda run, table: _figure_4(run, table, "{prompts} of {prompt_tokens} tokens, batch 1")),
         ("generated tokens", "256, 512, 1024, 2048", _values("generated_tokens")),

@@ -149,7 +149,10 @@ def _e04(run: Run) -> list[Block]:
             Table(tables.task_finetuning(table, model), f"{name}: {CAPTIONS['table_task_finetuning']}"),
             Table(tables.task_sparsity(table, model), f"{name}: {CAPTIONS['table_task_sparsity']}"),
         ]
-    return [*blocks, Table(tables.task_finetuning_paper(), CAPTIONS["table_task_paper"])]
+    blocks.append(Table(tables.task_finetuning_paper(), CAPTIONS["table_task_paper"]))
+    if (rates := run.table("e04_sweep")) is not None:
+        blocks.append(Table(tables.sweep(rates), CAPTIONS["table_task_sweep"]))
+    return blocks
 
 
 def _e05(run: Run) -> list[Block]:

@@ -178,19 +178,25 @@ def finetuned_sparsity(table: pd.DataFrame, model: str) -> pd.DataFrame:
 
 
 def sweep(table: pd.DataFrame) -> pd.DataFrame:
-    """Learning rates tried for each variant, and the one that was used."""
-    table = table[table["step"] == table.groupby(["model", "variant", "learning_rate"])["step"].transform("max")]
-    rows = [
-        {
-            "Model": escape(row["model"]),
-            "Variant": style.variant_name(row["variant"]),
-            "Learning rate": f"{row['learning_rate']:g}",
-            "Steps": style.number(row["step"], 0),
-            "Evaluation loss": style.number(row["eval_loss"]),
-            "Used": "yes" if row["chosen"] else "",
-        }
-        for row in table.to_dict("records")
-    ]
+    """Learning rates tried for each variant (and task), and the one that was used."""
+    of = [column for column in ("model", "task", "variant") if column in table]
+    rows = []
+    for key, tried in table.groupby(of, sort=False):
+        named = dict(zip(of, key, strict=True))
+        edges = {tried["learning_rate"].min(), tried["learning_rate"].max()} if len(tried) > 1 else set()
+        for row in tried.to_dict("records"):
+            used = "yes, at the edge" if row["learning_rate"] in edges else "yes"
+            rows.append(
+                {
+                    "Model": escape(row["model"]),
+                    **({"Task": style.task_name(str(named["task"]))} if "task" in named else {}),
+                    "Variant": style.variant_name(row["variant"]),
+                    "Learning rate": f"{row['learning_rate']:g}",
+                    "Steps": style.number(row["step"], 0),
+                    "Loss": style.number(row["eval_loss"]),
+                    "Used": used if row["chosen"] else "",
+                }
+            )
     return without_constant(pd.DataFrame(rows), "Model")
 
 

@@ -130,6 +130,15 @@ def sweep(model: str = "made-up") -> pd.DataFrame:
     )  # fmt: skip
 
 
+def task_sweep(model: str = "made-up") -> pd.DataFrame:
+    """Two learning rates for each task."""
+    return pd.DataFrame(
+        [(model, task, v, lr, 16, 0.5 + lr, lr == 1e-4) for task in ("acceptability", "polarity", "yes_no")
+         for v in ("cats-70", "relufication") for lr in (1e-4, 1e-3)],
+        columns=TABLES["e04_sweep"],
+    )  # fmt: skip
+
+
 def task_finetuning(model: str = "made-up", accuracy: dict[str, float] | None = None) -> pd.DataFrame:
     """Three tasks, two seeds."""
     accuracy = accuracy or {"dense": 0.9, "cats-50": 0.898, "cats-70": 0.89, "cats-90": 0.85, "relufication": 0.72}
@@ -257,6 +266,7 @@ def all_tables() -> dict[str, pd.DataFrame]:
         "e03_finetuning": finetuning(),
         "e03_sparsity": finetuned_sparsity(),
         "e03_sweep": sweep(),
+        "e04_sweep": task_sweep(),
         "e04_task_finetuning": task_finetuning(),
         "e05_mlp_latency": latency(),
         "e06_throughput": throughput(),
