@@ -19,6 +19,11 @@ from experiments.config import Config
 PURPOSES = ("train", "heldout")
 
 
+def on_hub(data: dict[str, Any]) -> bool:
+    """Whether the table names a data set of the hub, not a directory or a kind of local file such as ``json``."""
+    return "/" in data.get("path", "") and not Path(data["path"]).exists()
+
+
 def texts(data: dict[str, Any], purpose: str, seed: int) -> Iterator[str]:
     """Documents for a purpose, shuffled by ``seed``: ``train`` (calibration too) or ``heldout`` (never trained on).
 
@@ -38,9 +43,8 @@ def texts(data: dict[str, Any], purpose: str, seed: int) -> Iterator[str]:
         train, heldout, _report = load_corpus()
         yield from (train if purpose == "train" else heldout).shuffle(seed=seed)["text"]
         return
-    path = data["path"]
-    remote = "/" in path and not Path(path).exists()
-    out_of_reach = f"the text of {path} is read from the hub as it is used, and the hub cannot be reached"
+    remote = on_hub(data)
+    out_of_reach = f"the text of {data['path']} is read from the hub as it is used, and the hub cannot be reached"
     if remote and not reachable():  # asked first: load_dataset tries for a minute
         raise OSError(out_of_reach)
     try:

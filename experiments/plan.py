@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from cats.hub import reachable
 from cats.models import load_config, resolve
 from experiments.config import Config, resolve_device
+from experiments.data import on_hub
 
 # lm-eval task: repository, scored continuations in the evaluated split, and roughly how many tokens each has
 TASKS = {
@@ -73,7 +74,7 @@ class Machine:
 def print_plan(configs: Sequence[Config]) -> int:
     """Print what ``configs`` need; 0, or 1 when something they need cannot be had (one sentence each on stderr)."""
     names = {name: None for config in configs for name in config.models}
-    corpora = sorted({config.data["path"] for config in configs if "path" in config.data})
+    corpora = sorted({config.data["path"] for config in configs if on_hub(config.data)})
     tasks = sorted({TASKS[t][0] for c in configs for t in c.options.get("tasks", []) if t in TASKS})
     remote = [*corpora, *tasks, *(name for name in names if is_remote(name))]
     online = not remote or reachable()

@@ -5,7 +5,8 @@ import tracemalloc
 import pytest
 import torch
 
-from experiments.data import blocks
+from experiments import data
+from experiments.data import blocks, texts
 
 
 class Tokenizer:
@@ -50,3 +51,20 @@ def test_ids_are_not_held_as_python_integers() -> None:
     finally:
         tracemalloc.stop()
     assert peak < 2e6
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_a_network_lost_while_text_is_read_is_one_sentence(online: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clients' errors are no OSErrors; others, such as a bug's, stay what they are."""
+    answers = [True, online]
+
+    def documents(*_arguments: object):
+        yield "first"
+        raise RuntimeError("Server disconnected without sending a response.")
+
+    monkeypatch.setattr(data, "_documents", documents)
+    monkeypatch.setattr(data, "reachable", lambda: answers.pop(0))
+    found = texts({"path": "some/corpus", "split": "train"}, "train", 0)
+    assert next(found) == "first"
+    with pytest.raises(RuntimeError if online else OSError, match="Server" if online else "the hub cannot be reached"):
+        next(found)

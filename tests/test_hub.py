@@ -253,6 +253,10 @@ def test_the_plan_checks_access_and_downloads_nothing(hub: FakeHub, client: Clie
     assert "7.24 B" in lines["shape:mistral-7b"]  # as the model's card says
     assert "read as it is used" in lines["tiny/corpus"]
     assert {"allenai/ai2_arc", "aps/super_glue", "e02", "downloads"} <= set(lines)
+    local = str(hub.datasets["tiny/corpus"].folder)
+    for path in ("json", local):  # not of the hub: nothing to ask there
+        status, out, err = client.run((PLAN % ["tiny/llama"]).replace("tiny/corpus", path))
+        assert status == 0 and not err and path not in out
     status, out, err = client.run(PLAN % ["gated/llama", "tiny/llama", "tiny/misspelt"])
     assert status == 1 and [line.split(":")[0] for line in err.splitlines()] == ["gated/llama", "tiny/misspelt"]
     assert "is gated: ask for access at https://huggingface.co/gated/llama" in err and "is not on the hub" in err
