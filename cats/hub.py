@@ -1,4 +1,8 @@
-"""The edge of the download path: no network, gated models, damaged files, pickles; each becomes one sentence."""
+"""The edge of the download path: no network, gated models, damaged files, pickles; each becomes one sentence.
+
+A cut connection goes on in the middle of a file; after the process has ended, files that are whole are kept and the one
+that was not is fetched again from its beginning (huggingface_hub 2 gives every process a partial file of its own).
+"""
 
 import os
 from collections.abc import Iterator
