@@ -71,6 +71,12 @@ def _seeds(run: Run, table: pd.DataFrame) -> str:
     return str(table["seed"].nunique())
 
 
+def _optimal(run: Run, table: pd.DataFrame) -> str:
+    part = table[table["implementation"] == "optimal-all-three-shrunk"]
+    widths = (part["m"] * (1 - part["sparsity"])).round()
+    return "the same, to a multiple of 128" if (widths % 128 == 0).all() else "the same; odd widths are slow on a GPU"
+
+
 def _weights(run: Run, table: pd.DataFrame) -> str:
     """Models named `shape:...` have random weights, and no tokenizer: their prompts and calibration are random too."""
     models = [str(name) for name in (run.provenance.get("e06", {}).get("settings") or {}).get("models", [])]
@@ -139,7 +145,7 @@ PROTOCOL: dict[str, tuple[str, list[tuple[str, str, Told]]]] = {
         ("dtype", "float32", _values("dtype")),
         ("weights", "random, uniform in [-0.5, 0.5] (the authors' code)",
          lambda run, table: "random, normal with variance 1 / fan-in; thresholds are quantiles of their activations"),
-        ("“Optimal”", "dense with m (1 - s) neurons", lambda run, table: "the same, to a multiple of 128"),
+        ("“Optimal”", "dense with m (1 - s) neurons", _optimal),
         ("timing", "20 warm-ups, 80 rounds, geometric mean, 256 MB cleared between rounds",
          _phrases("e05", "{warmups} warm-ups", "{rounds} rounds, interleaved", "geometric mean", "cold cache")),
     ]),
