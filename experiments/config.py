@@ -22,7 +22,8 @@ EXPERIMENTS = {
     for path in sorted(Path(__file__).parent.glob("e[0-9][0-9]_*.py"))
 }
 DTYPES = ("auto", "float32", "float16", "bfloat16")  # not cats.models.DTYPES: importing it costs seconds
-_KEYS = {"description", "models", "device", "dtype", "seed", "data", *EXPERIMENTS}
+_COMMON = ("models", "device", "dtype", "seed", "data")
+_KEYS = {"description", *_COMMON, *EXPERIMENTS}
 T = TypeVar("T")
 
 
@@ -40,7 +41,7 @@ class Config:
         output: run directory.
         device: ``cpu``, ``cuda``, ``cuda:N``, or ``sharded`` (a model's layers over all GPUs).
         dtype: ``auto``, ``float32``, ``float16`` or ``bfloat16``.
-        seed: seed of everything random.
+        seed: of the order of texts, training and random weights (the pocket tasks are the same for every seed).
         models: hub ids, directories, ``pocket`` or ``shape:NAME``.
         data: where text comes from (see `experiments.data`).
         options: the profile's table of this experiment.
@@ -167,13 +168,22 @@ def load_profile(name: str) -> dict[str, Any]:
 
 
 def override(profile: dict[str, Any], assignment: str) -> None:
-    """Apply ``e02.limit=50`` to a profile in place; the value is TOML. Raises ValueError when it cannot be read."""
+    """Apply ``e02.limit=50`` to a profile in place; the value is TOML.
+
+    Raises:
+        ValueError: it cannot be read, or names an option that neither this nor any shipped profile has.
+    """
     path, equals, value = assignment.partition("=")
     keys = path.strip().split(".")
     if not equals or keys[0] not in _KEYS:
         raise ValueError(
             f"--set {assignment!r} must look like e02.limit=50, beginning with one of {', '.join(sorted(_KEYS))}"
         )
+    if keys[0] in EXPERIMENTS and len(keys) > 1:
+        shipped = [load_profile(path.stem).get(keys[0], {}) for path in PROFILES.glob("*.toml")]
+        known = {"include_path", *_COMMON, *profile.get(keys[0], {}), *(key for table in shipped for key in table)}
+        if keys[1] not in known:
+            raise ValueError(f"{keys[0]} has no option {keys[1]}: allowed are {', '.join(sorted(known))}")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -197,7 +207,7 @@ def make_config(experiment: str, name: str, profile: dict[str, Any], output: Pat
     if experiment not in profile:
         raise ValueError(f"profile {name} has no table [{experiment}] with the options of this experiment")
     options = dict(profile.get(experiment, {}))
-    common = {key: options.pop(key, profile.get(key)) for key in ("models", "device", "dtype", "seed", "data")}
+    common = {key: options.pop(key, profile.get(key)) for key in _COMMON}
     given = {key: value for key, value in common.items() if value is not None}
     config = Config(experiment, name, output, options=options, **given)
     config.data = {"source": "hub" if "path" in config.data else "pocket", **config.data}

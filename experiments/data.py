@@ -74,15 +74,19 @@ def _documents(data: dict[str, Any], purpose: str, seed: int) -> Iterator[str]:
 def blocks(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> Tensor:
     """The first ``count`` blocks of ``length`` token ids from documents joined end to end; int64 (count, length).
 
+    A document begins with the token that the tokenizer puts before texts, if any, and ends with the end-of-text one.
+
     Raises:
         ValueError: the documents are too few.
     """
     ids = torch.empty(count * length, dtype=torch.int64)  # a list of the paper profile's 42 M ids would need 1.7 GB
     filled = 0
-    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    begin = tokenizer("")["input_ids"][:1]
+    begin = begin if begin == [tokenizer.bos_token_id] else []
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     for document in documents:
-        found = tokenizer(document, add_special_tokens=False, truncation=False, verbose=False)["input_ids"] + separator
-        part = torch.tensor(found[: len(ids) - filled], dtype=torch.int64)
+        found = tokenizer(document, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        part = torch.tensor([*begin, *found, *end][: len(ids) - filled], dtype=torch.int64)
         ids[filled : filled + len(part)] = part
         filled += len(part)
         if filled == len(ids):

@@ -162,7 +162,12 @@ def memory_bytes(config: Config, parameters: int) -> float:
     if config.experiment == "e05":
         return 4.0 * 3 * 5120 * 13824 * 4  # copies of one float32 block of the largest shape, whatever the models
     trains = config.experiment in ("e03", "e04") or config.options.get("steps", 0)
-    return parameters * BYTES[config.dtype] * (2.5 if trains else 1.25)
+    return parameters * max(BYTES[dtype] for dtype in dtypes_of(config)) * (2.5 if trains else 1.25)
+
+
+def dtypes_of(config: Config) -> list[str]:
+    """What the experiment runs in: e06 in several dtypes, one after another."""
+    return list(config.options.get("dtypes", [config.dtype]))
 
 
 def workload(config: Config, parameters: int) -> tuple[float, float]:
@@ -181,10 +186,12 @@ def workload(config: Config, parameters: int) -> tuple[float, float]:
         runs = seeds * (levels + 2)
         items = {t: min(o.get("train_items", 0), TRAINING_ITEMS.get(t, 10**9)) for t in o["tasks"]}
         trained = sum(o.get("epochs", 1) * n * TASKS.get(t, OTHER_TASK)[2] for t, n in items.items())
-        return parameters * runs * (6.0 * trained + 2 * evaluation), 0
+        swept = 2 * len(o["learning_rates"]) * o["sweep_items"] * sum(TASKS.get(t, OTHER_TASK)[2] for t in o["tasks"])
+        return parameters * (runs * (6.0 * trained + 2 * evaluation) + 8.0 * swept), 0
     if config.experiment == "e06":
         generated = sum(n for lengths in o["lengths"].values() for n in lengths) * o.get("prompts", 1)
-        return 0, generated * 2.0 * (1 + len(o.get("sparsities", []))) * parameters * BYTES[config.dtype]
+        size = sum(BYTES[dtype] for dtype in dtypes_of(config))
+        return 0, generated * 2.0 * (1 + len(o.get("sparsities", []))) * parameters * size
     if config.experiment == "e05":
         return 0, 0
     trained = o.get("steps", 0) if isinstance(o.get("steps", 0), int) else 0

@@ -69,7 +69,7 @@ def _cell(value: Any) -> Any:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of the source tree and whether it has changes; both None outside a git checkout.
+    """Commit of the source tree and whether it has changes; None where that is unknown, as outside a git checkout.
 
     A machine that has a copy of the tree without its history takes the commit from the variable CATS_COMMIT.
     """
@@ -84,7 +84,7 @@ def git_state() -> dict[str, Any]:
         return done.stdout.strip()
 
     if os.environ.get("CATS_COMMIT"):
-        return {"commit": os.environ["CATS_COMMIT"], "dirty": False}
+        return {"commit": os.environ["CATS_COMMIT"], "dirty": None}
     commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     return {"commit": commit, "dirty": None if status is None else bool(status)}
 

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 from experiments.config import EXPERIMENTS, Config, RunError, is_main_process
@@ -66,8 +67,11 @@ def run_experiment(config: Config, force: bool = False) -> list[Path]:
     Returns:
         The CSV files (none when it was already done, or in a process beside the first).
     """
-    if force and is_main_process():
-        config.clear_state()
+    if force:
+        if is_main_process():
+            config.clear_state()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            PartialState().wait_for_everyone()  # else the others read units that the first is about to remove
     elif is_done(config):
         return []
     started, begin = now(), time.monotonic()

@@ -3,7 +3,13 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cats_kernels.operator import BACKENDS
+
+from cats.calibration import check_sparsity
 from experiments.config import Config
+from experiments.decoding import LOOPS
+
+GROWTH = ("loop", "batches", "contexts", "sparsities", "layers", "prompts")
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,16 @@ def options_of(config: Config) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"e06 has no option {', '.join(unknown)}: allowed are {', '.join(defaults)}")
     options = {**defaults, **config.options}
+    for name, given, known in (
+        ("lengths", set(options["lengths"]), LOOPS),
+        ("growth", set(options["growth"]), GROWTH),
+        ("kernel", {options["kernel"]}, BACKENDS),
+        ("growth.loop", {options["growth"].get("loop", "eager")}, LOOPS),
+    ):
+        if strange := sorted(given - set(known)):
+            raise ValueError(f"e06.{name} cannot be {', '.join(strange)}: allowed are {', '.join(known)}")
+    for sparsity in (*options["sparsities"], *options["growth"].get("sparsities", ())):
+        check_sparsity(sparsity)
     lengths = [n for values in options["lengths"].values() for n in values]
     if not lengths or any(not isinstance(n, int) or n < 2 for n in lengths):
         raise ValueError(

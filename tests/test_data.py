@@ -13,9 +13,11 @@ class Tokenizer:
     """A token a character: its code point."""
 
     eos_token_id: int | None = 0
+    bos_token_id: int | None = None
+    begins: tuple[int, ...] = ()
 
-    def __call__(self, text: str, **_options: object) -> dict[str, list[int]]:
-        return {"input_ids": [ord(character) for character in text]}
+    def __call__(self, text: str, add_special_tokens: bool = True, **_options: object) -> dict[str, list[int]]:
+        return {"input_ids": [*self.begins * add_special_tokens, *map(ord, text)]}
 
 
 def test_documents_are_joined_end_to_end_and_only_as_many_are_read_as_needed() -> None:
@@ -35,6 +37,14 @@ def test_documents_are_joined_end_to_end_and_only_as_many_are_read_as_needed() -
     assert blocks(["abc", "", "de"], bare, 1, 5).tolist() == [[97, 98, 99, 100, 101]]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("begins", [(), (1,)])
+def test_documents_begin_as_the_tokenizer_begins_them(begins: tuple[int, ...]) -> None:
+    tokenizer = Tokenizer()
+    tokenizer.bos_token_id, tokenizer.begins = 1, begins
+    found = blocks(["ab", "c"], tokenizer, 1, 5 + 2 * len(begins))  # type: ignore[arg-type]
+    assert found.tolist() == [[*begins, 97, 98, 0, *begins, 99, 0]]
+
+
 def test_too_little_text_is_said_with_its_size() -> None:
     with pytest.raises(ValueError, match="the text has only 6 tokens, but 2 blocks of 4"):
         blocks(["abc", "d"], Tokenizer(), 2, 4)  # type: ignore[arg-type]
@@ -43,7 +53,9 @@ def test_too_little_text_is_said_with_its_size() -> None:
 def test_ids_are_not_held_as_python_integers() -> None:
     """A million ids in a list are 8 MB of pointers alone."""
     ids = list(range(1000))
-    tokenizer = type("T", (), {"eos_token_id": None, "__call__": lambda *_a, **_k: {"input_ids": ids}})()
+    tokenizer = type(
+        "T", (), {"eos_token_id": None, "bos_token_id": None, "__call__": lambda *_a, **_k: {"input_ids": ids}}
+    )()
     tracemalloc.start()
     try:
         assert blocks(("" for _ in range(1000)), tokenizer, 1000, 1000).shape == (1000, 1000)

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import importlib.metadata
 import json
 import os
 import resource
@@ -156,7 +157,9 @@ def test_provenance_says_where_numbers_come_from(tmp_path: Path, toy: Callable) 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert entry["commit"] == (commit or None) and entry["dirty"] in (True, False, None)
     assert entry["settings"]["options"] == {"limit": 7} and entry["settings"]["seed"] == 0
-    assert entry["versions"]["torch"] == torch.__version__ and entry["versions"]["python"].startswith("3.")
+    assert entry["versions"]["torch"] == importlib.metadata.version("torch") and entry["versions"]["python"].startswith(
+        "3."
+    )
     assert entry["hardware"]["cores"] >= 1 and entry["hardware"]["gpus"] == [
         torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
     ]
@@ -336,6 +339,10 @@ BAD = {
     "dtype": (["run", "e01", "--dtype", "int4"], "unknown dtype 'int4': allowed are auto, float32"),
     "set without =": (["run", "e01", "--set", "e01.bins"], "must look like e02.limit=50"),
     "set of an unknown table": (["run", "e01", "--set", "e99.bins=3"], "must look like e02.limit=50"),
+    "set of an unknown option": (
+        ["run", "e02", "--set", "e02.limt=50"],
+        "e02 has no option limt: allowed are batch_size",
+    ),
     "set below a value": (["run", "e01", "--set", "e01.bins.x=3"], "bins is not a table"),
     "nothing left": (["reproduce", "--only", "e01", "--skip", "e01"], "nothing to run"),
     "data without a split": (["run", "e01", "--set", "data.path=a/b"], "a path but no split"),
@@ -379,11 +386,11 @@ def test_overrides_are_typed_and_reach_the_experiment(tmp_path: Path) -> None:
         "e01.targets=[0.25]",
         "data.path=a/b",
         "data.split=c",
-        "e01.note = a word",
+        "e01.include_path = a word",
         "e01.models=['x']",
     ):
         override(profile, assignment)
     made = make_config("e01", "pocket", profile, tmp_path)
-    assert made.options["bins"] == 7 and made.options["targets"] == [0.25] and made.options["note"] == "a word"
+    assert made.options["bins"] == 7 and made.options["targets"] == [0.25] and made.options["include_path"] == "a word"
     assert made.models == ["x"] and made.data["path"] == "a/b"
     assert make_config("e01", "pocket", load_profile("pocket"), tmp_path).models == ["pocket"]

@@ -247,6 +247,10 @@ def test_fitting_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options(tmp_path: Path) -> None:
     for options, message in (
         ({"length": [8]}, "has no option length"),
+        ({"lengths": {"fast": [8]}}, "e06.lengths cannot be fast: allowed are eager, compiled"),
+        ({"growth": {"batchs": [2]}}, "e06.growth cannot be batchs: allowed are loop, batches"),
+        ({"kernel": "nope"}, "e06.kernel cannot be nope: allowed are auto"),
+        ({"sparsities": [1.5]}, "sparsity must be a number"),
         ({"lengths": {"eager": [1]}}, "2 or more"),
         ({"lengths": {}}, "2 or more"),
         ({"prompts": 0}, "at least one prompt"),

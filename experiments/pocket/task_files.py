@@ -61,7 +61,9 @@ def write_listing(folder: Path, mark: str, rows: list[dict[str, Any]]) -> None:
 
 
 def read_listing(folder: Path, mark: str | None = None) -> list[dict[str, Any]]:
-    """Metadata of the tasks in a folder; none if it has no listing, or one of another fingerprint than `mark`."""
-    path = folder / "tasks.json"
-    listing: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"fingerprint": "", "tasks": []}
+    """Metadata of the tasks in a folder; none if it has no listing that can be read, or one of another fingerprint."""
+    try:
+        listing: dict[str, Any] = json.loads((folder / "tasks.json").read_text())
+    except (FileNotFoundError, ValueError):  # never written, or damaged: to be built again
+        return []
     return listing["tasks"] if mark in (None, listing["fingerprint"]) else []
