@@ -51,7 +51,12 @@ class Histogram:
         return int(self.counts.sum())
 
     def threshold(self, sparsity: float) -> float:
-        """The bin edge t for which the fraction of values below t is nearest to ``sparsity`` (equation 3)."""
+        """The bin edge t for which the fraction of values below t, those that CATS drops, is nearest to ``sparsity``.
+
+        Equation 3 takes the least t with F(t) >= ``sparsity``, where F counts the ties at t too, which CATS keeps. The
+        two differ by at most one bin. That shows where many values are equal, as in bfloat16: no threshold splits a
+        tie, so the sparsity may miss its target by half the tie's share, where equation 3 may miss it by the whole.
+        """
         below = torch.cat([torch.zeros(1, dtype=torch.int64), self.counts.cpu().cumsum(0)]).double() / self.total
         # `below` rises with the edge: the crossing bin's two edges are the candidates, the lower one on a tie
         upper = int(torch.searchsorted(below, torch.tensor(sparsity, dtype=torch.float64)))
@@ -105,6 +110,10 @@ class Thresholds:
             )
             if not valid:
                 raise ValueError(f"thresholds of {site} must map module paths to finite non-negative numbers")
+        if not isinstance(self.model, dict):
+            raise ValueError(f"model must be a mapping of what the thresholds were made for, not {self.model!r}")
+        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 0:
+            raise ValueError(f"tokens must be a non-negative whole number, not {self.tokens!r}")
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, atomically."""
@@ -186,7 +195,8 @@ def calibrate(
 
     Args:
         model: a causal language model with gated MLPs, in any dtype.
-        batches: mappings with ``input_ids`` and optionally ``attention_mask`` (padding is left out), or tensors of ids.
+        batches: mappings with ``input_ids`` and optionally ``attention_mask`` (padding is left out), as a tokenizer
+            returns them, or tensors of ids.
         sparsity: the target k in [0, 1), or several, all served by the same pass.
         sites: ``gate`` (the method), and for appendix B ``attention_input`` and ``mlp_input``.
 
@@ -194,7 +204,8 @@ def calibrate(
         Thresholds, or a dict from target to Thresholds when several were asked for.
 
     Raises:
-        ValueError: a target outside [0, 1), no tokens, no gated MLP, NaN activations, an unknown site.
+        TypeError, ValueError: a target outside [0, 1), no gated MLP, NaN activations, an unknown site, and as
+            `cats.observe.observe`.
     """
     targets = [sparsity] if isinstance(sparsity, int | float) else list(sparsity)
     if not targets:

@@ -14,7 +14,7 @@ def measure_sparsity(model: nn.Module, batches: Batches) -> dict[str, float]:
         Module path of each gated MLP to a fraction in [0, 1].
 
     Raises:
-        ValueError: no tokens, or no gated MLP.
+        TypeError, ValueError: no gated MLP, and as `cats.observe.observe`.
     """
     zeros: dict[str, int] = {}
     counts: dict[str, int] = {}

@@ -1,7 +1,9 @@
 """Calibration against exact float64 quantiles, in one pass and any dtype."""
 
+import copy
 import json
 
+import accelerate
 import pytest
 import torch
 from hypothesis import given, settings
@@ -128,7 +130,15 @@ def test_thresholds_file(tmp_path, llama: torch.nn.Module, batches: list) -> Non
     thresholds.save(path)
     assert cats.Thresholds.load(path) == thresholds
     data = json.loads(path.read_text())
-    for change in ({"format": "other"}, {"sparsity": 1.5}, {"gate": {"a": -1}}, {"gate": {"a": "b"}}, {"extra": 1}):
+    for change in (
+        {"format": "other"},
+        {"sparsity": 1.5},
+        {"gate": {"a": -1}},
+        {"gate": {"a": "b"}},
+        {"extra": 1},
+        {"model": "x"},
+        {"tokens": "many"},
+    ):
         path.write_text(json.dumps({**data, **change}))
         with pytest.raises(ValueError, match="not a CATS thresholds file"):
             cats.Thresholds.load(path)
@@ -150,3 +160,64 @@ def test_bad_batches(llama: torch.nn.Module) -> None:
         cats.calibrate(llama, [{"ids": torch.zeros(1, 1)}])
     with pytest.raises(ValueError, match="unknown sites"):
         cats.calibrate(llama, [torch.zeros(1, 4, dtype=torch.long)], sites=("down",))
+    with pytest.raises(TypeError, match="input_ids of a batch must be a tensor or rows of equal length"):
+        cats.calibrate(llama, [{"input_ids": [[1, 2], [3]]}])
+    with pytest.raises(ValueError, match="attention_mask must have the shape of input_ids"):
+        cats.calibrate(llama, [{"input_ids": torch.ones(2, 4).long(), "attention_mask": torch.ones(2, 1, 4, 4)}])
+
+
+def test_lists_are_taken_as_a_tokenizer_returns_them(llama: torch.nn.Module) -> None:
+    ids = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]
+    mask = [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
+    tensors = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    assert cats.calibrate(llama, [{"input_ids": ids, "attention_mask": mask}]) == cats.calibrate(llama, [tensors])
+
+
+def test_each_module_gets_its_own_mode_back(llama: torch.nn.Module, batches: list) -> None:
+    llama.train()
+    llama.model.layers[0].eval()
+    cats.measure_sparsity(llama, batches)
+    assert llama.training and llama.model.layers[1].mlp.training
+    assert not llama.model.layers[0].mlp.training
+
+
+def test_a_compiled_model_that_has_run_is_observed(llama: torch.nn.Module, batches: list) -> None:
+    expected = cats.calibrate(llama, batches)
+    compiled = torch.compile(llama, backend="eager")
+    with torch.no_grad():
+        compiled(**batches[0], use_cache=False)
+    assert cats.calibrate(compiled, batches) == expected
+    cats.apply(compiled, expected)
+    assert list(cats.measure_sparsity(compiled, batches)) == list(expected.gate)
+
+
+def test_blocks_that_did_not_run_are_named(llama: torch.nn.Module, batches: list) -> None:
+    llama.tower = copy.deepcopy(llama.model.layers[0])
+    with pytest.raises(ValueError, match=r"nothing was seen of tower\.mlp:"):
+        cats.calibrate(llama, batches)
+    with pytest.raises(ValueError, match=r"nothing was seen of tower\.mlp:"):
+        cats.measure_sparsity(llama, batches)
+
+
+def test_a_block_that_sees_some_tokens_only_is_refused_with_a_mask(llama: torch.nn.Module) -> None:
+    mlp = llama.model.layers[0].mlp
+    mlp.register_forward_pre_hook(lambda _module, args: (args[0].flatten(0, 1)[:3],))
+    mlp.register_forward_hook(lambda _module, _args, _output: torch.zeros(2, 5, 32))
+    ids = torch.ones(2, 5).long()
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp sees rows of shape \(3,\)"):
+        cats.calibrate(llama, [{"input_ids": ids, "attention_mask": ids}])
+
+
+def test_an_offloaded_model_is_calibrated_where_it_computes(llama: torch.nn.Module, batches: list) -> None:
+    expected = cats.calibrate(llama, batches)
+    accelerate.cpu_offload(llama, execution_device="cpu")
+    assert next(llama.parameters()).is_meta
+    assert cats.calibrate(llama, batches) == expected
+
+
+def test_ties_by_hand() -> None:
+    histogram = Histogram()
+    histogram.add(torch.tensor([1.0] * 60 + [2.0] * 40))
+    # dropping 0 % misses a target of 20 % less than dropping 60 % does, and of 50 % more
+    assert histogram.fraction_below(histogram.threshold(0.2)) == 0.0
+    assert histogram.fraction_below(histogram.threshold(0.5)) == pytest.approx(0.6)
