@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import accelerate
 import lm_eval
@@ -27,6 +28,8 @@ from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor, nn
+
+from cats.structure import execution_device
 
 METRIC = "acc"
 SEED = 1234  # lm-eval's own default for its few-shot sampler
@@ -89,7 +92,7 @@ class Tasks(dict[str, Task]):
 
     def __init__(self, tasks: Mapping[str, Task]) -> None:
         super().__init__(tasks)
-        self.encodings: dict[int, dict[str, list[int]]] = {}
+        self.encodings: WeakKeyDictionary[Any, dict[str, list[int]]] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -185,7 +188,7 @@ def evaluate(
     states = random.getstate(), np.random.get_state()
     try:
         with _quiet():
-            cache = tasks.encodings.setdefault(id(tokenizer), {})
+            cache = tasks.encodings.setdefault(tokenizer, {})
             language_model = _LanguageModel(model, tokenizer, batch_size, cache)
             for task in tasks.values():
                 task.set_fewshot_seed(SEED)
@@ -236,7 +239,7 @@ def perplexity(model: nn.Module, blocks: Iterable[Tensor]) -> float:
     Raises:
         ValueError: no block of at least two tokens.
     """
-    state, training, device = accelerate.PartialState(), model.training, next(model.parameters()).device
+    state, training, device = accelerate.PartialState(), model.training, execution_device(model)
     total = torch.zeros(2, dtype=torch.float64)  # nats, tokens
     model.eval()
     try:

@@ -1,5 +1,7 @@
 """Accuracy through lm-eval equals what is computed by hand, and perplexity equals exp of the cross-entropy."""
 
+import copy
+import gc
 import math
 import random
 
@@ -83,6 +85,19 @@ def test_evaluating_again_gives_the_same_and_leaves_no_trace(world, loaded, capf
     assert before[:2] == after[:2] and torch.equal(before[2], after[2])
     captured = capfd.readouterr()
     assert "it/s" not in captured.err and captured.out == ""
+
+
+def test_encodings_go_with_their_tokenizer(world, loaded):
+    model, tokenizer = loaded
+    tasks = load_tasks(["tiny_yes"], world / "tasks")
+    evaluate(model, tokenizer, tasks, limit=2)
+    assert tasks.encodings[tokenizer]
+    other = copy.deepcopy(tokenizer)
+    evaluate(model, other, tasks, limit=2)
+    assert len(tasks.encodings) == 2
+    del other
+    gc.collect()
+    assert list(tasks.encodings) == [tokenizer], "a tokenizer with the same id would find another one's encodings"
 
 
 def test_perplexity_is_exp_of_the_mean_cross_entropy(loaded):
