@@ -15,14 +15,22 @@ from typing import Any
 
 import cats_kernels
 import torch
+from cats_kernels.operator import choose_backend
 from torch import Tensor, nn
 
 from cats.activation import CATSActivation, threshold_activation
 from cats.calibration import Thresholds, fingerprint
-from cats.structure import GatedMLP, activation_name, attention_blocks, check_equation_1, gated_mlps
+from cats.structure import (
+    GatedMLP,
+    activation_name,
+    attention_blocks,
+    canonical_name,
+    check_equation_1,
+    check_forward,
+    gated_mlps,
+)
 
-KERNELS = ("auto", "reference", "cpu", "triton")
-_KERNEL_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
+KERNELS = cats_kernels.BACKENDS
 
 
 @dataclass
@@ -55,19 +63,36 @@ def _linears(mlp: GatedMLP) -> list[nn.Module]:
     return [getattr(mlp, name) for name in names]
 
 
-def _obstacle(mlp: GatedMLP, activation: str | None) -> str | None:
+def _obstacle(mlp: GatedMLP, kernel: str) -> str | None:
     """Why the sparse kernel cannot serve ``mlp``, or None if it can."""
+    patched = hasattr(mlp, "cats_state")
+    activation = mlp.cats_state.activation if patched else kernel_activation(getattr(mlp, activation_name(mlp)))
     if activation is None:
         return "its activation is neither SiLU nor tanh-GELU"
     for linear in _linears(mlp):
         if type(linear) is not nn.Linear:
-            return f"a projection is a {type(linear).__name__}, not nn.Linear"
+            return f"a projection is a {type(linear).__module__}.{type(linear).__qualname__}, not torch's nn.Linear"
         if linear.bias is not None:
             return "a projection has a bias"
     weight = mlp.down_proj.weight
-    if weight.device.type not in _KERNEL_DTYPES or weight.dtype not in _KERNEL_DTYPES[weight.device.type]:
+    try:
+        implementation = choose_backend(kernel, weight.device.type, weight.dtype)
+    except (ValueError, RuntimeError) as error:
+        return str(error).rstrip(".")
+    if implementation is cats_kernels.sparse_gated_mlp_reference:
         return f"there is no kernel for {weight.dtype} on {weight.device.type}"
     return None
+
+
+def _obstacles(mlps: dict[str, GatedMLP], kernel: str) -> dict[str, str]:
+    """What stands in ``kernel``'s way, by module path; raises ValueError if it was asked for by name."""
+    if kernel == "reference":
+        return {}
+    found = {name: obstacle for name, mlp in mlps.items() if (obstacle := _obstacle(mlp, kernel))}
+    if found and kernel != "auto":
+        name, obstacle = next(iter(found.items()))
+        raise ValueError(f'kernel="{kernel}" cannot serve {name}: {obstacle}; use kernel="auto" or "reference"')
+    return found
 
 
 def _gate_and_up_weights(mlp: GatedMLP) -> tuple[Tensor, Tensor]:
@@ -77,21 +102,36 @@ def _gate_and_up_weights(mlp: GatedMLP) -> tuple[Tensor, Tensor]:
     return mlp.gate_proj.weight, mlp.up_proj.weight
 
 
+def _is_transposed(down_proj: nn.Module) -> bool:
+    weight: Any = down_proj.weight
+    return weight.t().is_contiguous()
+
+
 class _SparseForward:
     """Mixin put in front of a gated MLP's class: small inputs without gradient go to the sparse kernel."""
 
     cats_state: State
+    training: bool
+    down_proj: nn.Module
 
     def _takes_sparse_path(self, x: Tensor) -> bool:
-        # the projections' types are looked at in every call, since peft may have wrapped one after the patch
         return (
             self.cats_state.sparse
             and not torch.is_grad_enabled()
+            and not self.training  # reentrant gradient checkpointing runs forward first without gradients
             # on a CPU the operator chooses by rows itself: torch took 1 to 4 s for 2 to 8 bfloat16 rows times a
             # transposed down projection of Mistral-7B's shape, a whole dense MLP 0.04 to 0.13 s
             and (x.device.type == "cpu" or x.numel() <= cats_kernels.MAX_ROWS * x.shape[-1])
-            and all(type(linear) is nn.Linear for linear in _linears(self))
+            and self._weights_fit(x)
         )
+
+    def _weights_fit(self, x: Tensor) -> bool:
+        """Looked at in every call: since the patch peft may have wrapped a projection, accelerate offloaded it, or
+        ``load_state_dict(assign=True)`` put one in its place that is not transposed."""
+        return all(
+            type(linear) is nn.Linear and linear.weight.device == x.device and linear.weight.dtype == x.dtype
+            for linear in _linears(self)
+        ) and _is_transposed(self.down_proj)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._takes_sparse_path(x):
@@ -104,6 +144,10 @@ class _SparseForward:
             )
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
+    def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
+        """pickle cannot find a class made while running: `_rebuild` makes it again."""
+        return _rebuild, (type(self).__mro__[2],), self.__getstate__()
+
 
 @cache
 def _sparse_class(original: Any) -> Any:
@@ -111,10 +155,18 @@ def _sparse_class(original: Any) -> Any:
     return type(f"CATS{original.__name__}", (_SparseForward, original), {"__module__": original.__module__})
 
 
+def _rebuild(original: Any) -> Any:
+    """An empty patched MLP, for pickle and deepcopy to fill."""
+    cls = _sparse_class(original)
+    return cls.__new__(cls)
+
+
 def _set_class(mlp: GatedMLP, cls: Any) -> None:
     mlp.__class__ = cls
-    if "_old_forward" in mlp.__dict__:  # accelerate's device_map hooks call the forward they found first
-        mlp._old_forward = MethodType(cls.forward, mlp)
+    # accelerate's hooks call the forward that they found first, and leave it behind as "forward" when they go
+    for name in ("_old_forward", "forward"):
+        if isinstance(mlp.__dict__.get(name), MethodType):
+            setattr(mlp, name, MethodType(cls.forward, mlp))
 
 
 def _contiguous_in_state_dict(_module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -124,32 +176,21 @@ def _contiguous_in_state_dict(_module: nn.Module, state_dict: dict[str, Any], pr
         state_dict[f"{prefix}weight"] = weight.contiguous()
 
 
-def _enable_kernel(name: str, mlp: GatedMLP, state: State, kernel: str) -> str | None:
-    """Put ``mlp`` on the sparse path if ``kernel`` asks for it and can serve it; else say what stands in the way."""
-    state.kernel = kernel
-    if kernel == "reference":
-        _disable_kernel(mlp, state)
-        return None
-    obstacle = _obstacle(mlp, state.activation)
-    if obstacle:
-        _disable_kernel(mlp, state)
-        if kernel != "auto":
-            raise ValueError(f'kernel="{kernel}" cannot serve {name}: {obstacle}; use kernel="auto" or "reference"')
-        return obstacle
-    if not state.handles:
+def _enable_kernel(mlp: GatedMLP) -> None:
+    if not _is_transposed(mlp.down_proj):
         weight = mlp.down_proj.weight
         weight.data = weight.data.t().contiguous().t()
-        state.handles.append(mlp.down_proj._register_state_dict_hook(_contiguous_in_state_dict))
-    state.sparse = True
-    return None
+    if not mlp.cats_state.handles:
+        mlp.cats_state.handles.append(mlp.down_proj._register_state_dict_hook(_contiguous_in_state_dict))
+    mlp.cats_state.sparse = True
 
 
-def _disable_kernel(mlp: GatedMLP, state: State) -> None:
-    state.sparse = False
-    if state.handles:
-        for handle in state.handles:
+def _disable_kernel(mlp: GatedMLP) -> None:
+    mlp.cats_state.sparse = False
+    if mlp.cats_state.handles:
+        for handle in mlp.cats_state.handles:
             handle.remove()
-        state.handles.clear()
+        mlp.cats_state.handles.clear()
         down = getattr(mlp.down_proj, "base_layer", mlp.down_proj)
         down.weight.data = down.weight.data.contiguous()
 
@@ -162,29 +203,89 @@ def _threshold_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     return args, {**kwargs, "hidden_states": threshold_activation(kwargs["hidden_states"], threshold)}
 
 
-def _set_input_thresholds(modules: dict[str, Any], thresholds: dict[str, float]) -> None:
-    for name, module in modules.items():
-        if "cats_input_handle" in module.__dict__ and name not in thresholds:
+def _set_input_thresholds(model: nn.Module, thresholds: dict[str, float]) -> None:
+    """Put ``thresholds``, by module path, on the inputs of those modules, and take all others off."""
+    module: Any
+    changed = False
+    for name, module in model.named_modules():
+        threshold, hooked = thresholds.get(canonical_name(name)), "cats_input_handle" in module.__dict__
+        changed |= hooked != (threshold is not None)
+        if threshold is not None:
+            module.cats_input_threshold = threshold
+            if not hooked:
+                module.cats_input_handle = module.register_forward_pre_hook(_threshold_input, with_kwargs=True)
+        elif hooked:
             module.cats_input_handle.remove()
             del module.cats_input_handle, module.cats_input_threshold
-        if name in thresholds:
-            module.cats_input_threshold = thresholds[name]
-            if "cats_input_handle" not in module.__dict__:
-                module.cats_input_handle = module.register_forward_pre_hook(_threshold_input, with_kwargs=True)
+    if changed:
+        torch.compiler.reset()  # compiled code does not notice that a hook has come or gone
+
+
+def swap_thresholds(model: nn.Module, thresholds: Thresholds) -> None:
+    """Put ``thresholds``, which fit, into a patched model and leave the rest of the patch as it is."""
+    for name, mlp in gated_mlps(model).items():
+        getattr(mlp, activation_name(mlp)).threshold = thresholds.gate[name]
+    _set_input_thresholds(model, {**thresholds.mlp_input, **thresholds.attention_input})
+
+
+def sites_in_force(model: nn.Module) -> tuple[str, ...]:
+    """Which of `cats.observe.SITES` have thresholds in ``model``. Raises ValueError unless `apply` has patched it."""
+    for name, mlp in gated_mlps(model).items():
+        if not isinstance(getattr(mlp, activation_name(mlp)), CATSActivation):
+            raise ValueError(f"{name} has no threshold: call cats.apply(model, thresholds) first")
+    hooked = [module for module in model.modules() if "cats_input_handle" in module.__dict__]
+    sites = {"mlp_input" if hasattr(module, "cats_state") else "attention_input" for module in hooked}
+    return ("gate", *sorted(sites))
 
 
 def _check(model: nn.Module, mlps: dict[str, GatedMLP], thresholds: Thresholds, kernel: str) -> None:
+    """Everything about the arguments of `apply` but the model's own blocks."""
     if kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}: allowed are {', '.join(KERNELS)}")
     actual = fingerprint(model)
-    different = [key for key, value in thresholds.model.items() if actual.get(key) != value]
-    if different or set(thresholds.gate) != set(mlps):
-        made_for = thresholds.model or f"{len(thresholds.gate)} layers"
-        raise ValueError(f"these thresholds were made for another model: they are for {made_for}, this one is {actual}")
+    if any(actual.get(key) != value for key, value in thresholds.model.items()):
+        raise ValueError(
+            f"these thresholds were made for another model: they are for {thresholds.model}, this one is {actual}"
+        )
+    missing = [name for name in mlps if name not in thresholds.gate]
+    unknown = [name for name in thresholds.gate if name not in mlps]
+    unknown += [name for name in thresholds.mlp_input if name not in mlps]
+    if thresholds.attention_input:
+        attention = attention_blocks(model)
+        unknown += [name for name in thresholds.attention_input if name not in attention]
+    if missing or unknown:
+        raise ValueError(
+            "these thresholds were made for another model: "
+            f"they lack {', '.join(missing) or 'none'} of its layers, and it lacks {', '.join(unknown) or 'none'}"
+        )
+
+
+def _check_blocks(mlps: dict[str, GatedMLP]) -> None:
     for name, mlp in mlps.items():
         activation = getattr(mlp, activation_name(mlp))
         if isinstance(activation, CATSActivation) != hasattr(mlp, "cats_state"):
             raise ValueError(f"{name} already has a {type(activation).__name__} patch: call cats.remove(model) first")
+        if hasattr(mlp, "cats_state"):
+            check_forward(name, mlp)
+        else:
+            check_equation_1(name, mlp)
+
+
+def _patch(mlp: GatedMLP) -> None:
+    attribute = activation_name(mlp)
+    original = getattr(mlp, attribute)
+    mlp.cats_state = State(original, activation=kernel_activation(original))
+    setattr(mlp, attribute, CATSActivation(original, 0.0))
+    cls: Any = type(mlp)
+    _set_class(mlp, _sparse_class(cls))
+
+
+def _unpatch(mlp: GatedMLP) -> None:
+    _disable_kernel(mlp)
+    setattr(mlp, activation_name(mlp), mlp.cats_state.original)
+    if isinstance(mlp, _SparseForward):
+        _set_class(mlp, type(mlp).__mro__[2])
+    del mlp.cats_state
 
 
 def apply(model: nn.Module, thresholds: Thresholds, kernel: str = "auto") -> None:
@@ -197,33 +298,29 @@ def apply(model: nn.Module, thresholds: Thresholds, kernel: str = "auto") -> Non
             warning where neither can serve; ``cpu`` and ``triton`` raise instead; ``reference`` is the dense path.
 
     Raises:
-        ValueError: unknown kernel, no gated MLP, thresholds of another model, an MLP that does not compute equation 1,
-            a ReLUfied model, or a kernel that cannot serve this model.
+        ValueError: unknown kernel, no gated MLP, thresholds of another model, an MLP that does not compute equation 1
+            or whose activation or forward CATS cannot reach, a ReLUfied model, or a kernel that cannot serve this
+            model. The model is then as it was, patched or not.
     """
     mlps = gated_mlps(model)
     _check(model, mlps, thresholds, kernel)
-    fresh = {name: mlp for name, mlp in mlps.items() if not hasattr(mlp, "cats_state")}
-    for name, mlp in fresh.items():
-        check_equation_1(name, mlp)
-    obstacles: dict[str, str] = {}
+    _check_blocks(mlps)
+    obstacles = _obstacles(mlps, kernel)
+    fresh = [mlp for mlp in mlps.values() if not hasattr(mlp, "cats_state")]
     try:
+        for mlp in fresh:
+            _patch(mlp)
         for name, mlp in mlps.items():
-            attribute = activation_name(mlp)
-            if name in fresh:
-                original = getattr(mlp, attribute)
-                mlp.cats_state = State(original, activation=kernel_activation(original))
-                setattr(mlp, attribute, CATSActivation(original, 0.0))
-                cls: Any = type(mlp)
-                _set_class(mlp, _sparse_class(cls))
-            getattr(mlp, attribute).threshold = thresholds.gate[name]
-            obstacle = _enable_kernel(name, mlp, mlp.cats_state, kernel)
-            if obstacle:
-                obstacles[name] = obstacle
-        _set_input_thresholds(mlps, thresholds.mlp_input)
-        if thresholds.attention_input or any("cats_input_handle" in m.__dict__ for m in model.modules()):
-            _set_input_thresholds(attention_blocks(model), thresholds.attention_input)
-    except BaseException:
-        remove(model)
+            mlp.cats_state.kernel = kernel
+            if kernel == "reference" or name in obstacles:
+                _disable_kernel(mlp)
+            else:
+                _enable_kernel(mlp)
+        swap_thresholds(model, thresholds)
+    except BaseException:  # no memory for a transposed weight, Ctrl-C
+        for mlp in fresh:
+            if hasattr(mlp, "cats_state"):
+                _unpatch(mlp)
         raise
     if obstacles:
         name, obstacle = next(iter(obstacles.items()))
@@ -235,17 +332,7 @@ def apply(model: nn.Module, thresholds: Thresholds, kernel: str = "auto") -> Non
 
 def remove(model: nn.Module) -> None:
     """Undo `apply` and `cats.relufy`: every weight, buffer, class and activation as before, bit for bit."""
-    module: Any
-    for module in model.modules():
-        if "cats_input_handle" in module.__dict__:
-            module.cats_input_handle.remove()
-            del module.cats_input_handle, module.cats_input_threshold
+    _set_input_thresholds(model, {})
     for mlp in gated_mlps(model).values():
-        if not hasattr(mlp, "cats_state"):
-            continue
-        state = mlp.cats_state
-        _disable_kernel(mlp, state)
-        setattr(mlp, activation_name(mlp), state.original)
-        if isinstance(mlp, _SparseForward):
-            _set_class(mlp, type(mlp).__mro__[2])
-        del mlp.cats_state
+        if hasattr(mlp, "cats_state"):
+            _unpatch(mlp)

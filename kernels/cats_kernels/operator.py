@@ -24,6 +24,8 @@ MAX_ROWS = 8
 """Rows of ``x`` that share a kernel's loads of the weights. Any number of rows is allowed: each backend takes the dense
 masked path where that is faster (``cats_kernels.cpu.DENSE_ROWS``, ``cats_kernels.triton_mlp.SPARSE_ROWS``)."""
 
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 Implementation = Callable[[Tensor, Tensor, Tensor, Tensor, float, str], Tensor]
 
 
@@ -154,7 +156,7 @@ def choose_backend(backend: str, device: str, dtype: torch.dtype) -> Implementat
     """
     cpu_kernel_fits = device == "cpu" and dtype in (torch.float32, torch.bfloat16)
     if backend == "auto":
-        if device == "cuda" and dtype != torch.float64:
+        if device == "cuda" and dtype in TRITON_DTYPES:
             try:
                 return _triton()
             except ImportError as error:
@@ -169,6 +171,8 @@ def choose_backend(backend: str, device: str, dtype: torch.dtype) -> Implementat
     if backend == "triton":
         if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(f"backend 'triton' needs CUDA tensors (or TRITON_INTERPRET=1), not {device}.")
+        if dtype not in TRITON_DTYPES:
+            raise ValueError(f"backend 'triton' takes float32, float16 or bfloat16, not {dtype}.")
         try:
             return _triton()
         except ImportError as error:

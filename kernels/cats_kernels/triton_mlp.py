@@ -19,12 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .operator import MAX_ROWS
 from .triton_kernels import gate_kernel, masked_product_kernel, one_pass_kernel, up_down_kernel, up_kernel
 from .triton_launch import Call, Launch, cdiv, power_of_2, target_of
 from .triton_paper import plan_down, plan_paper, plan_reduce
-
-MAX_ROWS = 8
-"""Rows of x that share each weight load; more rows belong on the dense path."""
 
 SPARSE_ROWS = {2: 4, 4: 8}
 """Bytes of a weight -> most rows of x for which VARIANTS["cats"] takes the sparse kernels; above it, `dense_masked`.
