@@ -7,11 +7,12 @@ launch` the same global batch is split among the processes.
 """
 
 import contextlib
+import json
 import random
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from cats.calibration import Thresholds, calibrate
+from cats.calibration import Thresholds, calibrate, write_text_atomically
 from cats.observe import Batches
-from cats.patching import apply
+from cats.patching import sites_in_force, swap_thresholds
 from cats.structure import gated_mlps
 
 PROJECTIONS = {
@@ -144,7 +145,9 @@ def remove_lora(model: PeftModel) -> PreTrainedModel:
 
 
 def recalibrate(model: nn.Module, batches: Batches, sparsity: float) -> Thresholds:
-    """Move the thresholds of a patched model, perhaps inside peft, back onto the target: calibrate again and apply.
+    """Move the thresholds of a patched model, perhaps inside peft, back onto the target: calibrate again and swap them.
+
+    The sites that have thresholds get new ones, and the kernel stays as it was.
 
     Fine-tuning shifts the activations under thresholds that stay (the paper's CATS-50 Mistral-7B drifted to 41 %).
     To be called after training, or during it from ``measure`` of `finetune`.
@@ -153,10 +156,10 @@ def recalibrate(model: nn.Module, batches: Batches, sparsity: float) -> Threshol
         The new thresholds, now in force.
 
     Raises:
-        ValueError: as `cats.calibrate`.
+        ValueError: the model is not patched by `cats.apply`, and as `cats.calibrate`.
     """
-    thresholds = calibrate(model, batches, sparsity)
-    apply(model, thresholds, kernel="reference")
+    thresholds = calibrate(model, batches, sparsity, sites_in_force(model))
+    swap_thresholds(model, thresholds)
     return thresholds
 
 
@@ -175,7 +178,8 @@ def finetune(
         model: from `add_lora`.
         data: items with ``input_ids`` and ``labels``.
         settings: hyper-parameters.
-        workdir: checkpoints are written here at each of ``steps``; one found here is resumed from.
+        workdir: checkpoints are written here at each of ``steps``; one found here, of a run with the same settings,
+            steps and number of items, is resumed from.
         steps: after which steps to measure and save; the last step always is among them.
         measure: called then, with the model as it is; returns what JSON can hold.
         collator: makes a batch of items; the default stacks tensors of equal length.
@@ -185,7 +189,8 @@ def finetune(
         and what ``measure`` returned, whether measured now or before an interruption.
 
     Raises:
-        ValueError: no data, a step outside the run, or a batch that the processes cannot share evenly.
+        ValueError: no data, a step outside the run, a batch that the processes cannot share evenly, or a ``workdir``
+            with checkpoints of another run.
     """
     wanted = sorted({*steps, settings.steps})
     if settings.steps < 1 or wanted[0] < 1 or wanted[-1] > settings.steps:
@@ -193,6 +198,8 @@ def finetune(
     if not len(data):  # type: ignore[arg-type]
         raise ValueError("there is no training data: give at least one item")
     arguments, checkpoint = _arguments(model, settings, workdir), _last_checkpoint(workdir)
+    run = {**asdict(settings), "measured steps": wanted, "items": len(data)}  # type: ignore[arg-type]
+    _claim(workdir, run, resuming=checkpoint is not None)
     if checkpoint is not None and checkpoint.name == f"checkpoint-{settings.steps}":
         # given a checkpoint of its last step, Trainer would take one step more
         set_peft_model_state_dict(
@@ -271,6 +278,20 @@ def _arguments(model: PeftModel, settings: TrainSettings, workdir: Path) -> Trai
         dataloader_pin_memory=parameter.device.type != "cpu",
         ddp_find_unused_parameters=False,
     )
+
+
+def _claim(workdir: Path, run: dict[str, Any], resuming: bool) -> None:
+    """Note in ``workdir`` what its run is; raise ValueError when it is resumed as another one."""
+    path = workdir / "run.json"
+    if resuming:
+        found = json.loads(path.read_text()) if path.exists() else {}
+        different = [key for key in run if found.get(key) != run[key]]
+        if different:
+            raise ValueError(
+                f"{workdir} has checkpoints of a run with other {', '.join(different)}: empty it or name another folder"
+            )
+    elif accelerate.PartialState().is_main_process:
+        write_text_atomically(path, json.dumps(run) + "\n")
 
 
 def _last_checkpoint(workdir: Path) -> Path | None:

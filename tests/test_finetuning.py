@@ -108,7 +108,11 @@ def test_sparse_kernel_gives_the_logits_of_the_path_that_was_trained(tmp_path):
 
 def test_training_lowers_the_loss_and_leaves_weights_and_thresholds_alone(tmp_path):
     model = patched()
-    before = {k: v.clone() for k, v in model.state_dict().items() if "lora" not in k}
+
+    def frozen():
+        return {k: v for k, v in model.state_dict().items() if "lora" not in k}
+
+    before = {k: v.clone() for k, v in frozen().items()}
     thresholds = [m.act_fn.threshold for m in cats.gated_mlps(model).values()]
     torch.manual_seed(11)
     expected = torch.rand(1)
@@ -118,12 +122,12 @@ def test_training_lowers_the_loss_and_leaves_weights_and_thresholds_alone(tmp_pa
     assert [record["step"] for record in records] == [20, 40]
     assert records[1]["train_loss"] < records[0]["train_loss"]
     assert [m.act_fn.threshold for m in cats.gated_mlps(model).values()] == thresholds
+    assert set(frozen()) == set(before) and all(torch.equal(value, before[key]) for key, value in frozen().items())
     bare = remove_lora(model)
     cats.remove(bare)
     original = tiny_model().state_dict()
     assert all(torch.equal(original[key], value) for key, value in bare.state_dict().items())
     assert set(original) == set(bare.state_dict())
-    assert len(before) == len(original)
 
 
 @pytest.mark.parametrize("settings", ["paper", "code"])
@@ -209,6 +213,40 @@ def test_recalibrate_moves_a_drifted_model_back_onto_its_target():
     assert drifted > 0.02
     assert error() < 0.005
     assert [m.act_fn.threshold for m in cats.gated_mlps(model).values()] == list(thresholds.gate.values())
+
+
+def test_recalibrate_keeps_the_sites_and_the_kernel():
+    model, batches = tiny_model(), [row["input_ids"] for row in data(8)]
+    sites = ("gate", "attention_input", "mlp_input")
+    low, high = cats.calibrate(model, batches, [0.3, 0.7], sites).values()
+    cats.apply(model, low, kernel="cpu")
+    thresholds = recalibrate(model, batches, 0.7)
+    mlp, attention = model.model.layers[0].mlp, model.model.layers[0].self_attn
+    assert (mlp.cats_state.sparse, mlp.cats_state.kernel) == (True, "cpu")
+    first = "model.layers.0"
+    assert mlp.act_fn.threshold == thresholds.gate[f"{first}.mlp"] > low.gate[f"{first}.mlp"]
+    assert mlp.cats_input_threshold == thresholds.mlp_input[f"{first}.mlp"] > low.mlp_input[f"{first}.mlp"]
+    # nothing lies before the first attention block, so that its input is that of the dense model
+    assert attention.cats_input_threshold == high.attention_input[f"{first}.self_attn"]
+    with pytest.raises(ValueError, match=r"has no threshold: call cats\.apply"):
+        recalibrate(tiny_model(), batches, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "items", "different"),
+    [
+        ({"learning_rate": 5.0}, [2], 40, "learning_rate"),
+        ({"steps": 6}, [2], 40, "steps, measured steps"),
+        ({}, [1, 3], 40, "measured steps"),
+        ({}, [2], 39, "items"),
+    ],
+)
+def test_a_workdir_of_another_run_is_refused(tmp_path, settings, steps, items, different):
+    asked = dataclasses.replace(SETTINGS, steps=4)
+    records = finetune(patched(), data(), asked, tmp_path, [2])
+    with pytest.raises(ValueError, match=f"checkpoints of a run with other {different}:"):
+        finetune(patched(), data(items), dataclasses.replace(asked, **settings), tmp_path, steps)
+    assert finetune(patched(), data(), asked, tmp_path, [2]) == records
 
 
 def test_an_adapter_can_be_saved_and_loaded_onto_a_patched_model(tmp_path):
