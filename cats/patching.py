@@ -177,11 +177,11 @@ def _contiguous_in_state_dict(_module: nn.Module, state_dict: dict[str, Any], pr
 
 
 def _enable_kernel(mlp: GatedMLP) -> None:
+    if not mlp.cats_state.handles:
+        mlp.cats_state.handles.append(mlp.down_proj._register_state_dict_hook(_contiguous_in_state_dict))
     if not _is_transposed(mlp.down_proj):
         weight = mlp.down_proj.weight
         weight.data = weight.data.t().contiguous().t()
-    if not mlp.cats_state.handles:
-        mlp.cats_state.handles.append(mlp.down_proj._register_state_dict_hook(_contiguous_in_state_dict))
     mlp.cats_state.sparse = True
 
 

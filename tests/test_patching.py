@@ -1,17 +1,23 @@
 """Applying and removing CATS on live models of every supported family."""
 
 import copy
+import io
+from types import MethodType
 
+import accelerate
+import cats_kernels
 import peft
 import pytest
 import torch
+import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import cats
 
-from .conftest import FAMILIES, tiny_model
+from .conftest import FAMILIES, TINY, tiny_model
 
 
 def masked_reference_logits(model: nn.Module, ids: torch.Tensor, thresholds: cats.Thresholds) -> torch.Tensor:
@@ -34,16 +40,34 @@ def masked_reference_logits(model: nn.Module, ids: torch.Tensor, thresholds: cat
         return reference(ids).logits
 
 
+@pytest.fixture
+def operator_calls(monkeypatch) -> list[str]:
+    """The backend asked for in each call of the operator by a patched model; empty when the dense path ran."""
+    calls: list[str] = []
+    operator = cats_kernels.sparse_gated_mlp
+
+    def counted(*args):
+        calls.append(args[-1])
+        return operator(*args)
+
+    monkeypatch.setattr(cats_kernels, "sparse_gated_mlp", counted)
+    return calls
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("length", [1, 6, 40], ids=["sparse, 1 row", "sparse, 6 rows", "dense masked"])
-def test_patched_model_computes_the_masked_function(family: str, length: int, batches: list) -> None:
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize("length", [1, 6, 40])
+def test_patched_model_computes_the_masked_function(
+    family: str, length: int, kernel: str, batches: list, operator_calls: list
+) -> None:
     model = tiny_model(family)
     thresholds = cats.calibrate(model, batches, 0.6)
     ids = batches[0]["input_ids"][:1, :length]
     expected = masked_reference_logits(model, ids, thresholds)
-    cats.apply(model, thresholds)
+    cats.apply(model, thresholds, kernel)
     with torch.no_grad():
         actual = model(ids).logits.double()
+    assert operator_calls == (["auto"] * 3 if kernel == "auto" else [])  # on a CPU any number of rows
     assert (actual - expected).norm() / expected.norm() < 1e-5
     dense = copy.deepcopy(model)
     cats.remove(dense)
@@ -185,8 +209,6 @@ def test_deepcopy_of_a_patched_model_is_independent(llama: nn.Module, batches: l
 
 
 def test_accelerate_hooks(llama: nn.Module, batches: list) -> None:
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
     ids = batches[0]["input_ids"][:1, :3]
     for mlp in cats.gated_mlps(llama).values():
         add_hook_to_module(mlp, AlignDevicesHook(execution_device="cpu"))
@@ -197,6 +219,112 @@ def test_accelerate_hooks(llama: nn.Module, batches: list) -> None:
         assert (llama(ids).logits.double() - expected).norm() / expected.norm() < 1e-5
     cats.remove(llama)
     assert llama.model.layers[0].mlp._old_forward.__func__ is type(llama.model.layers[0].mlp).forward
+
+
+def test_accelerate_hooks_that_go_before_the_patch(llama: nn.Module, batches: list) -> None:
+    ids = batches[0]["input_ids"]
+    thresholds, dense = cats.calibrate(llama, batches, 0.7), llama(ids).logits
+    for mlp in cats.gated_mlps(llama).values():
+        add_hook_to_module(mlp, AlignDevicesHook(execution_device="cpu"))
+    cats.apply(llama, thresholds)
+    remove_hook_from_submodules(llama)
+    cats.apply(llama, thresholds)
+    assert not torch.allclose(llama(ids).logits, dense)
+    cats.remove(llama)
+    assert torch.equal(llama(ids).logits, dense)
+
+
+def test_a_patched_model_that_is_offloaded_takes_the_dense_path(
+    llama: nn.Module, batches: list, operator_calls: list
+) -> None:
+    ids = batches[0]["input_ids"][:1, :2]
+    thresholds = cats.calibrate(llama, batches, 0.7)
+    expected = masked_reference_logits(llama, ids, thresholds)
+    cats.apply(llama, thresholds)
+    accelerate.cpu_offload(llama, execution_device="cpu")
+    with torch.no_grad():
+        assert (llama(ids).logits.double() - expected).norm() / expected.norm() < 1e-5
+    assert operator_calls == []
+    cats.remove(llama)
+    remove_hook_from_submodules(llama)
+    assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), tiny_model().parameters(), strict=True))
+
+
+def test_weights_put_in_place_of_a_transposed_one(llama: nn.Module, batches: list, operator_calls: list) -> None:
+    ids = batches[0]["input_ids"][:1, :2]
+    thresholds = cats.calibrate(llama, batches, 0.6)
+    other = tiny_model(seed=1)
+    expected = masked_reference_logits(other, ids, thresholds)
+    cats.apply(llama, thresholds)
+    llama.load_state_dict(other.state_dict(), assign=True)
+    for calls in (0, 3):  # the dense path, and after another apply the kernel
+        with torch.no_grad():
+            assert (llama(ids).logits.double() - expected).norm() / expected.norm() < 1e-5
+        assert len(operator_calls) == calls
+        cats.apply(llama, thresholds)
+
+
+def test_training_never_takes_the_kernel(llama: nn.Module, batches: list, operator_calls: list) -> None:
+    """Reentrant checkpointing runs forward without gradients first, and once more in backward."""
+    cats.apply(llama, cats.calibrate(llama, batches))
+    llama.train()
+    llama.gradient_checkpointing_enable({"use_reentrant": True})
+    llama.enable_input_require_grads()
+    ids = batches[0]["input_ids"][:1, :4]
+    llama(ids, labels=ids).loss.backward()
+    assert llama.model.layers[0].mlp.down_proj.weight.grad.any()
+    assert operator_calls == []
+
+
+def test_a_patched_model_can_be_pickled(llama: nn.Module, batches: list, operator_calls: list) -> None:
+    ids = batches[0]["input_ids"][:1, :2]
+    cats.apply(llama, cats.calibrate(llama, batches, 0.7, sites=("gate", "attention_input", "mlp_input")))
+    file = io.BytesIO()
+    torch.save(llama, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, llama(ids).logits)
+    assert len(operator_calls) == 6
+    assert type(loaded.model.layers[0].mlp) is type(llama.model.layers[0].mlp)
+    cats.remove(loaded)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), tiny_model().parameters(), strict=True))
+
+
+def test_compiled_code_notices_attention_thresholds(llama: nn.Module, batches: list) -> None:
+    thresholds = cats.calibrate(llama, batches, 0.7, sites=("gate", "attention_input"))
+    ids = batches[0]["input_ids"]
+    compiled = torch.compile(llama, backend="eager")
+    with torch.no_grad():
+        dense = compiled(ids, use_cache=False).logits
+        cats.apply(llama, thresholds)
+        assert torch.allclose(compiled(ids, use_cache=False).logits, llama(ids).logits, atol=1e-5)
+        cats.remove(llama)
+        assert torch.allclose(compiled(ids, use_cache=False).logits, dense, atol=1e-5)
+
+
+def test_a_failed_apply_leaves_the_patch_that_was_there(llama: nn.Module, batches: list) -> None:
+    made = cats.calibrate(llama, batches, [0.5, 0.9])
+    cats.apply(llama, made[0.5])
+    wrapped = peft.get_peft_model(llama, peft.LoraConfig(r=2, target_modules=["down_proj"]))
+    with pytest.raises(ValueError, match=r"is a peft\.tuners\.lora\.layer\.Linear, not torch's nn\.Linear"):
+        cats.apply(wrapped, made[0.9], kernel="cpu")
+    assert all(abs(s - 0.5) < 0.02 for s in cats.measure_sparsity(wrapped, batches).values())
+    assert all(mlp.cats_state.kernel == "auto" for mlp in cats.gated_mlps(wrapped).values())
+
+
+def test_an_apply_that_is_cut_short_leaves_the_model_as_it_was(llama: nn.Module, batches: list, monkeypatch) -> None:
+    thresholds = cats.calibrate(llama, batches)
+    types = [type(module) for module in llama.modules()]
+
+    def interrupt(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llama.model.layers[1].mlp.down_proj, "_register_state_dict_hook", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cats.apply(llama, thresholds)
+    assert [type(module) for module in llama.modules()] == types
+    assert all(parameter.is_contiguous() for parameter in llama.parameters())
 
 
 class ClippedMLP(nn.Module):
@@ -215,6 +343,62 @@ class ClippedMLP(nn.Module):
         return self.down_proj((self.act_fn(self.gate_proj(x)) * self.up_proj(x)).clamp(-0.01, 0.01))
 
 
+class HardCodedMLP(ClippedMLP):
+    """Equation 1 without a call of the activation module, as fused blocks do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ScaledMLP(ClippedMLP):
+    """Three times equation 1."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_blocks_on_which_cats_would_do_nothing_are_refused(llama: nn.Module, batches: list) -> None:
+    model = nn.ModuleDict({"mlp": HardCodedMLP()})
+    with pytest.raises(ValueError, match=r"mlp \(HardCodedMLP\) does not call its act_fn"):
+        cats.apply(model, cats.Thresholds(0.5, {"mlp": 0.1}))
+    with pytest.raises(ValueError, match="does not call its act_fn"):
+        cats.relufy(model)
+    assert isinstance(model["mlp"].act_fn, nn.SiLU)
+    thresholds = cats.calibrate(llama, batches)
+    for patched in (False, True):
+        mlp = llama.model.layers[1].mlp
+        mlp.forward = MethodType(HardCodedMLP.forward, mlp)  # as Liger does
+        with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp .* has had its forward replaced"):
+            cats.apply(llama, thresholds)
+        assert hasattr(mlp, "cats_state") == patched
+        del mlp.forward
+        cats.apply(llama, thresholds)
+
+
+def test_small_weights_do_not_hide_another_function() -> None:
+    model = nn.ModuleDict({"mlp": ScaledMLP()})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0, 0.02)
+    with pytest.raises(ValueError, match="does not compute"):
+        cats.apply(model, cats.Thresholds(0.5, {"mlp": 0.1}))
+
+
+@pytest.mark.parametrize(
+    ("family", "extra"),
+    [
+        ("Qwen2Moe", {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4}),
+        ("Mixtral", {"num_local_experts": 4}),
+    ],
+)
+def test_mixtures_of_experts_are_refused_whole(family: str, extra: dict, batches: list) -> None:
+    config = getattr(transformers, f"{family}Config")(**{**TINY, **extra})
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=f"{family}ForCausalLM is a mixture of experts"):
+        cats.calibrate(model, batches)
+    with pytest.raises(ValueError, match=f"{family}ForCausalLM is a mixture of experts"):
+        cats.apply(model, cats.Thresholds(0.5, {}))
+
+
 def test_refusals(llama: nn.Module, batches: list) -> None:
     thresholds = cats.calibrate(llama, batches)
     with pytest.raises(ValueError, match="no gated MLP"):
@@ -225,6 +409,14 @@ def test_refusals(llama: nn.Module, batches: list) -> None:
         cats.apply(tiny_model("Mistral"), thresholds)
     with pytest.raises(ValueError, match="unknown kernel"):
         cats.apply(llama, thresholds, kernel="cuda")
+    layers = "model.layers.0.mlp, model.layers.1.mlp, model.layers.2.mlp"
+    with pytest.raises(ValueError, match=f"they lack {layers} of its layers, and it lacks other"):
+        cats.apply(llama, cats.Thresholds(0.5, {"other": 0.1}, model=thresholds.model))
+    for site in ("attention_input", "mlp_input"):
+        with pytest.raises(ValueError, match="they lack none of its layers, and it lacks typo"):
+            cats.apply(llama, cats.Thresholds(0.5, thresholds.gate, **{site: {"typo": 0.1}}))
+    with pytest.raises(ValueError, match=r"cannot serve model.layers.0.mlp: backend 'triton' needs CUDA"):
+        cats.apply(llama, thresholds, kernel="triton")
     with pytest.raises(ValueError, match="cannot serve"):
         cats.apply(llama.to(torch.float16), thresholds, kernel="cpu")
     assert not hasattr(llama.model.layers[0].mlp, "cats_state")

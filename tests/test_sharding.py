@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import cats_kernels
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -24,7 +25,10 @@ class Passed(AlignDevicesHook):
         return super().pre_forward(module, *args, **kwargs)
 
 
-def test_a_sharded_model_is_patched_like_any_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_a_sharded_model_is_patched_like_any_other(tmp_path: Path, kernel: str, monkeypatch) -> None:
+    operator, operator_calls = cats_kernels.sparse_gated_mlp, []
+    monkeypatch.setattr(cats_kernels, "sparse_gated_mlp", lambda *a: (operator_calls.append(a[-1]), operator(*a))[1])
     model, tokenizer = load_model(str(save_model(tmp_path, "Llama")), "float32", "sharded")
     plain, _ = load_model(str(tmp_path), "float32", "cpu")
     device = str(model.device)
@@ -33,14 +37,18 @@ def test_a_sharded_model_is_patched_like_any_other(tmp_path: Path) -> None:
     assert tokenizer is not None
     ids = tokenizer("some text to calibrate on", return_tensors="pt")["input_ids"]
     thresholds = cats.calibrate(plain, [ids])
-    cats.apply(model, thresholds)
-    cats.apply(plain, thresholds)
+    cats.apply(model, thresholds, kernel)
+    cats.apply(plain, thresholds, kernel)
     layers = len(thresholds.gate)
-    for step in (ids, ids[:, :1]):  # the dense masked path, the sparse kernel
+    for step in (ids, ids[:, :1]):
         before = Passed.calls
         with torch.no_grad():
             assert (model(step.to(device)).logits.cpu() - plain(step).logits).abs().max() < 1e-4
         assert Passed.calls == before + layers
+    if kernel == "reference":
+        assert operator_calls == []
+    elif device == "cpu":  # there any number of rows goes to the operator
+        assert operator_calls == ["auto"] * 4 * layers
     cats.remove(model)
     cats.remove(plain)
     with torch.no_grad():
