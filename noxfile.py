@@ -56,7 +56,7 @@ def tests(s: nox.Session) -> None:
 @session
 def kernels(s: nox.Session) -> None:
     """Check every kernel backend: CPU, Triton interpreted, Triton compiled ahead of time, and a GPU if there is one."""
-    run(s, "-m", "pytest", "-rs", *(s.posargs or KERNEL_TESTS))
+    run(s, "-m", "pytest", "-rsP", "--show-capture=stdout", *(s.posargs or KERNEL_TESTS))
 
 
 @session

@@ -1,8 +1,8 @@
 """Every Triton kernel and configuration compiled ahead of time for sm_80, sm_89 and sm_90, without a GPU.
 
 Checked on the result: weights are loaded 16 bytes at a time, nothing spills or lives in local memory, shared memory
-fits the chip. A table of registers and shared memory is printed (``-s`` shows it). Two kernels broken on purpose, one
-with 2-byte loads and one with too many registers, show that the checks catch them.
+fits the chip. A table of registers and shared memory is printed (``nox -s kernels`` shows it). Two kernels broken on
+purpose, one with 2-byte loads and one with too many registers, show that the checks catch them.
 """
 
 import functools
