@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
+from cats_kernels.operator import choose_backend
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -293,14 +294,16 @@ def test_a_patched_model_can_be_pickled(llama: nn.Module, batches: list, operato
 
 def test_compiled_code_notices_attention_thresholds(llama: nn.Module, batches: list) -> None:
     thresholds = cats.calibrate(llama, batches, 0.7, sites=("gate", "attention_input"))
+    gate_only = cats.Thresholds(0.7, thresholds.gate)
     ids = batches[0]["input_ids"]
+    cats.apply(llama, gate_only)
     compiled = torch.compile(llama, backend="eager")
     with torch.no_grad():
-        dense = compiled(ids, use_cache=False).logits
+        expected = compiled(ids, use_cache=False).logits
         cats.apply(llama, thresholds)
         assert torch.allclose(compiled(ids, use_cache=False).logits, llama(ids).logits, atol=1e-5)
-        cats.remove(llama)
-        assert torch.allclose(compiled(ids, use_cache=False).logits, dense, atol=1e-5)
+        cats.apply(llama, gate_only)
+        assert torch.allclose(compiled(ids, use_cache=False).logits, expected, atol=1e-5)
 
 
 def test_a_failed_apply_leaves_the_patch_that_was_there(llama: nn.Module, batches: list) -> None:
@@ -417,6 +420,8 @@ def test_refusals(llama: nn.Module, batches: list) -> None:
             cats.apply(llama, cats.Thresholds(0.5, thresholds.gate, **{site: {"typo": 0.1}}))
     with pytest.raises(ValueError, match=r"cannot serve model.layers.0.mlp: backend 'triton' needs CUDA"):
         cats.apply(llama, thresholds, kernel="triton")
+    with pytest.raises(ValueError, match=r"'triton' takes float32, float16 or bfloat16, not torch\.float64"):
+        choose_backend("triton", "cuda", torch.float64)
     with pytest.raises(ValueError, match="cannot serve"):
         cats.apply(llama.to(torch.float16), thresholds, kernel="cpu")
     assert not hasattr(llama.model.layers[0].mlp, "cats_state")
