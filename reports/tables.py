@@ -178,26 +178,26 @@ def finetuned_sparsity(table: pd.DataFrame, model: str) -> pd.DataFrame:
 
 
 def sweep(table: pd.DataFrame) -> pd.DataFrame:
-    """Learning rates tried for each variant (and task), and the one that was used."""
+    """A row a variant (and task): the loss at each learning rate tried, and the rate that was used."""
     of = [column for column in ("model", "task", "variant") if column in table]
     rows = []
     for key, tried in table.groupby(of, sort=False):
-        named = dict(zip(of, key, strict=True))
-        edges = {tried["learning_rate"].min(), tried["learning_rate"].max()} if len(tried) > 1 else set()
-        for row in tried.to_dict("records"):
-            used = "yes, at the edge" if row["learning_rate"] in edges else "yes"
-            rows.append(
-                {
-                    "Model": escape(row["model"]),
-                    **({"Task": style.task_name(str(named["task"]))} if "task" in named else {}),
-                    "Variant": style.variant_name(row["variant"]),
-                    "Learning rate": f"{row['learning_rate']:g}",
-                    "Steps": style.number(row["step"], 0),
-                    "Loss": style.number(row["eval_loss"]),
-                    "Used": used if row["chosen"] else "",
-                }
-            )
-    return without_constant(pd.DataFrame(rows), "Model")
+        named = {column: str(value) for column, value in zip(of, key, strict=True)}
+        rates, chosen = sorted(tried["learning_rate"]), tried.loc[tried["chosen"], "learning_rate"]
+        used = ", ".join(f"{rate:g}" for rate in chosen) or style.DASH
+        at_edge = len(rates) > 1 and bool(chosen.isin([rates[0], rates[-1]]).any())
+        losses = tried.set_index("learning_rate")["eval_loss"]
+        rows.append(
+            {
+                "Model": escape(named["model"]),
+                **({"Task": style.task_name(named["task"])} if "task" in named else {}),
+                "Variant": style.variant_name(named["variant"]),
+                "Steps": style.number(tried["step"].max(), 0),
+                **{f"Loss at {rate:g}": style.number(losses[rate]) for rate in rates},
+                "Used": f"{used}, at the edge" if at_edge else used,
+            }
+        )
+    return without_constant(pd.DataFrame(rows).fillna(style.DASH), "Model")
 
 
 def task_finetuning(table: pd.DataFrame, model: str) -> pd.DataFrame:
