@@ -1,9 +1,9 @@
 """Apply CATS to a live model and take it off again, bit for bit.
 
 A patched gated MLP keeps its parameters, its names and its own forward code: only its activation module is replaced
-by `CATSActivation` (the dense masked path: training, a long prompt on a GPU, what peft has wrapped). For decoding, when no
-gradient is wanted and few rows come in (at most ``cats_kernels.MAX_ROWS`` on a GPU), the class's forward hands over to
-the operator, which needs the down projection transposed; the parameter's storage is transposed in place of the
+by `CATSActivation` (the dense masked path: training, a long prompt on a GPU, what peft has wrapped). For decoding, in
+eval mode without gradients and with few rows (at most ``cats_kernels.MAX_ROWS`` on a GPU), the class's forward hands
+over to the operator, which needs the down projection transposed; the parameter's storage is transposed in place of the
 original, so memory does not grow, and state_dict still shows the original layout.
 """
 
