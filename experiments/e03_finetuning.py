@@ -3,7 +3,7 @@
 All variants start alike and see the same data in the same order; thresholds are fixed before training. The learning
 rate of CATS and of ReLUfication is chosen by short runs and the loss on held-out text that nothing else is measured on;
 the dense model takes CATS's. Beyond the paper: each layer's thresholds calibrated again after training.
-Cost: for each variant and seed one training run and an evaluation at each step of `steps`; under eight minutes for the
+Cost: for each variant and seed one training run and an evaluation at each step of `steps`; under six minutes for the
 pocket model on two cores. An interrupted run goes on from its last evaluated step.
 
     nox -s experiment -- e03 --model PATH_OR_HUB_ID

@@ -4,7 +4,7 @@ CoLA, SST-2 and BoolQ as instructions answered by yes or no (`instructions/*.yam
 forms over the standard library. Thresholds are calibrated on samples of the task itself, then fixed. Only the answer is
 trained on. Accuracy is lm-eval's, over the task's test split. The learning rate of CATS and of ReLUfication is chosen
 for each task by short runs and the loss on training items set aside; the dense model takes CATS's.
-Cost: variants x seeds x tasks short runs, and shorter ones for each learning rate; under five minutes for the pocket
+Cost: variants x seeds x tasks short runs, and shorter ones for each learning rate; under seven minutes for the pocket
 model on two cores.
 
     nox -s experiment -- e04 --model PATH_OR_HUB_ID

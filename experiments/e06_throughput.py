@@ -5,7 +5,7 @@ Dense and CATS take turns on the same model in one process, prompt by prompt, in
 The sparsity in effect is measured in an untimed pass over the very tokens that were generated. Also: what it costs to
 grow (batch, context, sparsity, layers), where a token's time goes, what Amdahl's law allows from that, and whether
 CATS generates the tokens it must. A model without a tokenizer (``shape:NAME``, random weights) gets random tokens for
-prompts and calibration. Cost: three minutes on two cores (pocket); on an H200 two minutes a 7B model and dtype with two
+prompts and calibration. Cost: four minutes on two cores (pocket); on an H200 two minutes a 7B model and dtype with two
 prompts up to 512 tokens, hours with the paper's fifty up to 2048.
 
     nox -s experiment -- e06 --model shape:mistral-7b
