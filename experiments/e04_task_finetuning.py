@@ -167,22 +167,23 @@ def instruction_folder(config: Config) -> Path:
 
 
 def run(config: Config) -> Iterable[Row]:
-    """Sweep, then fine-tune and measure every variant on every task of each model."""
+    """Sweep if there are several learning rates, then fine-tune and measure every variant on every task and model."""
     options = config.options
     preset(options.get("lora", "paper"))
     check(config, [*options["levels"], options["sweep_level"]], instruction_folder)
-    for key in ("calibration_items", "train_items", "sweep_items"):
-        if options[key] < 1:
-            raise ValueError(f"e04.{key} must be at least 1, not {options[key]}")
     if not options["learning_rates"] or not options["seeds"]:
         raise ValueError("e04.learning_rates and e04.seeds must each have at least one entry")
+    swept = len(options["learning_rates"]) > 1
+    for key in ("calibration_items", "train_items", *(["sweep_items"] if swept else [])):
+        if options[key] < 1:
+            raise ValueError(f"e04.{key} must be at least 1, not {options[key]}")
     levels = [cats_variant(level) for level in options["levels"]]
     variants = [DENSE, *levels, RELUFICATION]
     for name in config.models:
         subject = TaskSubject(config, name)
         for task in config.progress(options["tasks"], f"{name} tasks"):
-            rates: dict[str, float] = {}
-            for variant in (cats_variant(options["sweep_level"]), RELUFICATION):
+            rates = dict.fromkeys(("cats", "relufication"), options["learning_rates"][0])
+            for variant in (cats_variant(options["sweep_level"]), RELUFICATION) if swept else ():
                 for row in sweep(subject, task, variant):
                     if row.chosen:
                         rates[variant.family] = row.learning_rate

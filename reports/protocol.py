@@ -67,6 +67,12 @@ def _steps(run: Run, table: pd.DataFrame) -> str:
     return f"steps {_values('step')(run, part)}; {items}; {part['seed'].nunique()} seeds; learning rate {rates}"
 
 
+def _task_rates(run: Run, table: pd.DataFrame) -> str:
+    swept = len(_options(run, "e04").get("learning_rates", ())) > 1
+    best = "the best of {learning_rates} on {sweep_items} items, swept for CATS and ReLUfication"
+    return _phrases("e04", best if swept else "{learning_rates}")(run, table)
+
+
 def _seeds(run: Run, table: pd.DataFrame) -> str:
     return str(table["seed"].nunique())
 
@@ -133,7 +139,7 @@ PROTOCOL: dict[str, tuple[str, list[tuple[str, str, Told]]]] = {
         ("training", "10 epochs (the authors' script: 1)",
          _phrases("e04", "epochs: {epochs}, of {train_items} items", *TRAINING)),
         ("learning rate", "1e-5 (the authors' code)",
-         _phrases("e04", "the best of {learning_rates} on {sweep_items} items, swept for CATS and ReLUfication")),
+         _task_rates),
         ("seeds", "one", _seeds),
         ("calibration", "1000 samples of the task (the authors' code)",
          _phrases("e04", "{calibration_items} items of the task")),

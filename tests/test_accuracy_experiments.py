@@ -147,6 +147,12 @@ def test_e04_trains_and_measures_each_variant(world, tmp_path):
         assert [row["chosen"] for row in runs] == [str(row is best) for row in runs]
 
 
+def test_e04_with_one_rate_sweeps_nothing(world, tmp_path):
+    run_experiment(config_of(world, "e04", tmp_path, learning_rates=[1e-3], sweep_items=0, epochs=1))
+    assert len(table(tmp_path, "e04_task_finetuning")) == 3
+    assert not (tmp_path / "results" / "e04_sweep.csv").exists()
+
+
 def test_e04_chooses_the_rate_on_items_that_are_neither_trained_nor_tested_on(world, tmp_path):
     subject = TaskSubject(config_of(world, "e04", tmp_path, length=64), str(world / "model"))
     task = subject.tasks["tiny_yes"]
