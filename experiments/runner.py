@@ -198,7 +198,8 @@ def _run_child(command: Sequence[str], log: Path) -> int:
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
     """End a child: Ctrl-C in a terminal has reached it too, but a signal to this process alone has not."""
-    for patience, then in ((3, signal.SIGINT), (20, signal.SIGKILL)):
+    # SIGTERM, which ends a run as Ctrl-C does: a job started in the background ignores SIGINT, and so do its children
+    for patience, then in ((3, signal.SIGTERM), (20, signal.SIGKILL)):
         try:
             child.communicate(timeout=patience)  # reads on, so that it cannot hang in its last words
             return
