@@ -1,9 +1,10 @@
 """Where the time of a decoded token goes, and the speed-up that Amdahl's law allows CATS from that.
 
-MLP, attention and head are timed alone, on the inputs they get while the model decodes: cold caches, interleaved
-rounds, on a GPU as CUDA graph replays (`experiments.timing`). "other" is what remains of a token's measured time:
-norms, residuals, embedding, launches, and generate's own Python. With f the MLP's share of the dense token and g the
-gain of CATS over dense on the MLP alone, the law allows 1 / ((1 - f) + f / g).
+MLP, attention and head are timed alone, on the inputs they get while the model decodes, compiled and with a static
+cache where the loop is: cold caches, interleaved rounds, on a GPU as CUDA graph replays (`experiments.timing`). "other"
+is what remains of a token's measured time: norms, residuals, embedding, launches, and generate's own Python.
+With f the MLP's share of the dense token and g the gain of CATS over dense on the MLP alone, the law allows
+1 / ((1 - f) + f / g).
 """
 
 import copy
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 import cats
 from cats.structure import attention_blocks
@@ -85,7 +86,7 @@ def shares_and_amdahl(
         common: the columns that all rows share.
         rounds: timed rounds.
     """
-    timings = time_components(model, switch, sparsity, ids, rounds)
+    timings = time_components(model, switch, sparsity, ids, rounds, compiled=common["loop"] != "eager")
     layers = len(cats.gated_mlps(model))
     dense = token_ms[None]
     milliseconds = {
@@ -113,20 +114,29 @@ def shares_and_amdahl(
 
 
 def time_components(
-    model: PreTrainedModel, switch: Callable[[float | None], None], sparsity: float, ids: Tensor, rounds: int
+    model: PreTrainedModel,
+    switch: Callable[[float | None], None],
+    sparsity: float,
+    ids: Tensor,
+    rounds: int,
+    compiled: bool = False,
 ) -> dict[str, Timing]:
     """Time one call of the middle layer's MLP (dense: ``mlp``, sparse: ``cats``), its attention block and the head."""
     name, mlp = list(cats.gated_mlps(model).items())[len(cats.gated_mlps(model)) // 2]
     attention = attention_blocks(model)[f"{name.rpartition('.')[0]}.self_attn"]
     head = model.get_output_embeddings()
-    inputs = decode_inputs(model, ids, {"mlp": mlp, "attention": attention, "head": head})
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + 2 * STEPS) if compiled else None
+    inputs = decode_inputs(model, ids, {"mlp": mlp, "attention": attention, "head": head}, cache)
     switch(sparsity)
     sparse = copy.deepcopy(mlp)
     switch(None)
+    prepare: Callable[..., Any] = compile_module if compiled else lambda module: module
+    dense, sparse, attend, head = (prepare(module) for module in (mlp, sparse, attention, head))
+    index: Any = attention.layer_idx
     calls = {
-        "mlp": [partial(mlp, *args, **kwargs) for args, kwargs in inputs["mlp"]],
+        "mlp": [partial(dense, *args, **kwargs) for args, kwargs in inputs["mlp"]],
         "cats": [partial(sparse, *args, **kwargs) for args, kwargs in inputs["mlp"]],
-        "attention": [partial(_attend, attention, args, kwargs) for args, kwargs in inputs["attention"][-1:]],
+        "attention": [partial(_attend, attend, index, args, kwargs) for args, kwargs in inputs["attention"][-1:]],
         "head": [partial(head, *args, **kwargs) for args, kwargs in inputs["head"][-1:]],
     }
     device = model.device.type
@@ -135,13 +145,21 @@ def time_components(
     return measure_calls({key: _in_turn(group) for key, group in calls.items()}, warmups=2, rounds=rounds)
 
 
-def _attend(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-    """Call an attention block with its cache as it was.
+def compile_module(module: nn.Module) -> Callable[..., Any]:
+    """The module as torch.compile makes it, without CUDA graphs of its own."""
+    return torch.compile(module, dynamic=False)
 
-    A dynamic cache drops its tensors for longer ones in every call: a captured CUDA graph would read freed memory.
+
+def _attend(attention: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    """Call the attention block of layer ``index`` with its cache as it was.
+
+    A dynamic cache drops its tensors for longer ones in every call: a captured CUDA graph would read freed memory. A
+    static cache counts its tokens in a tensor, which would run over the end.
     """
     cache = copy.copy(kwargs["past_key_values"])
-    cache.layers = [copy.copy(layer) if i == attention.layer_idx else layer for i, layer in enumerate(cache.layers)]
+    cache.layers = [copy.copy(layer) if i == index else layer for i, layer in enumerate(cache.layers)]
+    if isinstance(cache, StaticCache):
+        cache.layers[index].cumulative_length = cache.layers[index].cumulative_length.clone()
     return attention(*args, **{**kwargs, "past_key_values": cache})
 
 
@@ -151,9 +169,9 @@ def _in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
 
 
 def decode_inputs(
-    model: PreTrainedModel, ids: Tensor, modules: dict[str, nn.Module]
+    model: PreTrainedModel, ids: Tensor, modules: dict[str, nn.Module], cache: StaticCache | None = None
 ) -> dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Arguments that ``modules`` get in `STEPS` greedy decode steps after the prompt ``ids``, in the eager loop."""
+    """Arguments that ``modules`` get in `STEPS` greedy decode steps after ``ids``, over ``cache`` or a growing one."""
     seen: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {name: [] for name in modules}
 
     def keep(name: str) -> Callable[..., None]:
@@ -166,8 +184,9 @@ def decode_inputs(
     generate: Any = model.generate
     try:
         ids = ids.to(model.device)
+        options = {} if cache is None else {"past_key_values": cache, "disable_compile": True}
         with torch.no_grad():
-            generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=STEPS + 1)
+            generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=STEPS + 1, **options)
     finally:
         for handle in handles:
             handle.remove()

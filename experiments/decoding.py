@@ -1,15 +1,17 @@
-"""Greedy decoding with ``model.generate``, timed from the first to the last token without disturbing it.
+"""Greedy decoding, timed from the first to the last token without disturbing it.
 
-Two loops, both transformers' own. ``eager`` is the one the paper timed: a growing cache, every kernel launched from
-Python. ``compiled`` is what transformers does with a static cache on a GPU: the decode step goes through torch.compile
-in mode reduce-overhead, that is, it is replayed as a CUDA graph; prefill stays eager. CATS is one opaque operator in
-that graph.
+Three loops. ``eager`` and ``compiled`` are those of ``model.generate``. ``eager`` is the one the paper timed: a growing
+cache, every kernel launched from Python. ``compiled`` is what transformers does with a static cache on a GPU: the
+decode step goes through torch.compile in mode reduce-overhead, that is, it is replayed as a CUDA graph, between which
+Python chooses the token and waits for it; prefill stays eager. ``graph`` is what an inference engine does: the same
+compiled step and the choice of the token are one CUDA graph, whose replays follow each other without Python. CATS is
+one opaque operator in both graphs.
 """
 
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,9 @@ from transformers import (
     StaticCache,
 )
 
-LOOPS = ("eager", "compiled")
+from experiments.timing import capture
+
+LOOPS = ("eager", "compiled", "graph")
 WARM_TOKENS = 6
 """New tokens of a warm-up: prefill, then steps to compile, to warm the graph's memory, to record and to replay."""
 WARM_PROMPT = MAX_ROWS + 1
@@ -57,6 +61,12 @@ class Clock(LogitsProcessor):
         if token in self.marks:
             self.times[token] = self.now()
         return scores
+
+    def start(self) -> Any:
+        """`now`, after all that is under way on the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.now()
 
     def seconds(self, begin: Any, end: Any) -> float:
         """Between two results of `now`; on a GPU the caller has synchronised."""
@@ -94,11 +104,11 @@ def make_greedy(model: PreTrainedModel, context: int) -> None:
 
 @dataclass
 class Decoder:
-    """One of the two loops, at a fixed batch and context, for a model that may be patched and unpatched in between.
+    """One of the loops, at a fixed batch and context, for a model that may be patched and unpatched in between.
 
     Attributes:
         model: made ready by `make_greedy`.
-        loop: ``eager`` or ``compiled``.
+        loop: one of `LOOPS`.
         context: prompt and generated tokens together, at most; the size of the static cache.
     """
 
@@ -110,14 +120,18 @@ class Decoder:
     def __post_init__(self) -> None:
         if self.loop not in LOOPS:
             raise ValueError(f"unknown loop {self.loop!r}: allowed are {', '.join(LOOPS)}")
-        if self.loop == "compiled":
+        if self.loop != "eager":
             # 8 compiled variants of one forward are allowed before dynamo goes back to eager, and shapes seen before
             # would make it try dynamic ones: every decoder starts afresh
             torch._dynamo.reset()
             # The cache that cache_implementation="static" builds for every call, but kept: CUDA graphs are recorded
             # again when its address moves
             cache = StaticCache(config=self.model.config, max_cache_len=self.context)
-            self.options = {"past_key_values": cache, "compile_config": _compile_config(self.model.device)}
+            config = _compile_config(self.model.device)
+            self.options = {"past_key_values": cache, "compile_config": config}
+            # replays of a graph inside a graph are not possible: the step is compiled without cudagraphs of its own
+            backend = "inductor" if config is None else config.backend
+            self.compiled = torch.compile(self.model, backend=backend) if self.loop == "graph" else None
 
     def generate(self, ids: Tensor, new_tokens: int, marks: Sequence[int] = ()) -> Generation:
         """Continue ``ids`` (batch, prompt) by ``new_tokens`` and time tokens 1 and ``marks``.
@@ -127,28 +141,65 @@ class Decoder:
         """
         device = self.model.device
         clock = Clock(ids.shape[1], [1, *marks], device)
-        if "past_key_values" in self.options:
-            self.options["past_key_values"].reset()
         ids = ids.to(device)
         resettable = reset_peak_memory(device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = clock.now()
-        generate: Any = self.model.generate
-        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-            tokens = generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                logits_processor=LogitsProcessorList([clock]),
-                **self.options,
-            ).cpu()
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), torch.no_grad():
+            loop = self._replay if self.loop == "graph" else self._generate
+            begin, tokens = loop(ids, new_tokens, clock)
         if tokens.shape[1] != ids.shape[1] + new_tokens:
             raise RuntimeError(f"generate stopped after {tokens.shape[1] - ids.shape[1]} of {new_tokens} tokens")
         first = clock.times[1]
         decode_s = {mark: clock.seconds(first, clock.times[mark]) for mark in marks}
         peak = peak_memory(device) if resettable else None
         return Generation(tokens, clock.seconds(begin, first), decode_s, peak)
+
+    def _generate(self, ids: Tensor, new_tokens: int, clock: Clock) -> tuple[Any, Tensor]:
+        """The loops of transformers: when they began, and all tokens."""
+        if "past_key_values" in self.options:
+            self.options["past_key_values"].reset()
+        generate: Any = self.model.generate
+        mask = torch.ones_like(ids)
+        begin = clock.start()
+        tokens = generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            logits_processor=LogitsProcessorList([clock]),
+            **self.options,
+        )
+        return begin, tokens.cpu()
+
+    def _replay(self, ids: Tensor, new_tokens: int, clock: Clock) -> tuple[Any, Tensor]:
+        """The loop ``graph``: when it began, and all tokens. Its graph is recorded first: weights may have moved."""
+        cache = self.options["past_key_values"]
+        token = ids[:, :1].clone()
+        tokens = torch.cat([ids, ids.new_empty(ids.shape[0], new_tokens)], 1)
+
+        def choose(model: Any, given: Tensor) -> None:
+            logits = model(given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            token.copy_(logits[:, -1:].argmax(-1))
+
+        def step() -> None:
+            choose(self.compiled, token)
+
+        def prefill() -> None:
+            cache.reset()
+            choose(self.model, ids)
+
+        prefill()  # makes the cache, which the step is compiled for
+        replay: Callable[[], Any] = step
+        if ids.device.type == "cuda":
+            replay = capture([step]).replay
+        else:
+            step()
+        begin = clock.start()
+        prefill()
+        for place in range(ids.shape[1], tokens.shape[1]):
+            if place > ids.shape[1]:
+                replay()
+            clock(tokens[:, :place], token)
+            tokens[:, place] = token[:, 0]
+        return begin, tokens.cpu()
 
     def timed(self, ids: Tensor, marks: Sequence[int]) -> Generation:
         """`generate` up to the last of ``marks``, repeated if anything was compiled or recorded meanwhile.
@@ -166,7 +217,7 @@ class Decoder:
     def warm_up(self, ids: Tensor) -> float:
         """Generate a few tokens: whatever is compiled, recorded or paged in is now. Returns seconds taken."""
         begin = time.perf_counter()
-        self.generate(ids[:, :WARM_PROMPT], WARM_TOKENS if self.loop == "compiled" else 2)
+        self.generate(ids[:, :WARM_PROMPT], 2 if self.loop == "eager" else WARM_TOKENS)
         return time.perf_counter() - begin
 
 
@@ -174,7 +225,7 @@ def _compile_config(device: torch.device) -> CompileConfig | None:
     if device.type == "cuda":
         return None  # transformers' default: inductor, mode reduce-overhead
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
-        raise ValueError('the "compiled" loop on a CPU needs a C++ compiler (c++, g++ or clang++): use "eager"')
+        raise ValueError('compiling on a CPU needs a C++ compiler (c++, g++ or clang++): use the loop "eager"')
     config = CompileConfig(mode="default")
     config._compile_all_devices = True  # type: ignore[assignment]  # transformers compiles on a CPU only when told so
     return config

@@ -1,4 +1,4 @@
-"""Figure 4: generation throughput, dense against CATS, in transformers' own loops, batch 1, greedy.
+"""Figure 4: generation throughput, dense against CATS, in the loops of `experiments.decoding`, batch 1, greedy.
 
 Tokens per second from the first to the last generated token; prefill, compile time and peak memory stand beside it.
 Dense and CATS take turns on the same model in one process, prompt by prompt, in the order dense, CATS, CATS, dense.
@@ -81,6 +81,8 @@ ROWS = (ThroughputRow, ShareRow, AmdahlRow, GreedyRow)
 def run(config: Config) -> Iterable[Row]:
     """Time every model in ``config.models`` in every dtype of the option ``dtypes``; see `options_of` for the rest."""
     options = options_of(config)
+    if "graph" in {*options["lengths"], options["growth"].get("loop")} and not config.device.startswith("cuda"):
+        raise ValueError(f'the loop "graph" is a CUDA graph, for which {config.device} is no device: use "eager"')
     for model in config.models:
         for dtype in options["dtypes"]:
             growing = bool(options["growth"]) and model == config.models[0] and dtype == options["dtypes"][0]

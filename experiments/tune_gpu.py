@@ -45,6 +45,7 @@ FUSED = {
         *((2, 8, 1, 3), (1, 8, 1, 3), (1, 8, 1, 5), (1, 8, 1, 7), (1, 16, 1, 5), (2, 16, 1, 3), (1, 8, 2, 3)),
     ),
 }
+PREFETCHING = {2: ((4, 8, 2), (2, 8, 2), (4, 16, 1), (2, 4, 3)), 4: ((2, 8, 2), (2, 16, 2), (4, 16, 1))}
 # the same of the one-pass kernel, one row of x: what does not spill (compiled for sm_90) and lets all programs run
 # at once
 ONE_PASS = {
@@ -80,6 +81,10 @@ def configs(rows: int, element_size: int, d: int) -> list[Config]:
         for tile, warps, programs, stages in ONE_PASS[element_size] if rows == 1 else ():
             found.append(replace(best, tile=tile, warps=warps, programs=programs, stages=stages, one_pass=True))
         found += [replace(best, reduce_block=block) for block in (16, 64)]
+        for tile, warps, programs in PREFETCHING[element_size] if element_size * d % 512 == 0 else ():
+            other = replace(best, tile=tile, warps=warps, programs=programs, stages=1)
+            found += [replace(other, prefetch=one_in) for one_in in (1, 2, 4, 8, 16)]
+        found.append(replace(best, prefetch=4, gate_tile=8, gate_warps=8))
     if rows >= 2:
         dot = CONFIGS[element_size, MAX_ROWS]
         for tile, warps, size, stages, programs in PROJECTIONS:

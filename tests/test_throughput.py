@@ -55,8 +55,8 @@ def greedy(model: nn.Module, ids: Tensor, new: int) -> Tensor:
     return ids
 
 
-@pytest.mark.parametrize(("loop", "batch"), [("eager", 1), ("eager", 3), ("compiled", 1)])
-def test_both_loops_decode_greedily(loop: str, batch: int, model: nn.Module, dynamo_only: None) -> None:
+@pytest.mark.parametrize(("loop", "batch"), [("eager", 1), ("eager", 3), ("compiled", 1), ("graph", 1), ("graph", 3)])
+def test_every_loop_decodes_greedily(loop: str, batch: int, model: nn.Module, dynamo_only: None) -> None:
     ids = torch.randint(0, 64, (batch, PROMPT), generator=torch.Generator().manual_seed(batch))
     thresholds = cats.calibrate(model, [torch.arange(64)[None]], [0.0, 0.5])
     dense = greedy(model, ids, NEW)
@@ -73,10 +73,11 @@ def test_both_loops_decode_greedily(loop: str, batch: int, model: nn.Module, dyn
         cats.remove(model)
 
 
-def test_what_was_compiled_outlives_switching(model: nn.Module, ids: Tensor, dynamo_only: None) -> None:
+@pytest.mark.parametrize("loop", ["compiled", "graph"])
+def test_what_was_compiled_outlives_switching(loop: str, model: nn.Module, ids: Tensor, dynamo_only: None) -> None:
     """One graph each for dense and CATS although every layer has a threshold of its own; no other after that."""
     thresholds = cats.Thresholds(0.5, {name: 0.2 + 0.01 * i for i, name in enumerate(cats.gated_mlps(model))})
-    decoder = Decoder(model, "compiled", PROMPT + NEW)
+    decoder = Decoder(model, loop, PROMPT + NEW)
     start = decoding.compilations()
     decoder.warm_up(ids)
     assert decoding.compilations() == start + 1
@@ -102,7 +103,8 @@ def test_a_generation_that_compiles_is_not_a_measurement(
         Decoder(model, "eager", PROMPT + NEW).timed(ids, [NEW])
 
 
-def test_decode_time_runs_from_the_first_token(model: nn.Module, ids: Tensor) -> None:
+@pytest.mark.parametrize("loop", ["eager", "graph"])
+def test_decode_time_runs_from_the_first_token(loop: str, model: nn.Module, ids: Tensor, dynamo_only: None) -> None:
     """Prefill is made to take 0.8 s and a decode step 40 ms: the marks are n - 1 steps, without the prefill."""
     step, prefill = 0.04, 0.8
 
@@ -110,7 +112,9 @@ def test_decode_time_runs_from_the_first_token(model: nn.Module, ids: Tensor) ->
         time.sleep(step if args[0].shape[1] == 1 else prefill)
 
     model.model.embed_tokens.register_forward_pre_hook(slow)
-    found = Decoder(model, "eager", PROMPT + NEW).timed(ids, [5, NEW])
+    decoder = Decoder(model, loop, PROMPT + NEW)
+    decoder.warm_up(ids)
+    found = decoder.timed(ids, [5, NEW])
     assert found.prefill_s >= prefill
     assert found.decode_s[5] >= 4 * step
     assert found.decode_s[NEW] >= (NEW - 1) * step
@@ -135,7 +139,7 @@ def test_make_greedy_overrides_the_models_own_settings(ids: Tensor) -> None:
 
 
 def test_bad_loops(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="allowed are eager, compiled"):
+    with pytest.raises(ValueError, match="allowed are eager, compiled, graph"):
         Decoder(model, "fast", 8)
     monkeypatch.setattr(decoding.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"C\+\+ compiler"):
@@ -176,23 +180,27 @@ def test_sparsity_is_that_of_the_timed_steps(batch: int, model: nn.Module) -> No
     assert measured == pytest.approx({4: float(steps[:3].mean()), NEW: float(steps.mean())}, abs=2e-3)
 
 
-def test_amdahl_by_hand(model: nn.Module, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("loop", ["eager", "graph"])
+def test_amdahl_by_hand(loop: str, model: nn.Module, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     assert amdahl.amdahl(0.7, 1.5) == pytest.approx(1 / (0.3 + 0.7 / 1.5))
     assert amdahl.amdahl(0.0, 9.0) == 1 and amdahl.amdahl(1.0, 9.0) == pytest.approx(9)
 
     def timings(calls: dict, **_: object) -> dict:
         for call in calls.values():
-            call()
+            for _ in range(2 * amdahl.STEPS):  # a static cache would be full
+                call()
         ms = {"mlp": 3.0, "cats": 2.0, "attention": 1.0, "head": 4.0}
         return {name: amdahl.Timing(ms[name], 0, 0, 0, 1) for name in calls}
 
     monkeypatch.setattr(amdahl, "measure_calls", timings)
+    compiled = []
+    monkeypatch.setattr(amdahl, "compile_module", lambda module: compiled.append(module) or module)
     thresholds = cats.calibrate(model, [torch.arange(64)[None]], 0.5)
 
     def switch(sparsity: float | None) -> None:
         cats.remove(model) if sparsity is None else cats.apply(model, thresholds)
 
-    common = {"machine": "m", "model": "n", "layers": LAYERS, "dtype": "float32", "loop": "eager"}
+    common = {"machine": "m", "model": "n", "layers": LAYERS, "dtype": "float32", "loop": loop}
     *shares, row = amdahl.shares_and_amdahl(model, switch, 0.5, ids, {None: 20.0, 0.5: 17.5}, common, 1)
     assert {s.component: s.milliseconds for s in shares} == {"mlp": 9.0, "attention": 3.0, "head": 4.0, "other": 4.0}
     assert sum(s.share for s in shares) == pytest.approx(1)
@@ -201,6 +209,7 @@ def test_amdahl_by_hand(model: nn.Module, ids: Tensor, monkeypatch: pytest.Monke
     assert row.measured_speedup == pytest.approx(20 / 17.5)
     assert row.fraction_of_predicted == pytest.approx(17 / 17.5)
     assert not hasattr(model.model.layers[0].mlp, "cats_state")
+    assert len(compiled) == (0 if loop == "eager" else 4)
 
 
 def test_components_are_fed_what_they_get_while_decoding(model: nn.Module, ids: Tensor) -> None:

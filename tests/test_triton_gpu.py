@@ -6,6 +6,7 @@ out-of-bounds accesses
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,6 +113,45 @@ def test_other_configurations_agree(stages: int, fused: bool):
     config = Config(4, 4, tile=2, warps=4, programs=3, stages=stages, fused=fused, dependent=fused)
     error = relative_error(launch("cats", *problem, config=config), expected(*problem))
     assert error < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prefetch", [1, 4])
+def test_prefetching_changes_nothing(dtype: torch.dtype, prefetch: int):
+    """Also where the last tile is not full, and where rows are no whole copies (d = 1000: no prefetch)."""
+    for d, m in ((1024, 3001), (4096, 14336), (1000, 1003)):
+        problem = case(1, d, m, dtype, 0.5, device="cuda")
+        plain = Config(4, 4, tile=4, warps=8, programs=2)
+        y = launch("cats", *problem, config=replace(plain, prefetch=prefetch))
+        assert torch.equal(y, launch("cats", *problem, config=plain))
+        assert relative_error(y, expected(*problem)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_pass(dtype: torch.dtype):
+    for d, m in ((4096, 14336), (1000, 1003), (40, 77)):
+        for sparsity in (0.0, 0.5, 1.0):
+            problem = case(1, d, m, dtype, sparsity, device="cuda")
+            config = Config(2, 8, tile=1, warps=8, programs=2, stages=2, one_pass=True)
+            assert relative_error(launch("cats", *problem, config=config), expected(*problem)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_second_launch_serves_other_tensors(rows: int):
+    """It reuses what the first compiled, whose weights were one tensor; at odd addresses it must not."""
+    d, m = 512, 700
+    x, gate, *_ = case(rows, d, m, torch.bfloat16, 0.5, device="cuda")
+    launch("cats", x, gate, gate, gate, 0.1)
+    for seed in range(3):
+        problem = case(rows, d, m, torch.bfloat16, 0.5, seed=seed, device="cuda")
+        for given in (problem, tuple(shifted(t) if isinstance(t, torch.Tensor) else t for t in problem)):
+            assert relative_error(launch("cats", *given), expected(*problem)) < TOLERANCE[torch.bfloat16]
+
+
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that starts 2 bytes after a multiple of 16."""
+    room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    return room[1:].view(tensor.shape).copy_(tensor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

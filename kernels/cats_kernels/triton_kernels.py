@@ -18,6 +18,7 @@ from .triton_device import (
     list_active,
     load_rows,
     load_x,
+    prefetch_rows,
     project,
 )
 
@@ -26,11 +27,14 @@ from .triton_device import (
 def gate_kernel(
     x_ptr,
     gate_ptr,
+    up_ptr,  # the next kernel's weights, only for PREFETCH
+    down_ptr,
     v_ptr,  # float32 (ROWS, m)
     mark_ptr,  # int32: WORDS one a WORD_ROWS neurons | MASK one flag a neuron | ATOMIC compacted indices | PLAIN unused
     count_ptr,  # int32 (1,), zeroed: ATOMIC only
     threshold,
     m,
+    prefetch_from,  # the tile from which on active rows of W_up and W_down are fetched into L2
     MARK: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -42,6 +46,7 @@ def gate_kernel(
     EVEN_M: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,  # copies a row of a weight, or 0
     PDL: tl.constexpr,
 ):
     """v = activation(x W_gate^T) for TILE neurons, masked unless MARK is PLAIN, and the marks by which the next kernel
@@ -57,6 +62,11 @@ def gate_kernel(
         v = tl.where(keep, v, 0.0)
     tl.store(v_ptr + row * m + neuron[None, :], v, mask=live[None, :] & (row < ROWS))
     active = tl.max(keep.to(tl.int32), 0)  # the union over the rows of x
+    if PREFETCH:  # noqa: SIM102  (the compiler decides this one)
+        # memory would idle while the next kernel starts and lists its rows
+        if tl.program_id(0) >= prefetch_from:
+            prefetch_rows(up_ptr, neuron, active, D, TILE, PREFETCH)
+            prefetch_rows(down_ptr, neuron, active, D, TILE, PREFETCH)
     if MARK == "WORDS":
         flags = tl.reshape(active, [TILE // WORD_ROWS, WORD_ROWS])
         bits = tl.sum(flags << tl.arange(0, WORD_ROWS)[None, :], 1)

@@ -10,7 +10,7 @@ Algorithm 2 does, and are not. No launch depends on data, so a call can be captu
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .operator import MAX_ROWS
 from .triton_kernels import gate_kernel, masked_product_kernel, one_pass_kernel, up_down_kernel, up_kernel
-from .triton_launch import Call, Launch, cdiv, power_of_2, target_of
+from .triton_launch import INTERPRETED, Call, Launch, Recorded, aligned, cdiv, power_of_2, target_of
 from .triton_paper import plan_down, plan_paper, plan_reduce
 
 SPARSE_ROWS = {2: 4, 4: 8}
@@ -50,6 +50,9 @@ class Config:
     down_tile: int = 16  # weight rows, of the separate down kernel
     reduce_block: int = 32  # columns that a program of the reduction sums, if fused
     dependent: bool = True  # programmatic dependent launch, where the chip has it
+    prefetch: int = (
+        0  # one in so many gate tiles, the last ones, fetch their active rows into L2, if dependent; 0: none
+    )
 
 
 TENSOR_CORES = Config(
@@ -101,25 +104,30 @@ def plan_cats(call: Call, config: Config | None = None) -> list[Launch]:
         "DOT": config.dot,
         "STAGES": config.stages if config.dot else 1,
     }
+    tiles = cdiv(call.m, config.gate_tile)
     word_rows = min(config.gate_tile, 16)
     words = cdiv(call.m, word_rows)
     v = call.buffer(call.rows, call.m)
     word, indices, count = (call.buffer(n, dtype=torch.int32) for n in (words, call.m, 1))
     gate = Launch(
         gate_kernel,
-        (cdiv(call.m, config.gate_tile),),
+        (tiles,),
         dict(
             x_ptr=call.x,
             gate_ptr=call.gate_weight,
+            up_ptr=call.up_weight,
+            down_ptr=call.down_weight_t,
             v_ptr=v,
             mark_ptr=word,
             count_ptr=count,
             threshold=call.threshold,
             m=call.m,
+            prefetch_from=tiles - tiles // max(1, config.prefetch),
         ),
         dict(
             shape,
             **product,
+            PREFETCH=prefetch_copies(call, config) if pdl else 0,
             TILE=config.gate_tile,
             WORD_ROWS=word_rows,
             MARK="WORDS",
@@ -191,6 +199,13 @@ def plan_one_pass(call: Call, config: Config, shape: dict[str, Any]) -> list[Lau
     return [one_pass, plan_reduce(call, sums, shape["PDL"], config.reduce_block)]
 
 
+def prefetch_copies(call: Call, config: Config) -> int:
+    """Copies of a weight row that the threads of a gate program share out, or 0: no prefetch, or rows of odd sizes."""
+    copies = 32 * config.gate_warps // config.gate_tile
+    whole = copies > 0 and call.d * call.x.element_size() % (16 * copies) == 0
+    return copies if config.prefetch and whole else 0
+
+
 def count_programs(call: Call, config: Config) -> int:
     """Programs of a kernel that shares the neurons out evenly: no more than there are tiles."""
     return min(call.target.processors * config.programs, cdiv(call.m, config.tile))
@@ -226,19 +241,36 @@ def launch(
     Raises:
         ValueError: more than 8 rows, or a device the kernels cannot run on.
     """
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if not 1 <= rows.shape[0] <= MAX_ROWS:
         raise ValueError(f"x has {rows.shape[0]} rows; the Triton kernels take 1 to {MAX_ROWS}.")
-    target = target_of(x.device)
-    call = Call(rows, gate_weight, up_weight, down_weight_t, threshold, activation, y.view(rows.shape), target)
-    run(plan(variant, call, config), x.device)
-    return y
+    y = torch.empty_like(rows)
+    call = Call(rows, gate_weight, up_weight, down_weight_t, threshold, activation, y, target_of(x.device))
+    if variant != "cats" or INTERPRETED or not aligned(call):
+        run(plan(variant, call, config), x.device)
+        return y.view(x.shape)
+    key = (rows.shape, call.m, x.dtype, activation, x.device, config)
+    with on(x.device):
+        if key in RECORDED:
+            RECORDED[key](call)
+        else:
+            RECORDED[key] = Recorded(plan_cats(call, config))
+    return y.view(x.shape)
+
+
+RECORDED: dict[tuple[Any, ...], Recorded] = {}
+"""What has been launched once, by all that its kernels were compiled for."""
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a device the current one, at no cost where it is, or where it is no GPU."""
+    here = device.type != "cuda" or device.index in (None, torch.cuda.current_device())
+    return nullcontext() if here else torch.cuda.device(device)
 
 
 def run(launches: list[Launch], device: torch.device) -> None:
     """Enqueue launches on the current stream of a device, or interpret them on the CPU."""
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on(device):
         for step in launches:
             step()
 
