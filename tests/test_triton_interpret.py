@@ -59,13 +59,11 @@ else:
         dtype, activation = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(ACTIVATIONS))
         sparsity = data.draw(st.sampled_from((0.0, 0.3, 0.5, 0.9, 0.97, 1.0)))
         config = Config(
-            gate_tile=data.draw(st.sampled_from((2, 4, 8, 16))),
-            gate_warps=4,
+            gate_tile=data.draw(st.sampled_from((1, 2, 8, 16))),
             tile=data.draw(st.sampled_from((1, 2, 8))),
             warps=4,
             programs=data.draw(st.integers(1, 4)),
-            fused=data.draw(st.booleans()),
-            one_pass=data.draw(st.booleans()),
+            parts=data.draw(st.sampled_from((1, 2, 5))),
         )
         if data.draw(st.booleans()):
             config = replace(TENSOR_CORES, gate_tile=data.draw(st.sampled_from((16, 64))), columns=64, down_block=64)
@@ -77,11 +75,12 @@ else:
             check(variant, case(rows, d, 5, torch.float32, 0.5))
 
     def test_long_runs_of_dropped_neurons():
-        """Active neurons far apart: a program's share spans several chunks of words."""
+        """Active neurons far apart: where the up kernel divides them, a share spans several chunks of words."""
         x, gate, up, down_t, _, activation = case(1, 16, 620, torch.float32, 0.0)
         gate[3:300] = 0
         gate[302:612] = 0
-        check("cats", (x, gate, up, down_t, 1e-4, activation), Config(16, 4, tile=2, warps=4, programs=2))
+        for config in (Config(16, 2, warps=4, programs=2), replace(TENSOR_CORES, gate_tile=16, programs=2)):
+            check("cats", (x, gate, up, down_t, 1e-4, activation), config)
 
     def check_ties(variant: str) -> None:
         kept, dropped = tie_case()

@@ -165,23 +165,3 @@ def await_previous_kernel(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def prefetch_rows(w_ptr, row, wanted, D: tl.constexpr, TILE: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Start copying the wanted weight rows [TILE] into L2, without waiting. A row is SEGMENTS copies of whole 16 bytes;
-    TILE * SEGMENTS must be the number of threads, so that each thread starts one."""
-    tl.static_assert(D % SEGMENTS == 0)
-    size: tl.constexpr = D // SEGMENTS * (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    tl.static_assert(size % 16 == 0)
-    first = tl.arange(0, SEGMENTS)[None, :] * (D // SEGMENTS)
-    address = (w_ptr + row.to(tl.int64)[:, None] * D + first).to(tl.int64)
-    go = tl.broadcast_to(wanted.to(tl.int32)[:, None], [TILE, SEGMENTS])
-    tl.inline_asm_elementwise(
-        "{ .reg .pred go; setp.ne.s32 go, $2, 0; @go cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
-        "=r,l,r,r",
-        [address, go, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

@@ -18,7 +18,6 @@ from .triton_device import (
     list_active,
     load_rows,
     load_x,
-    prefetch_rows,
     project,
 )
 
@@ -27,14 +26,11 @@ from .triton_device import (
 def gate_kernel(
     x_ptr,
     gate_ptr,
-    up_ptr,  # the next kernel's weights, only for PREFETCH
-    down_ptr,
     v_ptr,  # float32 (ROWS, m)
     mark_ptr,  # int32: WORDS one a WORD_ROWS neurons | MASK one flag a neuron | ATOMIC compacted indices | PLAIN unused
     count_ptr,  # int32 (1,), zeroed: ATOMIC only
     threshold,
     m,
-    prefetch_from,  # the tile from which on active rows of W_up and W_down are fetched into L2
     MARK: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -46,7 +42,6 @@ def gate_kernel(
     EVEN_M: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,  # copies a row of a weight, or 0
     PDL: tl.constexpr,
 ):
     """v = activation(x W_gate^T) for TILE neurons, masked unless MARK is PLAIN, and the marks by which the next kernel
@@ -62,11 +57,6 @@ def gate_kernel(
         v = tl.where(keep, v, 0.0)
     tl.store(v_ptr + row * m + neuron[None, :], v, mask=live[None, :] & (row < ROWS))
     active = tl.max(keep.to(tl.int32), 0)  # the union over the rows of x
-    if PREFETCH:  # noqa: SIM102  (the compiler decides this one)
-        # memory would idle while the next kernel starts and lists its rows
-        if tl.program_id(0) >= prefetch_from:
-            prefetch_rows(up_ptr, neuron, active, D, TILE, PREFETCH)
-            prefetch_rows(down_ptr, neuron, active, D, TILE, PREFETCH)
     if MARK == "WORDS":
         flags = tl.reshape(active, [TILE // WORD_ROWS, WORD_ROWS])
         bits = tl.sum(flags << tl.arange(0, WORD_ROWS)[None, :], 1)
@@ -80,55 +70,13 @@ def gate_kernel(
 
 
 @triton.jit
-def up_down_kernel(
-    x_ptr,
-    up_ptr,
-    down_ptr,
-    v_ptr,
-    words_ptr,
-    indices_ptr,  # int32 (m,)
-    partial_ptr,  # float32 (programs, ROWS, D)
-    words,
-    m,
-    ROWS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr,
-    WORD_ROWS: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One pass over the active neurons: a row of W_up, then the same row of W_down^T, summed in registers.
-
-    The loads of both rows are issued together, before the product that the second one has to wait for.
-    """
-    x = load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D)
-    await_previous_kernel(PDL)
-    start, end, _total = list_active(words_ptr, indices_ptr, words, BLOCK_WORDS, WORD_ROWS, CHUNK)
-    row = tl.arange(0, BLOCK_ROWS)[:, None]
-    column = tl.arange(0, BLOCK_D)[None, :]
-    sums = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
-    for first in tl.range(start, end, TILE, num_stages=STAGES):
-        place = first + tl.arange(0, TILE)
-        live = place < end
-        neuron = tl.load(indices_ptr + place, mask=live, other=0)
-        up = load_rows(up_ptr, neuron, live, 0, D, BLOCK_D, False)
-        down = load_rows(down_ptr, neuron, live, 0, D, BLOCK_D, False)
-        v = tl.load(v_ptr + row * m + neuron[None, :], mask=live[None, :] & (row < ROWS), other=0.0)
-        sums = add_rows(sums, gated(v, dot_rows(x, up)), down, False)
-    partial = partial_ptr + tl.program_id(0) * (ROWS * D) + row * D + column
-    tl.store(partial, sums, mask=(row < ROWS) & (column < D))
-
-
-@triton.jit
-def one_pass_kernel(
+def fused_kernel(
     x_ptr,
     gate_ptr,
     up_ptr,
     down_ptr,
+    v_ptr,  # float32 (ROWS, m): of the active neurons, by place
+    indices_ptr,  # int32 (m,): the active neurons, by place; a program's places begin at its first neuron
     partial_ptr,  # float32 (programs, ROWS, D)
     threshold,
     m,
@@ -137,12 +85,18 @@ def one_pass_kernel(
     BLOCK_ROWS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GATE_TILE: tl.constexpr,
+    GATE_STAGES: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """All three products over this program's even share of the neurons; dropped rows of W_up and W_down are masked
-    out of the loads. Nothing is listed and nothing waits for another program."""
+    """All three products over this program's even share of the neurons: first its rows of W_gate, listing the active
+    neurons, then their rows of W_up and W_down^T, summed in registers. No program waits for another.
+
+    The loads of both rows are issued together, before the product that the second one has to wait for.
+    """
     await_previous_kernel(PDL)
     x = load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D)
     program = tl.program_id(0)
@@ -150,16 +104,32 @@ def one_pass_kernel(
     end = (program + 1) * m // tl.num_programs(0)
     row = tl.arange(0, BLOCK_ROWS)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
+    middle = start + (end - start) * (program % PARTS + 1) // PARTS
     sums = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
-    for first in tl.range(start, end, TILE, num_stages=STAGES):
-        neuron = first + tl.arange(0, TILE)
-        live = neuron < end
-        v = activate(dot_rows(x, load_rows(gate_ptr, neuron, live, 0, D, BLOCK_D, False)), ACTIVATION)
-        keep = kept(v, threshold) & live[None, :] & (row < ROWS)
-        active = tl.max(keep.to(tl.int32), 0) == 1
-        up = load_rows(up_ptr, neuron, active, 0, D, BLOCK_D, False)
-        down = load_rows(down_ptr, neuron, active, 0, D, BLOCK_D, False)
-        sums = add_rows(sums, gated(tl.where(keep, v, 0.0), dot_rows(x, up)), down, False)
+    for part in range(2 if PARTS > 1 else 1):
+        part_start = middle if part else start
+        part_end = end if part else middle
+        last = part_start  # the end of this program's list
+        for first in tl.range(part_start, part_end, GATE_TILE, num_stages=GATE_STAGES):
+            neuron = first + tl.arange(0, GATE_TILE)
+            live = neuron < part_end
+            v = activate(dot_rows(x, load_rows(gate_ptr, neuron, live, 0, D, BLOCK_D, False)), ACTIVATION)
+            keep = kept(v, threshold) & live[None, :] & (row < ROWS)
+            active = tl.max(keep.to(tl.int32), 0)
+            place = last + tl.cumsum(active, 0) - active
+            tl.store(indices_ptr + place, neuron, mask=active == 1)
+            mask = (active == 1)[None, :] & (row < ROWS)
+            tl.store(v_ptr + row * m + place[None, :], tl.where(keep, v, 0.0), mask=mask)
+            last += tl.sum(active, 0)
+        tl.debug_barrier()  # other threads of this program read the list back
+        for first in tl.range(part_start, last, TILE, num_stages=STAGES):
+            place = first + tl.arange(0, TILE)
+            live = place < last
+            neuron = tl.load(indices_ptr + place, mask=live, other=0)
+            up = load_rows(up_ptr, neuron, live, 0, D, BLOCK_D, False)
+            down = load_rows(down_ptr, neuron, live, 0, D, BLOCK_D, False)
+            v = tl.load(v_ptr + row * m + place[None, :], mask=live[None, :] & (row < ROWS), other=0.0)
+            sums = add_rows(sums, gated(v, dot_rows(x, up)), down, False)
     partial = partial_ptr + program * (ROWS * D) + row * D + column
     tl.store(partial, sums, mask=(row < ROWS) & (column < D))
 

@@ -99,6 +99,8 @@ class Recorded:
             values: list[Any] = [named[name] for name in step.kernel.arg_names]
             places: list[tuple[int, str | int]] = []
             for place, (name, value) in enumerate(zip(step.kernel.arg_names, values, strict=True)):
+                if isinstance(value, Tensor):
+                    values[place] = None  # not kept alive
                 if name in CALL_ARGUMENTS or name == "threshold":
                     places.append((place, name))
                 elif isinstance(value, Tensor):

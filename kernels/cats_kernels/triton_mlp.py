@@ -1,8 +1,8 @@
 """The sparse gated MLP on GPUs: launchers of our kernel and of the paper's, behind one signature.
 
-"cats" is three launches (four for more rows of x): the gate product, whose epilogue thresholds and packs a word of
-active neurons per tile; one persistent kernel in which every program takes an even share of the active neurons,
-streams their rows of W_up and W_down^T, and keeps the output in registers; and a small reduction. It is deterministic:
+"cats" is two launches for one row of x: one persistent kernel in which every program takes an even share of the
+neurons, streams their rows of W_gate, lists the active ones, streams their rows of W_up and W_down^T and keeps the
+output in registers; and a small reduction. More rows go through tensor cores, a kernel a product. It is deterministic:
 two runs on the same input agree bit for bit. So is "fused-mask"; "gather" and "fused-compact" compact with atomics as
 Algorithm 2 does, and are not. No launch depends on data, so a call can be captured in a CUDA graph.
 """
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operator import MAX_ROWS
-from .triton_kernels import gate_kernel, masked_product_kernel, one_pass_kernel, up_down_kernel, up_kernel
+from .triton_kernels import fused_kernel, gate_kernel, masked_product_kernel, up_kernel
 from .triton_launch import INTERPRETED, Call, Launch, Recorded, aligned, cdiv, power_of_2, target_of
 from .triton_paper import plan_down, plan_paper, plan_reduce
 
@@ -34,129 +34,169 @@ The mask is not known on the host, so rows and type decide. A neuron's rows are 
 
 @dataclass(frozen=True)
 class Config:
-    """Launch parameters of "cats", chosen by measurement. A tile is a number of weight rows."""
+    """Launch parameters of "cats", chosen by measurement. A tile is a number of weight rows, a stage a tile that a
+    program has asked for before it needs it."""
 
     gate_tile: int
-    gate_warps: int
-    tile: int  # of the up-and-down kernel (fused), or of the up kernel
+    tile: int  # of W_up and W_down (fused), or of W_up
     warps: int
-    programs: int  # per streaming multiprocessor, of the kernels after the gate
-    stages: int = 1  # software pipelining depth: of the fused kernel, or of all with dot
-    fused: bool = True  # up and down in one kernel; needs rows * d float32 sums in the registers of one program
-    one_pass: bool = False  # gate, up and down in one kernel, if fused
-    dot: bool = False  # products on tensor cores, not fused; tiles of 16 rows a warp
+    programs: int  # per streaming multiprocessor
+    gate_stages: int = 1  # of W_gate, if fused
+    stages: int = 1  # of W_up and W_down, or of all weights with dot
+    parts: int = 1  # fused: a program lists and adds up its neurons in two parts, divided at one of so many places
+    dot: bool = False  # products on tensor cores, each in a kernel of its own; tiles of 16 rows a warp
     columns: int = 128  # of x and W_gate or W_up in one stage, with dot
     down_block: int = 512  # columns, and
-    down_tile: int = 16  # weight rows, of the separate down kernel
+    down_tile: int = 16  # weight rows, of the down kernel, with dot
     reduce_block: int = 32  # columns that a program of the reduction sums, if fused
     dependent: bool = True  # programmatic dependent launch, where the chip has it
-    prefetch: int = (
-        0  # one in so many gate tiles, the last ones, fetch their active rows into L2, if dependent; 0: none
-    )
 
 
-TENSOR_CORES = Config(
-    64, 4, tile=64, warps=4, programs=2, stages=4, fused=False, dot=True, down_block=512, down_tile=16
-)
+TENSOR_CORES = Config(64, 64, warps=4, programs=2, stages=4, dot=True, down_block=512, down_tile=16)
 CONFIGS: dict[tuple[int, int], Config] = {
-    (2, 1): Config(4, 4, tile=4, warps=8, programs=2),
+    (2, 1): Config(2, 1, warps=4, programs=2, gate_stages=4, stages=4),
     (2, 2): TENSOR_CORES,
     (2, 8): TENSOR_CORES,
-    (4, 1): Config(4, 8, tile=2, warps=8, programs=2),
-    (4, 2): Config(4, 8, tile=1, warps=8, programs=1, stages=3),
+    (4, 1): Config(1, 2, warps=8, programs=1, gate_stages=6, stages=3, parts=8),
+    (4, 2): Config(2, 1, warps=8, programs=1, gate_stages=3, stages=3),
     (4, 8): replace(TENSOR_CORES, columns=64, down_block=128, down_tile=32, dependent=False),
 }
 """(bytes of a weight, most rows of x) -> configuration, for widths from 1024 up."""
-NARROW = Config(8, 4, tile=8, warps=4, programs=4)
+NARROW = Config(8, 8, warps=4, programs=4)
 """For narrower weights and one or two rows: a weight row is less than one load of 8 warps."""
-MAX_FUSED_WIDTH = 8192  # columns of float32 sums that one program can keep in registers
+MAX_FUSED_WIDTH = 8192  # columns of x and of sums, in float32, that one program can keep in registers
 
 
-SMALL_SHARED_MEMORY = (86, 89, 120, 121)
-"""Compute capabilities with 99 KB of shared memory a block; the others have at least 163 KB."""
+SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+"""Compute capability -> KB of shared memory that a program can have (CUDA C++ Programming Guide); 64 elsewhere."""
 
 
 @cache
 def choose_config(element_size: int, rows: int, d: int, arch: int = 90) -> Config:
     """The launch configuration for weights of element_size bytes, rows of x (1 to 8), width d and a chip."""
     most = next(key for key in (1, 2, 8) if rows <= key)
+    width = power_of_2(d)
+    if most * width > MAX_FUSED_WIDTH:
+        return CONFIGS[element_size, 8]
     config = NARROW if d < 1024 and rows <= 2 else CONFIGS[element_size, most]
-    # tiles of W_up and W_down wait in shared memory: at d = 5120, padded to 8192, three float32 stages need 262 KB
-    waiting = 2 * (config.stages - 1) * config.tile * power_of_2(d) * element_size
-    if config.fused and waiting > (99 if arch in SMALL_SHARED_MEMORY else 163) * 1024:
-        config = replace(config, stages=1, programs=2)
-    fits = most * power_of_2(d) <= MAX_FUSED_WIDTH
-    return replace(config, fused=config.fused and fits, one_pass=config.one_pass and fits)
+    if config.dot:
+        return config
+    # d = 5120 is padded to 8192, where two rows in three stages of float32 are 262 KB
+    one = replace(config, programs=1)
+    smaller = (config, one, replace(one, gate_tile=1, tile=1), replace(config, gate_stages=1, stages=1, programs=2))
+    room = SHARED_MEMORY.get(arch, 64) * 1024 // (width * element_size)
+    return next(found for found in smaller if found.programs * rows_waiting(found) <= room)
+
+
+def rows_waiting(config: Config) -> int:
+    """Weight rows that a program of the fused kernel has in shared memory at a time."""
+    return max((config.gate_stages - 1) * config.gate_tile, 2 * (config.stages - 1) * config.tile)
 
 
 def plan_cats(call: Call, config: Config | None = None) -> list[Launch]:
     """The launches of "cats"; rows <= 8."""
     config = config or choose_config(call.x.element_size(), call.rows, call.d, call.target.arch)
+    return plan_split(call, config) if config.dot else plan_fused(call, config)
+
+
+def plan_fused(call: Call, config: Config) -> list[Launch]:
+    """One kernel for all three products, and the reduction."""
     pdl = call.target.dependent_launch and config.dependent
-    # a tensor core's tile has 8 columns
-    block_rows = max(8, power_of_2(call.rows)) if config.dot else power_of_2(call.rows)
-    shape = {"ROWS": call.rows, "BLOCK_ROWS": block_rows, "D": call.d, "PDL": pdl}
-    if config.one_pass:
-        return plan_one_pass(call, config, shape)
-    columns = config.columns if config.dot else 4096 if call.rows <= 2 else 1024  # at a time, summing products only
-    product = {
-        "BLOCK_D": min(max(16, power_of_2(call.d)), columns),
-        "DOT": config.dot,
-        "STAGES": config.stages if config.dot else 1,
-    }
-    tiles = cdiv(call.m, config.gate_tile)
-    word_rows = min(config.gate_tile, 16)
-    words = cdiv(call.m, word_rows)
-    v = call.buffer(call.rows, call.m)
-    word, indices, count = (call.buffer(n, dtype=torch.int32) for n in (words, call.m, 1))
-    gate = Launch(
-        gate_kernel,
-        (tiles,),
+    programs = count_programs(call, config)
+    sums = call.buffer(programs, call.rows, call.d)
+    fused = Launch(
+        fused_kernel,
+        (programs,),
         dict(
             x_ptr=call.x,
             gate_ptr=call.gate_weight,
             up_ptr=call.up_weight,
             down_ptr=call.down_weight_t,
+            v_ptr=call.buffer(call.rows, call.m),
+            indices_ptr=call.buffer(call.m, dtype=torch.int32),
+            partial_ptr=sums,
+            threshold=call.threshold,
+            m=call.m,
+        ),
+        dict(
+            ROWS=call.rows,
+            BLOCK_ROWS=power_of_2(call.rows),
+            D=call.d,
+            BLOCK_D=power_of_2(call.d),
+            ACTIVATION=call.activation,
+            GATE_TILE=config.gate_tile,
+            GATE_STAGES=config.gate_stages,
+            TILE=config.tile,
+            STAGES=config.stages,
+            PARTS=config.parts,
+            PDL=pdl,
+        ),
+        warps=config.warps,
+        dependent=pdl,
+    )
+    return [fused, plan_reduce(call, sums, pdl, config.reduce_block)]
+
+
+def plan_split(call: Call, config: Config) -> list[Launch]:
+    """A kernel a product, on tensor cores, and the reduction."""
+    pdl = call.target.dependent_launch and config.dependent
+    product = {
+        "ROWS": call.rows,
+        "BLOCK_ROWS": max(8, power_of_2(call.rows)),  # a tensor core's tile has 8 columns
+        "D": call.d,
+        "BLOCK_D": min(max(16, power_of_2(call.d)), config.columns),
+        "DOT": True,
+        "STAGES": config.stages,
+        "PDL": pdl,
+    }
+    word_rows = min(config.gate_tile, 16)
+    words = cdiv(call.m, word_rows)
+    v, h = call.buffer(call.rows, call.m), call.buffer(call.rows, call.m)
+    word, indices, count = (call.buffer(n, dtype=torch.int32) for n in (words, call.m, 1))
+    gate = Launch(
+        gate_kernel,
+        (cdiv(call.m, config.gate_tile),),
+        dict(
+            x_ptr=call.x,
+            gate_ptr=call.gate_weight,
             v_ptr=v,
             mark_ptr=word,
             count_ptr=count,
             threshold=call.threshold,
             m=call.m,
-            prefetch_from=tiles - tiles // max(1, config.prefetch),
         ),
         dict(
-            shape,
-            **product,
-            PREFETCH=prefetch_copies(call, config) if pdl else 0,
+            product,
             TILE=config.gate_tile,
             WORD_ROWS=word_rows,
             MARK="WORDS",
             ACTIVATION=call.activation,
             EVEN_M=call.m % config.gate_tile == 0,
         ),
-        warps=config.gate_warps,
+        warps=config.warps,
         dependent=pdl,
     )
-    listed = dict(x_ptr=call.x, up_ptr=call.up_weight, v_ptr=v, words_ptr=word, indices_ptr=indices, words=words)
-    listing = dict(WORD_ROWS=word_rows, BLOCK_WORDS=max(32, power_of_2(words)), CHUNK=256, TILE=config.tile)
-    programs = count_programs(call, config)
-    if config.fused:
-        sums = call.buffer(programs, call.rows, call.d)
-        up_down = Launch(
-            up_down_kernel,
-            (programs,),
-            dict(listed, down_ptr=call.down_weight_t, partial_ptr=sums, m=call.m),
-            dict(shape, **listing, BLOCK_D=power_of_2(call.d), STAGES=config.stages),
-            warps=config.warps,
-            dependent=pdl,
-        )
-        return [gate, up_down, plan_reduce(call, sums, pdl, config.reduce_block)]
-    h = call.buffer(call.rows, call.m)
     up = Launch(
         up_kernel,
-        (programs,),
-        dict(listed, count_ptr=count, h_ptr=h, m=call.m),
-        dict(shape, **listing, **product),
+        (count_programs(call, config),),
+        dict(
+            x_ptr=call.x,
+            up_ptr=call.up_weight,
+            v_ptr=v,
+            words_ptr=word,
+            indices_ptr=indices,
+            count_ptr=count,
+            h_ptr=h,
+            words=words,
+            m=call.m,
+        ),
+        dict(
+            product,
+            WORD_ROWS=word_rows,
+            BLOCK_WORDS=max(32, power_of_2(words)),
+            CHUNK=256,
+            TILE=config.tile,
+        ),
         warps=config.warps,
         dependent=pdl,
     )
@@ -169,41 +209,11 @@ def plan_cats(call: Call, config: Config | None = None) -> list[Launch]:
         block_d=config.down_block,
         tile=config.down_tile,
         programs_per_processor=config.programs,
-        stages=2 * config.stages - 1 if config.dot else 1,  # two dependent loads: index, then row
-        dot=config.dot,
+        stages=2 * config.stages - 1,  # two dependent loads: index, then row
+        dot=True,
         dependent=pdl,
     )
     return [gate, up, *down]
-
-
-def plan_one_pass(call: Call, config: Config, shape: dict[str, Any]) -> list[Launch]:
-    """The launches of "cats" where one kernel computes all three products."""
-    programs = count_programs(call, config)
-    sums = call.buffer(programs, call.rows, call.d)
-    one_pass = Launch(
-        one_pass_kernel,
-        (programs,),
-        dict(
-            x_ptr=call.x,
-            gate_ptr=call.gate_weight,
-            up_ptr=call.up_weight,
-            down_ptr=call.down_weight_t,
-            partial_ptr=sums,
-            threshold=call.threshold,
-            m=call.m,
-        ),
-        dict(shape, ACTIVATION=call.activation, BLOCK_D=power_of_2(call.d), TILE=config.tile, STAGES=config.stages),
-        warps=config.warps,
-        dependent=shape["PDL"],
-    )
-    return [one_pass, plan_reduce(call, sums, shape["PDL"], config.reduce_block)]
-
-
-def prefetch_copies(call: Call, config: Config) -> int:
-    """Copies of a weight row that the threads of a gate program share out, or 0: no prefetch, or rows of odd sizes."""
-    copies = 32 * config.gate_warps // config.gate_tile
-    whole = copies > 0 and call.d * call.x.element_size() % (16 * copies) == 0
-    return copies if config.prefetch and whole else 0
 
 
 def count_programs(call: Call, config: Config) -> int:

@@ -110,16 +110,7 @@ def plan_paper(variant: str, call: Call) -> list[Launch]:
     gate = Launch(
         gate_kernel,
         tiles,
-        dict(
-            common,
-            x_ptr=call.x,
-            gate_ptr=call.gate_weight,
-            up_ptr=call.up_weight,
-            down_ptr=call.down_weight_t,
-            v_ptr=v,
-            threshold=call.threshold,
-            prefetch_from=0,
-        ),
+        dict(common, x_ptr=call.x, gate_ptr=call.gate_weight, v_ptr=v, threshold=call.threshold),
         dict(
             shape,
             MARK={"gather": "PLAIN", "fused-compact": "ATOMIC", "fused-mask": "MASK"}[variant],
@@ -128,7 +119,6 @@ def plan_paper(variant: str, call: Call) -> list[Launch]:
             EVEN_M=m % tile == 0,
             DOT=False,
             STAGES=1,
-            PREFETCH=0,
             PDL=False,
         ),
         warps=8,
