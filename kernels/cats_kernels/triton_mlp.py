@@ -59,7 +59,7 @@ CONFIGS: dict[tuple[int, int], Config] = {
     (2, 8): TENSOR_CORES,
     (4, 1): Config(1, 2, warps=8, programs=1, gate_stages=6, stages=3, parts=8),
     (4, 2): Config(1, 1, warps=4, programs=1, gate_stages=6, stages=5, parts=8),
-    (4, 8): replace(TENSOR_CORES, stages=3, down_block=128, down_tile=32, dependent=False),
+    (4, 8): replace(TENSOR_CORES, columns=64, down_block=256, down_tile=16, dependent=False),
 }
 """(bytes of a weight, most rows of x) -> configuration, for widths from 1024 up."""
 NARROW = Config(8, 8, warps=4, programs=4)
