@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, StaticCache
 
 import cats
 from cats.structure import attention_blocks
+from experiments.decoding import compile_for_graph
 from experiments.results import Row
 from experiments.timing import Timing
 from experiments.timing import measure as measure_calls
@@ -130,7 +131,7 @@ def time_components(
     switch(sparsity)
     sparse = copy.deepcopy(mlp)
     switch(None)
-    prepare: Callable[..., Any] = compile_module if compiled else lambda module: module
+    prepare: Callable[..., Any] = compile_for_graph if compiled else lambda module: module
     dense, sparse, attend, head = (prepare(module) for module in (mlp, sparse, attention, head))
     index: Any = attention.layer_idx
     calls = {
@@ -143,11 +144,6 @@ def time_components(
     if device == "cuda":
         return measure_calls(calls, warmups=3, rounds=rounds, device=device)
     return measure_calls({key: _in_turn(group) for key, group in calls.items()}, warmups=2, rounds=rounds)
-
-
-def compile_module(module: nn.Module) -> Callable[..., Any]:
-    """The module as torch.compile makes it, without CUDA graphs of its own."""
-    return torch.compile(module, dynamic=False)
 
 
 def _attend(attention: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:

@@ -122,6 +122,7 @@ class Bench:
         kept = fitting_layers(name, dtype, config.device, min(layers or full, full))
         model, tokenizer = load_model(name, dtype, config.device, kept if kept < full else None, config.seed)
         self.model: PreTrainedModel = model
+        model.set_attn_implementation(options["attention"])
         make_greedy(model, max(case.context for case in cases))
         self.common: dict[str, Any] = {
             "machine": machine_name(config.device),
@@ -165,7 +166,7 @@ class Bench:
         by the class of the MLP). Only CUDA graphs are recorded again, as the down projection has moved: in the warm-up
         after each switch.
         """
-        decoder = Decoder(self.model, case.loop, case.context)
+        decoder = Decoder(self.model, case.loop, case.context, self.options["dependent_launch"])
         variants: list[float | None] = [None, *case.sparsities]
         prompts = [self._prompt(case, number) for number in range(case.prompts)]
         compile_s = dict.fromkeys(variants, 0.0)

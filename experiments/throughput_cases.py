@@ -42,6 +42,8 @@ def options_of(config: Config) -> dict[str, Any]:
     - ``lengths``: loop to generated tokens, such as {eager = [256, 512]}
     - ``separate_lengths``: a generation (and a static cache of its own size) for each length, not one read at them all
     - ``dtypes``, ``sparsities``, ``prompts``, ``prompt_tokens``, ``kernel``
+    - ``attention``: transformers' implementation of attention, such as "sdpa" or "eager", for dense and CATS alike
+    - ``dependent_launch``: of the kernels in the loop "graph", on a GPU that can
     - ``layers``: at most so many, 0 for all; fewer where memory is short
     - ``calibration_tokens``; ``calibration``: "text", or "generated" for text that the model itself has continued,
       should decoding stray more than 2 points from the target
@@ -61,6 +63,8 @@ def options_of(config: Config) -> dict[str, Any]:
         "prompts": 2,
         "prompt_tokens": 32,
         "layers": 0,
+        "attention": "sdpa",
+        "dependent_launch": True,
         "calibration": "text",
         "calibration_tokens": 256,
         "check_tokens": 16,

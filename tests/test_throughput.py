@@ -124,6 +124,14 @@ def test_decode_time_runs_from_the_first_token(loop: str, model: nn.Module, ids:
     assert set(found.decode_s) == {5, NEW}
 
 
+def test_the_attention_asked_for_is_the_one_timed(tmp_path: Path) -> None:
+    settings = config(tmp_path, attention="eager", lengths={"eager": [2]}, rounds=0, check_tokens=0)
+    bench = e06.Bench(
+        settings, cases.options_of(settings), "shape:small", "float32", 1, cases.cases_of(cases.options_of(settings))
+    )
+    assert bench.model.config._attn_implementation == "eager"
+
+
 def test_make_greedy_overrides_the_models_own_settings(ids: Tensor) -> None:
     model = tiny_model("Mistral", sliding_window=PROMPT + NEW)
     model.config.eos_token_id = 5
@@ -194,7 +202,7 @@ def test_amdahl_by_hand(loop: str, model: nn.Module, ids: Tensor, monkeypatch: p
 
     monkeypatch.setattr(amdahl, "measure_calls", timings)
     compiled = []
-    monkeypatch.setattr(amdahl, "compile_module", lambda module: compiled.append(module) or module)
+    monkeypatch.setattr(amdahl, "compile_for_graph", lambda module: compiled.append(module) or module)
     thresholds = cats.calibrate(model, [torch.arange(64)[None]], 0.5)
 
     def switch(sparsity: float | None) -> None:
