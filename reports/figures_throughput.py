@@ -16,11 +16,11 @@ from reports.load import paper_models, paper_table
 from reports.stats import GENERATION_KEYS, generation_speedups, throughput_by_length
 
 Tables = Mapping[str, pd.DataFrame]
-LOOP_HATCH = {"eager": "", "compiled": "////"}
+LOOP_HATCH = {"eager": "", "compiled": "////", "graph": "...."}
 
 
 def e06_throughput(tables: Tables) -> Figure | None:
-    """The paper's Figure 4: tokens per second for each generated length, dense and CATS-50, eager and compiled."""
+    """The paper's Figure 4: tokens per second for each generated length, dense and CATS-50, in each loop."""
     lengths = throughput_by_length(generation_speedups(tables["e06_throughput"]))
     groups = list(lengths.groupby(["model", "layers", "dtype"], sort=False))
     if not groups:

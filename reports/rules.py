@@ -320,7 +320,7 @@ def _time_ratios(fused: pd.DataFrame | None, rival: pd.DataFrame | None) -> pd.D
 
 def c9_generation(tables: Tables) -> list[Finding]:
     """Reproduced if CATS-50 generates at least 1.15 times the tokens per second of dense at batch 1, in the geometric
-    mean over generated lengths, in the loop (eager or compiled) in which dense is fastest.
+    mean over generated lengths, in the loop (eager, compiled or graph) in which dense is fastest.
     """
     lengths = throughput_by_length(generation_speedups(tables["e06_throughput"]))
     findings = []
