@@ -161,6 +161,7 @@ PROTOCOL: dict[str, tuple[str, list[tuple[str, str, Told]]]] = {
          lambda run, table: _figure_4(run, table, "{model}; layers: {layers}")),
         ("dtype, loop", "float32, eager generate",
          lambda run, table: f"{_values('dtype')(run, table)}; {_values('loop')(run, table)}"),
+        ("attention", "", _phrases("e06", "{attention}", "dependent launches in the graph loop: {dependent_launch}")),
         ("weights", "the models' own", _weights),
         ("prompts", "50 of RefinedWeb, batch 1",
          lambda run, table: _figure_4(run, table, "{prompts} of {prompt_tokens} tokens, batch 1")),
