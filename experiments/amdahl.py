@@ -75,6 +75,7 @@ def shares_and_amdahl(
     token_ms: dict[float | None, float],
     common: dict[str, Any],
     rounds: int,
+    dependent_launch: bool = False,
 ) -> list[Row]:
     """Rows of both tables for one model.
 
@@ -86,8 +87,9 @@ def shares_and_amdahl(
         token_ms: measured milliseconds a token of the dense model (None) and of CATS (``sparsity``) in the loop.
         common: the columns that all rows share.
         rounds: timed rounds.
+        dependent_launch: whether the loop has it, see `experiments.decoding.compile_for_graph`.
     """
-    timings = time_components(model, switch, sparsity, ids, rounds, compiled=common["loop"] != "eager")
+    timings = time_components(model, switch, sparsity, ids, rounds, common["loop"] != "eager", dependent_launch)
     layers = len(cats.gated_mlps(model))
     dense = token_ms[None]
     milliseconds = {
@@ -121,8 +123,13 @@ def time_components(
     ids: Tensor,
     rounds: int,
     compiled: bool = False,
+    dependent_launch: bool = False,
 ) -> dict[str, Timing]:
-    """Time one call of the middle layer's MLP (dense: ``mlp``, sparse: ``cats``), its attention block and the head."""
+    """Time one call of the middle layer's MLP (dense: ``mlp``, sparse: ``cats``), its attention block and the head.
+
+    Attention and head are one call a graph on a GPU, and bear its start and the copy of the cache's counter: each of
+    them is overstated by a few microseconds, the MLP by a `STEPS`-th of that.
+    """
     name, mlp = list(cats.gated_mlps(model).items())[len(cats.gated_mlps(model)) // 2]
     attention = attention_blocks(model)[f"{name.rpartition('.')[0]}.self_attn"]
     head = model.get_output_embeddings()
@@ -131,8 +138,8 @@ def time_components(
     switch(sparsity)
     sparse = copy.deepcopy(mlp)
     switch(None)
-    prepare: Callable[..., Any] = compile_for_graph if compiled else lambda module: module
-    dense, sparse, attend, head = (prepare(module) for module in (mlp, sparse, attention, head))
+    modules: Any = (mlp, sparse, attention, head)
+    dense, sparse, attend, head = (compile_for_graph(m, dependent_launch) for m in modules) if compiled else modules
     index: Any = attention.layer_idx
     calls = {
         "mlp": [partial(dense, *args, **kwargs) for args, kwargs in inputs["mlp"]],

@@ -129,6 +129,9 @@ class Decoder:
             # The cache that cache_implementation="static" builds for every call, but kept: CUDA graphs are recorded
             # again when its address moves
             cache = StaticCache(config=self.model.config, max_cache_len=self.context)
+            if self.loop == "graph" and any(cache.is_sliding):
+                # such a layer counts its tokens in a Python int, which a graph would freeze
+                raise ValueError('the loop "graph" cannot follow a sliding window: use "compiled"')
             self.options = {"past_key_values": cache, "compile_config": _compile_config(self.model.device)}
             self.compiled = compile_for_graph(self.model, self.dependent_launch) if self.loop == "graph" else None
 
@@ -182,15 +185,18 @@ class Decoder:
             choose(self.compiled, token)
 
         def prefill() -> None:
-            cache.reset()
             choose(self.model, ids)
 
+        cache.reset()
         prefill()  # makes the cache, which the step is compiled for
         replay: Callable[[], Any] = step
         if ids.device.type == "cuda":
             replay = capture([step]).replay
+            cache.reset()
+            prefill()  # capturing has given the allocator's memory back
         else:
             step()
+        cache.reset()
         begin = clock.start()
         prefill()
         for place in range(ids.shape[1], tokens.shape[1]):
@@ -223,8 +229,8 @@ class Decoder:
 def compile_for_graph(module: torch.nn.Module, dependent_launch: bool = True) -> Any:
     """The module as torch.compile makes it, without CUDA graphs of its own, which could not be part of another.
 
-    With ``dependent_launch`` its kernels start before their predecessors have ended and then wait, on a GPU that can
-    (from compute capability 9.0): at batch 1 there are hundreds of them a token, of one to two microseconds each.
+    With ``dependent_launch`` inductor's kernels start before their predecessors have ended and then wait, on a GPU that
+    can (from compute capability 9.0): at batch 1 there are hundreds of them a token, of one to two microseconds each.
     """
     device = next(module.parameters()).device
     if device.type == "cuda":

@@ -164,7 +164,7 @@ class Bench:
         One model is patched and unpatched in turn, rather than two models held: it fits any machine that holds the
         model once, peak memory is each variant's own, and compiled code survives the switch (both are kept, told apart
         by the class of the MLP). Only CUDA graphs are recorded again, as the down projection has moved: in the warm-up
-        after each switch.
+        after each switch, or before each generation in the loop "graph".
         """
         decoder = Decoder(self.model, case.loop, case.context, self.options["dependent_launch"])
         variants: list[float | None] = [None, *case.sparsities]
@@ -231,7 +231,9 @@ class Bench:
         token_ms = {key: 1e3 * math.exp(sum(logs) / len(logs)) for key, logs in times.items()}
         common = {**self.common, "loop": case.loop}
         ids = self._prompt(case, 0).repeat(1, -(-case.context // case.prompt_tokens))[:, : case.context - STEPS]
-        return shares_and_amdahl(self.model, self.switch, sparsity, ids, token_ms, common, self.options["rounds"])
+        dependent = self.options["dependent_launch"] and case.loop == "graph"
+        rounds = self.options["rounds"]
+        return shares_and_amdahl(self.model, self.switch, sparsity, ids, token_ms, common, rounds, dependent)
 
     def greedy_checks(self, tokens: int) -> list[Row]:
         """CATS at sparsity 0 against dense, and the sparse kernel against the dense masked path at the first target."""

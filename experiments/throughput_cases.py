@@ -17,7 +17,7 @@ class Case:
     """One condition: every variant generates from every prompt in it.
 
     Attributes:
-        loop: ``eager`` or ``compiled``.
+        loop: one of `experiments.decoding.LOOPS`.
         lengths: generated tokens; all are read from one generation, so a static cache is as large as the last needs.
         sparsities: targets of the CATS variants timed against dense.
         prompts: how many (batches of) prompts, numbered from ``first_prompt``.
@@ -43,7 +43,7 @@ def options_of(config: Config) -> dict[str, Any]:
     - ``separate_lengths``: a generation (and a static cache of its own size) for each length, not one read at them all
     - ``dtypes``, ``sparsities``, ``prompts``, ``prompt_tokens``, ``kernel``
     - ``attention``: transformers' implementation of attention, such as "sdpa" or "eager", for dense and CATS alike
-    - ``dependent_launch``: of the kernels in the loop "graph", on a GPU that can
+    - ``dependent_launch``: of inductor's kernels in the loop "graph", on a GPU that can; those of CATS always are
     - ``layers``: at most so many, 0 for all; fewer where memory is short
     - ``calibration_tokens``; ``calibration``: "text", or "generated" for text that the model itself has continued,
       should decoding stray more than 2 points from the target

@@ -65,12 +65,12 @@ def fused(gate_tile: int, gate_stages: int, tile: int, stages: int, warps: int, 
 
 
 def configs(rows: int, element_size: int, d: int) -> list[Config]:
-    """The search space for "cats": each kernel's parameters around the present choice of the others."""
+    """The search space for "cats" on a Hopper: the fused kernel's, and around the present choice on tensor cores."""
     best = choose_config(element_size, rows, d)
     found = [best, replace(best, dependent=False)]
     if rows <= 2:
         found += [fused(*parameters) for parameters in FUSED[element_size]]
-        found += [replace(found[2], reduce_block=block) for block in (16, 64)]
+        found += [replace(best, reduce_block=block) for block in (16, 64)]
     if rows >= 2:
         dot = CONFIGS[element_size, MAX_ROWS]
         for tile, warps, size, stages, programs in PROJECTIONS:

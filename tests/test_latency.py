@@ -68,16 +68,18 @@ def test_a_wrong_kernel_is_refused_before_it_is_timed(config: Config, monkeypatc
         list(e05.run(config))
 
 
-def test_a_path_that_rounds_before_it_compares_is_given_the_undecided_neurons_only():
-    """torch's own products in bfloat16, whose v is rounded; and the same with every tenth neuron lost."""
+def test_a_path_that_rounds_before_it_compares_is_held_to_its_own_mask():
+    """torch's own products in bfloat16, whose v is rounded; and the same with one neuron of 500 lost."""
     problem = e05.Problem(256, 4000, 8, torch.bfloat16, "cpu", 0)
     for sparsity in (0.5, 0.9):
         threshold = problem.threshold(sparsity)
-        v = torch.nn.functional.silu(problem.x @ problem.gate.T)
-        h = torch.where(v.abs().float() < threshold, 0, v) * (problem.x @ problem.up.T)
-        right, wrong = h @ problem.down_t, h.index_fill(1, torch.arange(0, 4000, 10), 0.0) @ problem.down_t
-        errors = [problem.errors({threshold: y})[threshold] - problem.undecided(threshold) for y in (right, wrong)]
+        v = torch.nn.functional.silu((problem.x @ problem.gate.T).float())
+        h = torch.where(v.abs() < threshold, 0, v) * (problem.x @ problem.up.T)
+        lost = h.index_fill(1, torch.arange(0, 4000, 500), 0.0)
+        right, wrong = (y.bfloat16() @ problem.down_t for y in (h, lost))
+        errors = [problem.errors({threshold: y}, rounded=True)[threshold] for y in (right, wrong)]
         assert errors[0] < e05.TOLERANCE[torch.bfloat16] < errors[1]
+        assert problem.errors({threshold: right})[threshold] > 2 * errors[0]
 
 
 def test_an_implementation_that_cannot_run_is_a_row_that_says_so(config: Config, monkeypatch: pytest.MonkeyPatch):

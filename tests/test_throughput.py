@@ -124,6 +124,11 @@ def test_decode_time_runs_from_the_first_token(loop: str, model: nn.Module, ids:
     assert set(found.decode_s) == {5, NEW}
 
 
+def test_a_cuda_graph_is_refused_without_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'"graph" is a CUDA graph, for which cpu is no device: use "eager"'):
+        list(e06.run(config(tmp_path, lengths={"graph": [2]})))
+
+
 def test_the_attention_asked_for_is_the_one_timed(tmp_path: Path) -> None:
     settings = config(tmp_path, attention="eager", lengths={"eager": [2]}, rounds=0, check_tokens=0)
     bench = e06.Bench(
@@ -149,6 +154,8 @@ def test_make_greedy_overrides_the_models_own_settings(ids: Tensor) -> None:
 def test_bad_loops(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="allowed are eager, compiled, graph"):
         Decoder(model, "fast", 8)
+    with pytest.raises(ValueError, match="cannot follow a sliding window"):
+        Decoder(tiny_model("Mistral", sliding_window=4), "graph", 8)
     monkeypatch.setattr(decoding.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"C\+\+ compiler"):
         Decoder(model, "compiled", 8)
@@ -202,7 +209,7 @@ def test_amdahl_by_hand(loop: str, model: nn.Module, ids: Tensor, monkeypatch: p
 
     monkeypatch.setattr(amdahl, "measure_calls", timings)
     compiled = []
-    monkeypatch.setattr(amdahl, "compile_for_graph", lambda module: compiled.append(module) or module)
+    monkeypatch.setattr(amdahl, "compile_for_graph", lambda module, _: compiled.append(module) or module)
     thresholds = cats.calibrate(model, [torch.arange(64)[None]], 0.5)
 
     def switch(sparsity: float | None) -> None:
@@ -335,7 +342,8 @@ def test_a_model_with_a_tokenizer_reads_text(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_compiled_loop_on_a_gpu() -> None:
+@pytest.mark.parametrize("loop", ["compiled", "graph"])
+def test_compiled_loops_on_a_gpu(loop: str) -> None:
     """CUDA graphs with CATS inside: the tokens of the eager loop, and nothing compiled or recorded while timing."""
     torch.manual_seed(0)
     settings = transformers.LlamaConfig(
@@ -346,7 +354,7 @@ def test_compiled_loop_on_a_gpu() -> None:
     make_greedy(model, PROMPT + 32)
     prompts = torch.randint(0, 512, (2, 1, PROMPT))
     thresholds = cats.calibrate(model, [torch.randint(0, 512, (4, 64))], 0.5)
-    decoder = Decoder(model, "compiled", PROMPT + 32)
+    decoder = Decoder(model, loop, PROMPT + 32)
     for _ in range(2):
         for sparse in (False, True):
             cats.apply(model, thresholds) if sparse else cats.remove(model)

@@ -26,7 +26,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 import triton.language as tl
 from cats_kernels.triton_launch import Call, Launch, Target
-from cats_kernels.triton_mlp import CONFIGS, VARIANTS, Config, launch, plan
+from cats_kernels.triton_mlp import CONFIGS, VARIANTS, Config, choose_config, launch, plan
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -170,5 +170,6 @@ def test_cpu_tensors_are_refused_without_the_interpreter():
         launch("cats", x, weight, weight, weight, 0.5)
 
 
-def test_the_table_has_no_unused_key():
-    assert all(element_size in (2, 4) and 1 <= rows <= 8 for element_size, rows in CONFIGS)
+def test_every_configuration_of_the_table_is_used():
+    used = {choose_config(size, rows, 1024) for size in (2, 4) for rows in range(1, 9)}
+    assert used == set(CONFIGS.values())

@@ -33,7 +33,9 @@ def case(
     magnitudes = gate_activation(activation)(x.double() @ gate.double().T).abs().flatten().sort().values
     edges = torch.cat([magnitudes.new_zeros(1), magnitudes, 2 * magnitudes[-1:] + 1])
     k = round(sparsity * magnitudes.numel())
-    near = edges[max(0, k - 8) : k + 10] if 0 < sparsity < 1 else edges[k : k + 2]
+    # between two activations, so that something is kept and something dropped
+    some = 0 < sparsity < 1 < magnitudes.numel()
+    near = edges[max(1, k - 8) : min(k + 10, magnitudes.numel() + 1)] if some else edges[k : k + 2]
     widest = int(near.diff().argmax())
     threshold = float((near[widest] + near[widest + 1]) / 2) if sparsity > 0 else 0.0
     return x, gate, up, down_t, threshold, activation

@@ -84,7 +84,7 @@ def add_rows(sums, h, w, DOT: tl.constexpr):
 
 @triton.jit
 def gated(v, u):
-    """v * u, and exactly 0 where v is masked (stored as 0): a dropped neuron must not bring in an infinite u."""
+    """v * u, and 0 where v is 0, as masked ones are stored: a dropped neuron must not bring in an infinite u."""
     return tl.where(v == 0, 0.0, v * u)
 
 

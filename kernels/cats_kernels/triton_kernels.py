@@ -1,6 +1,6 @@
 """The Triton kernels of the sparse gated MLP. Weights are row-major (m, d); sums are float32 throughout.
 
-`gate_kernel` reads all of W_gate; the others read W_up and W_down only in active rows. Each program writes its own part
+W_gate is read whole, W_up and W_down only in active rows. Each program writes its own part
 of every buffer, so results do not depend on scheduling (except in the paper's ATOMIC compaction)."""
 
 # mypy: disable-error-code=no-untyped-def
@@ -45,7 +45,7 @@ def gate_kernel(
     PDL: tl.constexpr,
 ):
     """v = activation(x W_gate^T) for TILE neurons, masked unless MARK is PLAIN, and the marks by which the next kernel
-    skips. The next kernel may start only once this one has waited, so it needs no wait before it reads x."""
+    skips."""
     await_previous_kernel(PDL)
     neuron = tl.program_id(0) * TILE + tl.arange(0, TILE)
     row = tl.arange(0, BLOCK_ROWS)[:, None]
@@ -93,7 +93,8 @@ def fused_kernel(
     PDL: tl.constexpr,
 ):
     """All three products over this program's even share of the neurons: first its rows of W_gate, listing the active
-    neurons, then their rows of W_up and W_down^T, summed in registers. No program waits for another.
+    neurons, then their rows of W_up and W_down^T, summed in registers. No program waits for another. With PARTS over 1
+    it does so in two parts, divided at a place that its number decides, so that not all change from W_gate at one time.
 
     The loads of both rows are issued together, before the product that the second one has to wait for.
     """
@@ -153,11 +154,10 @@ def up_kernel(
     WORD_ROWS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
-    DOT: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """h = v * (x W_up^T) at the active neurons, for shapes whose output overflows one program's registers."""
+    """h = v * (x W_up^T) at the active neurons, on tensor cores."""
     await_previous_kernel(PDL)
     start, end, total = list_active(words_ptr, indices_ptr, words, BLOCK_WORDS, WORD_ROWS, CHUNK)
     tl.store(count_ptr, total, mask=tl.program_id(0) == 0)
@@ -168,7 +168,7 @@ def up_kernel(
         mask = live[None, :] & (row < ROWS)
         neuron = tl.load(indices_ptr + place, mask=live, other=0)
         v = tl.load(v_ptr + row * m + neuron[None, :], mask=mask, other=0.0)
-        u = project(x_ptr, up_ptr, neuron, live, ROWS, BLOCK_ROWS, D, BLOCK_D, TILE, False, DOT, STAGES)
+        u = project(x_ptr, up_ptr, neuron, live, ROWS, BLOCK_ROWS, D, BLOCK_D, TILE, False, True, STAGES)
         tl.store(h_ptr + row * m + place[None, :], gated(v, u), mask=mask)
 
 

@@ -85,8 +85,8 @@ class Launch:
 class Recorded:
     """The launches of a plan and what Triton compiled for them, to be made again on other tensors of the same kind.
 
-    Triton's launcher looks at every argument of every launch anew, about 0.1 ms each, and planning costs half as much:
-    more than a whole MLP takes on the GPU. Here a call fills in addresses, and takes its buffers as one.
+    Triton's launcher looks at every argument of every launch anew, and planning makes a tensor for every buffer:
+    together more than a whole MLP takes on a GPU. Here a call fills in addresses, and takes its buffers as one.
     """
 
     def __init__(self, launches: Sequence[Launch]) -> None:

@@ -1,10 +1,11 @@
 """The sparse gated MLP on GPUs: launchers of our kernel and of the paper's, behind one signature.
 
-"cats" is two launches for one or two rows of x: one persistent kernel in which every program takes an even share of the
-neurons, streams their rows of W_gate, lists the active ones, streams their rows of W_up and W_down^T and keeps the
-output in registers; and a small reduction. More rows go through tensor cores, a kernel a product. It is deterministic:
-two runs on the same input agree bit for bit. So is "fused-mask"; "gather" and "fused-compact" compact with atomics as
-Algorithm 2 does, and are not. No launch depends on data, so a call can be captured in a CUDA graph.
+"cats" is two launches for one or two rows of x (of at most MAX_FUSED_WIDTH columns together): one persistent kernel in
+which every program takes an even share of the neurons, streams their rows of W_gate, lists the active ones, streams
+their rows of W_up and W_down^T and keeps the output in registers; and a small reduction. More rows go through tensor
+cores, a kernel a product. It is deterministic: two runs on the same input agree bit for bit. So is "fused-mask";
+"gather" and "fused-compact" compact with atomics as Algorithm 2 does, and are not. No launch depends on data, so a call
+can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Config:
     programs: int  # per streaming multiprocessor
     gate_stages: int = 1  # of W_gate, if fused
     stages: int = 1  # of W_up and W_down, or of all weights with dot
-    parts: int = 1  # fused: a program lists and adds up its neurons in two parts, divided at one of so many places
+    parts: int = 1  # fused, if over 1: each program takes its neurons in two parts, divided at one of so many places
     dot: bool = False  # products on tensor cores, each in a kernel of its own; tiles of 16 rows a warp
     columns: int = 128  # of x and W_gate or W_up in one stage, with dot
     down_block: int = 512  # columns, and
@@ -59,7 +60,7 @@ CONFIGS: dict[tuple[int, int], Config] = {
     (2, 8): TENSOR_CORES,
     (4, 1): Config(1, 2, warps=8, programs=1, gate_stages=6, stages=3, parts=8),
     (4, 2): Config(1, 1, warps=4, programs=1, gate_stages=6, stages=5, parts=8),
-    (4, 8): replace(TENSOR_CORES, columns=64, down_block=256, down_tile=16, dependent=False),
+    (4, 8): replace(TENSOR_CORES, columns=64, down_block=256, dependent=False),
 }
 """(bytes of a weight, most rows of x) -> configuration, for widths from 1024 up."""
 NARROW = Config(8, 8, warps=4, programs=4)
@@ -145,7 +146,6 @@ def plan_split(call: Call, config: Config) -> list[Launch]:
         "BLOCK_ROWS": max(8, power_of_2(call.rows)),  # a tensor core's tile has 8 columns
         "D": call.d,
         "BLOCK_D": min(max(16, power_of_2(call.d)), config.columns),
-        "DOT": True,
         "STAGES": config.stages,
         "PDL": pdl,
     }
@@ -167,6 +167,7 @@ def plan_split(call: Call, config: Config) -> list[Launch]:
         ),
         dict(
             product,
+            DOT=True,
             TILE=config.gate_tile,
             WORD_ROWS=word_rows,
             MARK="WORDS",
@@ -255,7 +256,7 @@ def launch(
     if not 1 <= rows.shape[0] <= MAX_ROWS:
         raise ValueError(f"x has {rows.shape[0]} rows; the Triton kernels take 1 to {MAX_ROWS}.")
     y = torch.empty_like(rows)
-    call = Call(rows, gate_weight, up_weight, down_weight_t, threshold, activation, y, target_of(x.device))
+    call = Call(rows, gate_weight, up_weight, down_weight_t, float(threshold), activation, y, target_of(x.device))
     if variant != "cats" or INTERPRETED or not aligned(call):
         run(plan(variant, call, config), x.device)
         return y.view(x.shape)
