@@ -162,6 +162,8 @@ def _e05(run: Run) -> list[Block]:
     where = machines + (f" ({threads} threads)" if threads else "")
     caption = f"Speed-up of one MLP block over dense at batch 1 on {where}; {CAPTIONS['table_latency']}"
     blocks: list[Block] = [Table(tables_speed.latency(run.tables), caption)]
+    if len(several := tables_speed.latency_rows(run.tables)):
+        blocks.append(Table(several, CAPTIONS["table_latency_rows"]))
     failed = tables_speed.latency_errors(table)
     return [*blocks, Table(failed, "What could not be timed, and why.")] if len(failed) else blocks
 

@@ -12,7 +12,7 @@ import pandas as pd
 from reports import style
 from reports.document import escape, without_constant
 from reports.figures_latency import paper_latency
-from reports.stats import batch_one, generation_speedups, speedup_at, throughput_by_length
+from reports.stats import batch_one, generation_speedups, kernel_speedups, speedup_at, throughput_by_length
 
 Tables = Mapping[str, pd.DataFrame]
 
@@ -45,6 +45,31 @@ def latency(tables: Tables) -> pd.DataFrame:
                 }
             )
     return without_constant(pd.DataFrame(rows), "Machine")
+
+
+def latency_rows(tables: Tables) -> pd.DataFrame:
+    """Ours for several rows of x at once: the sparsity of their union, which can be skipped, and the speed-up."""
+    table = kernel_speedups(tables["e05_mlp_latency"])
+    table = table[(table["implementation"] == "cats") & (table["rows"] > 1)]
+    rows = []
+    for row in table.to_dict("records"):
+        if not any(math.isclose(row["sparsity_target"], target) for target in (0.5, 0.7, 0.9)):
+            continue
+        weight_rows = row["bytes_moved"] / (row["d"] * (4 if row["dtype"] == "float32" else 2))
+        union = 1 - (weight_rows - row["m"]) / 2 / row["m"]
+        rows.append(
+            {
+                "Shape": str(row["shape"]),
+                "Dtype": style.dtype_name(str(row["dtype"])),
+                "Rows": f"{row['rows']:.0f}",
+                "Sparsity of a row": style.percent(row["sparsity"]),
+                "Of the union": style.percent(union),
+                "Dense, ms": style.significant(row["dense_ms"]),
+                "Ours": style.times(row["speedup"]),
+                "At the bound": style.times(row["reachable"]),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def latency_errors(table: pd.DataFrame) -> pd.DataFrame:

@@ -201,6 +201,17 @@ def test_latency_names_the_bound_that_its_share_refers_to() -> None:
     assert row["Paper"] == "1.49x at 53.9 %"
 
 
+def test_rows_are_told_with_the_sparsity_of_their_union() -> None:
+    table = made.latency(dtypes=("bfloat16",), rows=(1, 4))
+    active = 13440  # 93.75 % of 14336, what four independent rows of 50 % keep
+    table["bytes_moved"] = 2 * 4096 * (14336 + 2 * active)
+    shown = tables_speed.latency_rows({"e05_mlp_latency": table[table["shape"] == "Mistral-7B"]})
+    assert list(shown["Rows"]) == ["4"] * 3
+    assert set(shown["Of the union"]) == {style.percent(1 / 16)}
+    assert list(shown["Sparsity of a row"]) == ["50.1 %", "70.1 %", "90.1 %"]
+    assert shown["Ours"].iloc[0] == "1.43x"
+
+
 def test_settings_are_written_in_words(tmp_path: Path) -> None:
     run = made.write_run(tmp_path / "run", {"e02_zero_shot": made.zero_shot()})
     options = {"calibration_blocks": 256, "length": 128, "levels": [0.5, 0.7]}
