@@ -71,7 +71,6 @@ def configs(rows: int, element_size: int, d: int) -> list[Config]:
     if rows <= 2:
         found += [fused(*parameters) for parameters in FUSED[element_size]]
         found += [replace(best, reduce_block=block) for block in (16, 64)]
-        found += [replace(best, ahead=rows_ahead) for rows_ahead in (2, 4, 8, 16)]
     if rows >= 2:
         dot = CONFIGS[element_size, MAX_ROWS]
         for tile, warps, size, stages, programs in PROJECTIONS:

@@ -14,7 +14,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -163,18 +162,6 @@ def test_dependent_launch_only_where_the_chip_has_it():
         steps = plan("cats", Call(x, weight, weight, weight, 0.5, "silu", x, target))
         waits = ["griddepcontrol" in compile_ahead(step, arch).asm["ptx"] for step in steps]
         assert waits == [arch >= 90] * 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_are_asked_for_ahead_in_one_copy_a_thread(dtype: torch.dtype):
-    x, weight = (torch.empty(n, D, dtype=dtype, device="meta") for n in (1, M))
-    config = replace(choose_config(dtype.itemsize, 1, D), ahead=8)
-    copies = []
-    for target in (Target(90, 132, True), Target(90, 132, False)):
-        kernel = compile_ahead(plan("cats", Call(x, weight, weight, weight, 0.5, "silu", x, target), config)[0], 90)
-        copies.append(kernel.asm["ptx"].count("cp.async.bulk.prefetch.L2.global"))
-        assert complaints(kernel, resources(kernel), 90, reads_weights=True) == []
-    assert copies == [1, 0]
 
 
 def test_cpu_tensors_are_refused_without_the_interpreter():

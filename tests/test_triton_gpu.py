@@ -6,7 +6,6 @@ out-of-bounds accesses
 """
 
 import os
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ import torch
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from cats_kernels.triton_mlp import MAX_ROWS, TENSOR_CORES, VARIANTS, Config, choose_config, dense_masked, launch
+from cats_kernels.triton_mlp import MAX_ROWS, TENSOR_CORES, VARIANTS, Config, dense_masked, launch
 from torch import nn
 
 from tests.triton_cases import ACTIVATIONS, DTYPES, TOLERANCE, case, expected, relative_error, tie_case
@@ -110,16 +109,6 @@ def test_other_configurations_agree(stages: int, parts: int):
     config = Config(4, 2, warps=4, programs=3, gate_stages=stages, stages=stages, parts=parts, dependent=parts == 1)
     error = relative_error(launch("cats", *problem, config=config), expected(*problem))
     assert error < TOLERANCE[torch.bfloat16]
-
-
-@pytest.mark.parametrize("ahead", [2, 8])
-def test_asking_for_rows_ahead_changes_nothing(ahead: int):
-    """Also where a share ends before them, and where rows are no whole copies (d = 1000: not asked for)."""
-    for d, m in ((4096, 14336), (1024, 300), (1000, 1003)):
-        problem = case(1, d, m, torch.bfloat16, 0.5, device="cuda")
-        plain = choose_config(2, 1, d)
-        y = launch("cats", *problem, config=replace(plain, ahead=ahead))
-        assert torch.equal(y, launch("cats", *problem, config=plain))
 
 
 @pytest.mark.parametrize("rows", [1, 4])

@@ -165,22 +165,3 @@ def await_previous_kernel(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def prefetch_rows(w_ptr, row, live, D: tl.constexpr, TILE: tl.constexpr, PIECES: tl.constexpr):
-    """Start copying weight rows [TILE] into L2 without waiting, each in PIECES copies of whole 16 bytes. TILE * PIECES
-    is the number of threads, so that each starts one. From compute capability 9.0."""
-    size: tl.constexpr = D // PIECES * (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    tl.static_assert(D % PIECES == 0 and size % 16 == 0)
-    piece = tl.arange(0, PIECES)[None, :] * (D // PIECES)
-    address = (w_ptr + row.to(tl.int64)[:, None] * D + piece).to(tl.int64)
-    wanted = tl.broadcast_to(live.to(tl.int32)[:, None], [TILE, PIECES])
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
-        "=r,l,r,r",
-        [address, wanted, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

@@ -18,7 +18,6 @@ from .triton_device import (
     list_active,
     load_rows,
     load_x,
-    prefetch_rows,
     project,
 )
 
@@ -91,25 +90,19 @@ def fused_kernel(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     PARTS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    PIECES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """All three products over this program's even share of the neurons: first its rows of W_gate, listing the active
     neurons, then their rows of W_up and W_down^T, summed in registers. No program waits for another. With PARTS over 1
     it does so in two parts, divided at a place that its number decides, so that not all change from W_gate at one time.
 
-    The loads of both rows are issued together, before the product that the second one has to wait for. The first AHEAD
-    rows of W_gate, which no other kernel writes, are on their way to L2 while the previous kernel still runs.
+    The loads of both rows are issued together, before the product that the second one has to wait for.
     """
+    await_previous_kernel(PDL)
+    x = load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D)
     program = tl.program_id(0)
     start = program * m // tl.num_programs(0)
     end = (program + 1) * m // tl.num_programs(0)
-    if AHEAD:
-        early = start + tl.arange(0, AHEAD)
-        prefetch_rows(gate_ptr, early, early < end, D, AHEAD, PIECES)
-    await_previous_kernel(PDL)
-    x = load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D)
     row = tl.arange(0, BLOCK_ROWS)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
     middle = start + (end - start) * (program % PARTS + 1) // PARTS

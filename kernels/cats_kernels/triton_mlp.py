@@ -51,7 +51,6 @@ class Config:
     down_tile: int = 16  # weight rows, of the down kernel, with dot
     reduce_block: int = 32  # columns that a program of the reduction sums, if fused
     dependent: bool = True  # programmatic dependent launch, where the chip has it
-    ahead: int = 0  # fused, with dependent launch: rows of W_gate that a program asks for before it waits
 
 
 TENSOR_CORES = Config(64, 64, warps=4, programs=2, stages=4, dot=True, down_block=512, down_tile=16)
@@ -104,8 +103,6 @@ def plan_cats(call: Call, config: Config | None = None) -> list[Launch]:
 def plan_fused(call: Call, config: Config) -> list[Launch]:
     """One kernel for all three products, and the reduction."""
     pdl = call.target.dependent_launch and config.dependent
-    pieces = 32 * config.warps // config.ahead if config.ahead else 0  # of a row: one copy a thread
-    ahead = pdl and pieces > 0 and call.d * call.x.element_size() % (16 * pieces) == 0
     programs = count_programs(call, config)
     sums = call.buffer(programs, call.rows, call.d)
     fused = Launch(
@@ -133,8 +130,6 @@ def plan_fused(call: Call, config: Config) -> list[Launch]:
             TILE=config.tile,
             STAGES=config.stages,
             PARTS=config.parts,
-            AHEAD=config.ahead if ahead else 0,
-            PIECES=pieces if ahead else 0,
             PDL=pdl,
         ),
         warps=config.warps,
