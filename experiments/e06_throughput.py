@@ -122,7 +122,6 @@ class Bench:
         kept = fitting_layers(name, dtype, config.device, min(layers or full, full))
         model, tokenizer = load_model(name, dtype, config.device, kept if kept < full else None, config.seed)
         self.model: PreTrainedModel = model
-        model.set_attn_implementation(options["attention"])
         make_greedy(model, max(case.context for case in cases))
         self.common: dict[str, Any] = {
             "machine": machine_name(config.device),
@@ -130,6 +129,7 @@ class Bench:
             "layers": kept,
             "dtype": str(model.dtype).removeprefix("torch."),
         }
+        model.set_attn_implementation(options["attention"].get(self.common["dtype"], "sdpa"))
         count = max(case.batch * (case.first_prompt + case.prompts) for case in cases)
         self.prompts = self._tokens(tokenizer, "heldout", count, max(case.prompt_tokens for case in cases), 1)
         sparsities = sorted({0.0, *(sparsity for case in cases for sparsity in case.sparsities)})

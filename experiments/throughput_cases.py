@@ -6,6 +6,7 @@ from typing import Any
 from cats_kernels.operator import BACKENDS
 
 from cats.calibration import check_sparsity
+from cats.models import DTYPES
 from experiments.config import Config
 from experiments.decoding import LOOPS
 
@@ -42,7 +43,8 @@ def options_of(config: Config) -> dict[str, Any]:
     - ``lengths``: loop to generated tokens, such as {eager = [256, 512]}
     - ``separate_lengths``: a generation (and a static cache of its own size) for each length, not one read at them all
     - ``dtypes``, ``sparsities``, ``prompts``, ``prompt_tokens``, ``kernel``
-    - ``attention``: transformers' implementation of attention, such as "sdpa" or "eager", for dense and CATS alike
+    - ``attention``: dtype to transformers' implementation of attention, for dense and CATS alike, "sdpa" if not given:
+      the one that is fastest when dense, such as {float32 = "eager"} on an H200
     - ``dependent_launch``: of inductor's kernels in the loop "graph", on a GPU that can; those of CATS always are
     - ``layers``: at most so many, 0 for all; fewer where memory is short
     - ``calibration_tokens``; ``calibration``: "text", or "generated" for text that the model itself has continued,
@@ -63,7 +65,7 @@ def options_of(config: Config) -> dict[str, Any]:
         "prompts": 2,
         "prompt_tokens": 32,
         "layers": 0,
-        "attention": "sdpa",
+        "attention": {},
         "dependent_launch": True,
         "calibration": "text",
         "calibration_tokens": 256,
@@ -76,9 +78,13 @@ def options_of(config: Config) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"e06 has no option {', '.join(unknown)}: allowed are {', '.join(defaults)}")
     options = {**defaults, **config.options}
+    for name in ("lengths", "attention", "growth"):
+        if not isinstance(options[name], dict):
+            raise ValueError(f"e06.{name} must be a table, such as {{KEY = VALUE}}: {options[name]!r}")
     for name, given, known in (
         ("lengths", set(options["lengths"]), LOOPS),
         ("growth", set(options["growth"]), GROWTH),
+        ("attention", set(options["attention"]), DTYPES),
         ("kernel", {options["kernel"]}, BACKENDS),
         ("growth.loop", {options["growth"].get("loop", "eager")}, LOOPS),
     ):

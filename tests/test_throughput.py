@@ -130,7 +130,7 @@ def test_a_cuda_graph_is_refused_without_a_gpu(tmp_path: Path) -> None:
 
 
 def test_the_attention_asked_for_is_the_one_timed(tmp_path: Path) -> None:
-    settings = config(tmp_path, attention="eager", lengths={"eager": [2]}, rounds=0, check_tokens=0)
+    settings = config(tmp_path, attention={"float32": "eager"}, lengths={"eager": [2]}, rounds=0, check_tokens=0)
     bench = e06.Bench(
         settings, cases.options_of(settings), "shape:small", "float32", 1, cases.cases_of(cases.options_of(settings))
     )
@@ -273,6 +273,9 @@ def test_options(tmp_path: Path) -> None:
         ({"length": [8]}, "has no option length"),
         ({"lengths": {"fast": [8]}}, "e06.lengths cannot be fast: allowed are eager, compiled"),
         ({"growth": {"batchs": [2]}}, "e06.growth cannot be batchs: allowed are loop, batches"),
+        ({"attention": {"float": "eager"}}, "e06.attention cannot be float: allowed are float32, float16, bfloat16"),
+        ({"attention": "eager"}, "e06.attention must be a table, such as {KEY = VALUE}: 'eager'"),
+        ({"lengths": [8]}, "e06.lengths must be a table"),
         ({"kernel": "nope"}, "e06.kernel cannot be nope: allowed are auto"),
         ({"sparsities": [1.5]}, "sparsity must be a number"),
         ({"lengths": {"eager": [1]}}, "2 or more"),
