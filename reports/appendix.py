@@ -127,7 +127,10 @@ def _missing(runs: list[Run]) -> list[Block]:
             rows.append((label, "provenance", escape(run.problems["provenance"]), ""))
     if not rows:
         return [Text("None: every table of every run is there and readable.")]
-    frame = pd.DataFrame(rows, columns=["Run", "Table", "Why", "Command"])
+    columns = ["Run", "Table", "Why", "Command"]
+    # runs of one profile lack the same tables: said once
+    frame = pd.DataFrame(rows, columns=columns).groupby(columns[1:], sort=False)["Run"].agg(", ".join).reset_index()
+    frame = frame[columns].sort_values(["Run", "Table"], kind="stable")
     return [Table(frame, "Tables that are not in these runs.", (12, 28, 17, 43))]
 
 

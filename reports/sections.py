@@ -174,6 +174,8 @@ def _e06(run: Run) -> list[Block]:
         shown = tables_speed.throughput(table)
         caption = f"Generation on {escape(', '.join(table['machine'].unique()))}, {CAPTIONS['table_throughput']}"
         blocks.append(Table(shown, caption) if len(shown) else Text("No length was timed both dense and with CATS-50."))
+        if len(grown := tables_speed.growth(table)):
+            blocks.append(Table(grown, CAPTIONS["table_growth"]))
     if (table := run.table("e06_amdahl")) is not None:
         blocks.append(Table(tables_speed.amdahl(table), CAPTIONS["table_amdahl"]))
     if (table := run.table("e06_greedy")) is not None:

@@ -120,6 +120,18 @@ def test_missing_and_broken_are_said_and_never_zero(tmp_path: Path, capsys: pyte
     assert "missing" in judged.set_index("claim").loc["C2", "ours"]
 
 
+def test_what_several_runs_lack_is_said_once(tmp_path: Path) -> None:
+    runs = [
+        made.write_run(tmp_path / name, {"e01_thresholds": made.thresholds(), **more})
+        for name, more in (("a", {}), ("b", {"e06_greedy": made.greedy()}))
+    ]
+    assert main([*map(str, runs), "--output", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    (both,) = [line for line in text.splitlines() if "| e05\\_mlp\\_latency |" in line]
+    assert both.startswith("| ") and "a, " in both and both.count("not measured here") == 1
+    assert len([line for line in text.splitlines() if "| e06\\_throughput, e06\\_shares" in line]) == 2
+
+
 def test_unmeasured_cells_stay_unmeasured(tmp_path: Path) -> None:
     table = made.zero_shot()
     table.loc[(table["variant"] == "cats-70") & (table["task"] == "keyword"), ["value", "stderr"]] = np.nan
@@ -255,6 +267,26 @@ def test_growth_varies_one_thing_only() -> None:
     assert sorted(figures_throughput.growth(speedups, "prompt_tokens")["prompt_tokens"]) == [16, 128, 512]
     assert sorted(figures_throughput.growth(speedups, "sparsity_target")["sparsity_target"]) == [0, 0.5, 0.7, 0.9]
     assert sorted(figures_throughput.growth(speedups, "layers")["layers"]) == [2, 4]
+
+
+def test_the_throughput_table_is_of_figure_4s_conditions_and_the_growth_table_of_the_others() -> None:
+    table = made.throughput()
+    first = (table["batch"] == 1) & (table["prompt_tokens"] == 16) & (table["layers"] == 2)
+    table.loc[~first, "prefill_s"] = 9.0
+    again = table[first & table["variant"].eq("dense")].assign(prompt=99, peak_memory_bytes=9e9)
+    table = pd.concat([table, again])
+    shown = tables_speed.throughput(table)
+    assert set(shown["Prefill, s"]) == {"0.100"} and set(shown["Memory"]) == {"1.00x"}
+    grown = tables_speed.growth(table).set_index(["Layers", "Batch", "Prompt", "Target"])
+    assert len(grown) == 9 and set(grown.index) == {
+        *(("2", "1", "16", target) for target in ("0 %", "70 %", "90 %")),
+        *(("2", "1", prompt, "50 %") for prompt in ("128", "512")),
+        *(("2", batch, "16", "50 %") for batch in ("2", "4", "8")),
+        ("4", "1", "16", "50 %"),
+    }
+    two = table[(table["batch"] == 2)].groupby(["variant", "prompt"])["tokens_per_second"].mean().unstack(0)
+    ratio = (two["cats-50"] / two["dense"]).prod() ** (1 / len(two))
+    assert grown.loc[("2", "2", "16", "50 %"), "Speed-up"].startswith(f"{ratio:.2f}x")
 
 
 def test_every_figure_has_a_caption_and_a_place() -> None:
