@@ -11,7 +11,6 @@ bench also shape:mistral-7b and the like (random weights).
 
 import argparse
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ import cats
 from cats.calibration import check_sparsity
 from cats.models import DTYPES, load_model
 from cats.patching import KERNELS
+from cats.structure import resolve_device
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,13 +107,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     Raises:
         ValueError, OSError: as `load_model`; an unknown or absent device; a model without a tokenizer.
     """
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"unknown device {device!r}: allowed are auto, cpu, cuda, cuda:N")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
+    device = resolve_device(arguments.device)
     model, tokenizer = load_model(arguments.model, arguments.dtype, device)
     if tokenizer is None and arguments.command != "bench":
         raise ValueError(f"{arguments.model} has random weights and no tokenizer: only `cats bench` can use it")

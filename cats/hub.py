@@ -49,7 +49,9 @@ def loading(spec: str) -> Iterator[None]:
     os.environ[_CONVERSION_SWITCH] = "1"
     try:
         yield
-    except (RuntimeError, ImportError):  # memory, devices, packages: not what is loaded
+    except (RuntimeError, ImportError) as error:  # memory, devices, packages: not what is loaded, but for one
+        if "ignore_mismatched_sizes" in str(error):
+            raise OSError(f"{spec} has weights of other shapes than its config.json gives") from error
         raise
     except Exception as error:
         if isinstance(error, ValueError) and not isinstance(error, JSONDecodeError):

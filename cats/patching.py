@@ -105,8 +105,9 @@ class _SparseForward:
     def _sparse_weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Gate, up and transposed down weight if ``x`` goes to the sparse kernel, else None.
 
-        Looked at in every call: since the patch peft may have wrapped a projection, accelerate offloaded the block, or
-        ``load_state_dict(assign=True)`` put a weight in its place that is not transposed.
+        Looked at in every call: since the patch peft may have wrapped a projection, a hook may have come that must see
+        what a projection or the activation computes, accelerate may have offloaded the block, and
+        ``load_state_dict(assign=True)`` may have put a weight in its place that is not transposed.
         """
         if (
             not self.cats_state.sparse
@@ -118,24 +119,27 @@ class _SparseForward:
         ):
             return None
         linears: Any = _linears(self)
+        activation = getattr(self, activation_name(self))
+        if activation._forward_hooks or activation._forward_pre_hooks:
+            return None
         for linear in linears:
-            if type(linear) is not nn.Linear:
+            if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
                 return None
         *first, down = (linear.weight for linear in linears)
-        down_t = down.t()
-        # only the last, which stands for all: 2 microseconds a call, all three were 4
-        if down.device != x.device or down.dtype != x.dtype or not down_t.is_contiguous():
-            return None
         gate, up = first if len(first) == 2 else first[0].chunk(2)
-        return gate, up, down_t
+        weights = gate, up, down.t()
+        for weight in weights:
+            if weight.device != x.device or weight.dtype != x.dtype or not weight.is_contiguous():
+                return None
+        return weights
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        weights = self._sparse_weights(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        weights = self._sparse_weights(args[0]) if len(args) == 1 and not kwargs else None
         if weights is None:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         state = self.cats_state
         threshold = getattr(self, activation_name(self)).threshold
-        return cats_kernels.sparse_gated_mlp(x, *weights, threshold, str(state.activation), state.kernel)
+        return cats_kernels.sparse_gated_mlp(args[0], *weights, threshold, str(state.activation), state.kernel)
 
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
         """pickle cannot find a class made while running: `_rebuild` makes it again."""

@@ -5,6 +5,7 @@ A gated MLP is a module with ``down_proj``, an activation (``act_fn`` or ``activ
 is checked by running it (`check_equation_1`).
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -18,19 +19,19 @@ GatedMLP: TypeAlias = Any
 
 
 def _is_gated_mlp(module: nn.Module) -> bool:
-    split = hasattr(module, "gate_proj") and hasattr(module, "up_proj")
-    projections = hasattr(module, "down_proj") and (split or hasattr(module, "gate_up_proj"))
-    return projections and any(isinstance(getattr(module, name, None), nn.Module) for name in _ACTIVATION_NAMES)
+    own = module._modules  # a block that torch.compile or peft has wrapped shows its attributes on the wrapper too
+    projections = "down_proj" in own and ({"gate_proj", "up_proj"} <= set(own) or "gate_up_proj" in own)
+    return projections and any(own.get(name) is not None for name in _ACTIVATION_NAMES)
 
 
 def activation_name(mlp: GatedMLP) -> str:
     """Attribute under which ``mlp`` holds its activation module."""
-    return next(name for name in _ACTIVATION_NAMES if isinstance(getattr(mlp, name, None), nn.Module))
+    return next(name for name in _ACTIVATION_NAMES if mlp._modules.get(name) is not None)
 
 
 def canonical_name(name: str) -> str:
     """Module path without what torch.compile and peft put into it, so that thresholds outlive both."""
-    return name.replace("_orig_mod.", "").removeprefix("base_model.model.")
+    return name.replace("_orig_mod.", "").removesuffix("._orig_mod").removeprefix("base_model.model.")
 
 
 def gated_mlps(model: nn.Module) -> dict[str, GatedMLP]:
@@ -84,6 +85,25 @@ def hidden_size(mlp: GatedMLP) -> int:
     """Width d of the block's input."""
     first = mlp.gate_up_proj if hasattr(mlp, "gate_up_proj") else mlp.gate_proj
     return int(first.in_features)
+
+
+def resolve_device(device: str, *more: str) -> str:
+    """``auto`` becomes ``cuda`` where there is one, else ``cpu``; ``cpu``, ``cuda``, ``cuda:N`` and ``more`` stay.
+
+    Raises:
+        ValueError: another name, or a CUDA device that is not there.
+    """
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda" if there else "cpu"
+    if device not in more and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(
+            f"unknown device {device!r}: allowed are {', '.join(('auto', 'cpu', 'cuda', 'cuda:N', *more))}"
+        )
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= there:
+        seen = {0: "no CUDA device", 1: "only cuda:0"}.get(there, f"only cuda:0 to cuda:{there - 1}")
+        raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} sees {seen} here")
+    return device
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from tqdm.auto import tqdm
 
 from cats.calibration import write_text_atomically
+from cats.structure import resolve_device
 from experiments.results import Row, digest
 
 PROFILES = Path(__file__).parent / "profiles"
@@ -133,20 +133,6 @@ def _slug(key: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', key)[-60:].strip('-')}-{digest(key)[:6]}"
 
 
-def resolve_device(device: str) -> str:
-    """``auto`` becomes ``cuda`` where there is one, else ``cpu``; ``sharded`` spreads a model over all GPUs.
-
-    Raises ValueError for a device that is not there.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?|sharded", device):
-        raise ValueError(f"unknown device {device!r}: allowed are auto, cpu, cuda, cuda:N, sharded")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device here")
-    return device
-
-
 def load_profile(name: str) -> dict[str, Any]:
     """Read a profile by name (pocket, laptop, paper) or from a TOML file of the same form.
 
@@ -213,7 +199,7 @@ def make_config(experiment: str, name: str, profile: dict[str, Any], output: Pat
     config.data = {"source": "hub" if "path" in config.data else "pocket", **config.data}
     if "path" in config.data and "split" not in config.data:
         raise ValueError(f"[data] has a path but no split: name the part of {config.data['path']} to read")
-    config.device = resolve_device(config.device)
+    config.device = resolve_device(config.device, "sharded")
     if config.dtype not in DTYPES:
         raise ValueError(f"unknown dtype {config.dtype!r}: allowed are {', '.join(DTYPES)}")
     if not config.models or not all(isinstance(model, str) for model in config.models):

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM
 
 from cats.hub import reachable
 from cats.models import load_config, resolve
-from experiments.config import Config, resolve_device
+from cats.structure import resolve_device
+from experiments.config import Config
 from experiments.data import on_hub
 
 # lm-eval task: repository, scored continuations in the evaluated split, and roughly how many tokens each has

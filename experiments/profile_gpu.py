@@ -58,10 +58,11 @@ def profile_mlp() -> None:
             torch.cuda.cudart().cudaProfilerStop()
 
 
-def profile_token(name: str, dtype: str, loop: str, sparsity: float) -> pd.DataFrame:
+def profile_token(name: str, dtype: str, attention: str, loop: str, sparsity: float) -> pd.DataFrame:
     """Kernels of a decoded token, dense and CATS: launches and microseconds a token, longest first; prefill excluded by
     subtraction of a run of one token."""
     model, _ = load_model(name, dtype, "cuda", None, 0)
+    model.set_attn_implementation(attention)
     make_greedy(model, 128)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (4, 64), generator=generator)
@@ -95,23 +96,24 @@ def main() -> None:
     parser.add_argument("what", choices=("metrics", "mlp", "token"))
     parser.add_argument("--model", default="shape:mistral-7b")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--attention", default="sdpa", help="as in e06.attention of the paper profile")
     parser.add_argument("--loop", default="graph")
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--output", type=Path, help="folder for token_MODEL.csv")
+    parser.add_argument("--output", type=Path, help="folder for token_MODEL_DTYPE_LOOP.csv")
     options = parser.parse_args()
     if options.what == "metrics":
         print(",".join(METRICS))
     elif options.what == "mlp":
         profile_mlp()
     else:
-        table = profile_token(options.model, options.dtype, options.loop, options.sparsity)
+        table = profile_token(options.model, options.dtype, options.attention, options.loop, options.sparsity)
         with pd.option_context("display.width", 200, "display.max_colwidth", 90):
             for _, part in table.groupby("variant", sort=False):
                 print(part[["kernel", "launches", "us"]].head(16).to_string(index=False, float_format="%.1f"))
         if options.output:
             options.output.mkdir(parents=True, exist_ok=True)
             name = options.model.removeprefix("shape:").replace("/", "--")
-            path = options.output / f"token_{name}_{options.loop}.csv"
+            path = options.output / f"token_{name}_{options.dtype}_{options.loop}.csv"
             write_text_atomically(path, table.to_csv(index=False, float_format="%.3f"))
 
 

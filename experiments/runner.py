@@ -74,6 +74,8 @@ def run_experiment(config: Config, force: bool = False) -> list[Path]:
             PartialState().wait_for_everyone()  # else the others read units that the first is about to remove
     elif is_done(config):
         return []
+    if config.device.startswith("cuda:"):
+        torch.cuda.set_device(config.device)  # events, graphs and streams of the timings are the current device's
     started, begin = now(), time.monotonic()
     module = importlib.import_module(EXPERIMENTS[config.experiment])
     rows = _run_within_memory(module, config)

@@ -10,7 +10,13 @@ from cats.models import DTYPES
 from experiments.config import Config
 from experiments.decoding import LOOPS
 
+ATTENTION = ("eager", "sdpa", "flash_attention_2")
 GROWTH = ("loop", "batches", "contexts", "sparsities", "layers", "prompts")
+LEAST = {
+    "prompts": 1, "prompt_tokens": 1, "layers": 0, "calibration_tokens": 1, "check_tokens": 0, "rounds": 0,
+    "growth.batches": 1, "growth.contexts": 1, "growth.layers": 1, "growth.prompts": 1,
+}  # fmt: skip
+"""Options that are whole numbers, or lists of such, and the least that each may be."""
 
 
 @dataclass(frozen=True)
@@ -78,30 +84,50 @@ def options_of(config: Config) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"e06 has no option {', '.join(unknown)}: allowed are {', '.join(defaults)}")
     options = {**defaults, **config.options}
+    _check(options)
+    return options
+
+
+def _check(options: dict[str, Any]) -> None:
     for name in ("lengths", "attention", "growth"):
         if not isinstance(options[name], dict):
             raise ValueError(f"e06.{name} must be a table, such as {{KEY = VALUE}}: {options[name]!r}")
+    for name in ("separate_lengths", "dependent_launch"):
+        if not isinstance(options[name], bool):
+            raise ValueError(f"e06.{name} must be true or false: {options[name]!r}")
+    growth = {f"growth.{name}": value for name, value in options["growth"].items()}
+    numbers = {f"lengths.{loop}": values for loop, values in options["lengths"].items()}
+    for name, values in {"dtypes": options["dtypes"], "sparsities": options["sparsities"], **numbers, **growth}.items():
+        if name not in ("growth.loop", "growth.prompts") and (not isinstance(values, list) or not values):
+            raise ValueError(f"e06.{name} must be a list of at least one: {values!r}")
     for name, given, known in (
-        ("lengths", set(options["lengths"]), LOOPS),
-        ("growth", set(options["growth"]), GROWTH),
-        ("attention", set(options["attention"]), DTYPES),
-        ("kernel", {options["kernel"]}, BACKENDS),
-        ("growth.loop", {options["growth"].get("loop", "eager")}, LOOPS),
+        ("lengths", options["lengths"], LOOPS),
+        ("growth", options["growth"], GROWTH),
+        ("dtypes", options["dtypes"], ("auto", *DTYPES)),
+        ("attention", options["attention"], DTYPES),
+        ("attention", options["attention"].values(), ATTENTION),
+        ("kernel", [options["kernel"]], BACKENDS),
+        ("calibration", [options["calibration"]], ("text", "generated")),
+        ("growth.loop", [options["growth"].get("loop", "eager")], LOOPS),
     ):
-        if strange := sorted(given - set(known)):
+        if strange := [str(one) for one in given if one not in known]:
             raise ValueError(f"e06.{name} cannot be {', '.join(strange)}: allowed are {', '.join(known)}")
     for sparsity in (*options["sparsities"], *options["growth"].get("sparsities", ())):
         check_sparsity(sparsity)
-    lengths = [n for values in options["lengths"].values() for n in values]
-    if not lengths or any(not isinstance(n, int) or n < 2 for n in lengths):
-        raise ValueError(
-            f"e06.lengths must give each loop a list of numbers of tokens, 2 or more: {options['lengths']}"
-        )
-    if options["calibration"] not in ("text", "generated"):
-        raise ValueError(f'e06.calibration is {options["calibration"]!r}: allowed are "text" and "generated"')
-    if options["prompts"] < 1 or options["prompt_tokens"] < 1 or not options["sparsities"]:
-        raise ValueError("e06 needs at least one prompt, one prompt token and one sparsity")
-    return options
+    if not numbers:
+        raise ValueError("e06.lengths must give at least one loop its numbers of tokens, such as {eager = [256]}")
+    for name, least in LEAST.items():
+        value = {**options, **growth}.get(name, least)
+        for number in value if isinstance(value, list) else [value]:
+            _check_whole(name, number, least)
+    for name, values in numbers.items():
+        for number in values:
+            _check_whole(name, number, 2)
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"e06.{name} must be a whole number, {least} or more: {value!r}")
 
 
 def cases_of(options: dict[str, Any]) -> list[Case]:
@@ -116,6 +142,8 @@ def cases_of(options: dict[str, Any]) -> list[Case]:
 
 def growth_of(options: dict[str, Any]) -> tuple[list[Case], list[tuple[int, Case]]]:
     """Conditions that differ from Figure 4's shortest in one respect; those of other depths with their layers.
+
+    Their static cache is as large as the shortest length needs: so is Figure 4's with ``separate_lengths`` only.
 
     Their prompts have numbers of their own: the report pairs dense and CATS by prompt.
     """

@@ -1,5 +1,6 @@
 """`python -m cats`: what each command prints and writes on a tiny local model, and what it says to bad input."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cats
 from cats.__main__ import Clock, main, sample_text, token_batches
+from cats.structure import resolve_device
 
 from .hub_content import save_model
 
@@ -150,6 +152,29 @@ def test_thresholds_of_another_model_are_refused(model: str, thresholds: str, tm
     other = save_model(tmp_path, "Mistral")
     assert main(["generate", str(other), "--thresholds", thresholds, "x"]) == 2
     assert "made for another model" in capsys.readouterr().err
+
+
+def test_weights_that_do_not_fit_their_config_are_named(tmp_path: Path, capsys) -> None:
+    folder = save_model(tmp_path, "Llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 2 * config["intermediate_size"]}))
+    assert main(["bench", str(folder)]) == 2
+    assert "has weights of other shapes than its config.json gives" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count, seen", [(0, "no CUDA device"), (1, "only cuda:0"), (4, "only cuda:0 to cuda:3")])
+def test_devices(count: int, seen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert resolve_device("auto") == ("cuda" if count else "cpu") and resolve_device("cpu") == "cpu"
+    assert resolve_device("sharded", "sharded") == "sharded"
+    for name in ("cuda", *(f"cuda:{index}" for index in range(count))) if count else ():
+        assert resolve_device(name) == name
+    for name in (f"cuda:{count}", "cuda:17"):
+        with pytest.raises(ValueError, match=f"device '{name}' was asked for, but torch .* sees {seen} here"):
+            resolve_device(name)
+    with pytest.raises(ValueError, match=r"unknown device 'sharded': allowed are auto, cpu, cuda, cuda:N$"):
+        resolve_device("sharded")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -180,6 +180,26 @@ def test_torch_compile_has_no_graph_break(llama: nn.Module, batches: list) -> No
         assert torch.allclose(compiled(ids, use_cache=False).logits, expected, atol=1e-5)
 
 
+def test_blocks_compiled_one_by_one(llama: nn.Module, batches: list, operator_calls: list) -> None:
+    """torch.compile puts a module around each that has its attributes too."""
+    ids = batches[0]["input_ids"][:1, :4]
+    thresholds = cats.calibrate(llama, batches)
+    with torch.no_grad():
+        dense = llama(ids, use_cache=False).logits
+        for layer in llama.model.layers:
+            layer.mlp = torch.compile(layer.mlp, backend="eager", fullgraph=True)
+        assert torch.allclose(llama(ids, use_cache=False).logits, dense, atol=1e-5)
+        assert list(cats.gated_mlps(llama)) == list(thresholds.gate)
+        cats.apply(llama, thresholds)
+        sparse = llama(ids, use_cache=False).logits
+        assert operator_calls and not torch.allclose(sparse, dense, atol=1e-3)
+        assert list(cats.measure_sparsity(llama, batches)) == list(thresholds.gate)
+        cats.apply(llama, thresholds, "reference")
+        assert torch.allclose(llama(ids, use_cache=False).logits, sparse, atol=1e-5)
+        cats.remove(llama)
+        assert torch.allclose(llama(ids, use_cache=False).logits, dense, atol=1e-5)
+
+
 def test_relufication(llama: nn.Module, batches: list) -> None:
     ids = batches[0]["input_ids"]
     with torch.no_grad():
@@ -263,6 +283,47 @@ def test_weights_put_in_place_of_a_transposed_one(llama: nn.Module, batches: lis
             assert (llama(ids).logits.double() - expected).norm() / expected.norm() < 1e-5
         assert len(operator_calls) == calls
         cats.apply(llama, thresholds)
+
+
+@pytest.mark.parametrize("part", ["gate_proj", "up_proj"])
+def test_a_weight_that_the_kernel_cannot_take(llama: nn.Module, batches: list, operator_calls: list, part: str) -> None:
+    ids = batches[0]["input_ids"][:1, :2]
+    thresholds = cats.calibrate(llama, batches, 0.6)
+    expected = masked_reference_logits(llama, ids, thresholds)
+    cats.apply(llama, thresholds)
+    linear = getattr(llama.model.layers[1].mlp, part)
+    linear.weight.data = linear.weight.data.t().contiguous().t()
+    with torch.no_grad():
+        assert (llama(ids).logits.double() - expected).norm() / expected.norm() < 1e-5
+    assert len(operator_calls) == 2
+
+
+@pytest.mark.parametrize("part", ["gate_proj", "up_proj", "down_proj", "act_fn"])
+def test_hooks_see_and_change_what_they_would(llama: nn.Module, batches: list, operator_calls: list, part: str) -> None:
+    ids = batches[0]["input_ids"][:1, :2]
+    thresholds = cats.calibrate(llama, batches, 0.6)
+
+    def logits(kernel: str) -> torch.Tensor:
+        cats.apply(llama, thresholds, kernel)
+        with torch.no_grad():
+            return llama(ids).logits
+
+    before = logits("auto")
+    assert len(operator_calls) == 3
+    handle = getattr(llama.model.layers[1].mlp, part).register_forward_hook(lambda _module, _args, y: 2 * y + 1)
+    hooked = logits("auto")
+    assert len(operator_calls) == 3 + 2
+    assert torch.allclose(hooked, logits("reference"), atol=1e-5) and not torch.allclose(hooked, before, atol=1e-2)
+    handle.remove()
+    assert torch.allclose(logits("auto"), before, atol=1e-5)
+
+
+def test_a_block_called_by_keyword_takes_the_dense_path(batches: list) -> None:
+    model = tiny_model("Phi3")
+    cats.apply(model, cats.calibrate(model, batches))
+    mlp, x = model.model.layers[0].mlp, torch.randn(1, 1, 32)
+    with torch.no_grad():
+        assert torch.allclose(mlp(hidden_states=x), mlp(x), atol=1e-5)
 
 
 def test_training_never_takes_the_kernel(llama: nn.Module, batches: list, operator_calls: list) -> None:

@@ -216,6 +216,21 @@ def test_when_gpu_memory_runs_out_batches_are_halved_and_it_is_said(
     assert is_done(config_in(tmp_path, batch_size=16, train_batch_size=8))
 
 
+@pytest.mark.parametrize("device, chosen", [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
+def test_the_gpu_asked_for_is_the_current_one(
+    device: str, chosen: list[str], tmp_path: Path, toy: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events, streams and graphs of the timings are the current device's."""
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    found: list[list[str]] = []
+    toy(lambda config: found.append(list(seen)) or [Measured("a", 1.0, 1)])
+    config = config_in(tmp_path)
+    config.device = device
+    run_experiment(config)
+    assert found == [chosen]
+
+
 def test_other_errors_of_a_gpu_are_not_taken_for_its_memory(tmp_path: Path, toy: Callable) -> None:
     def run(config: Config) -> Iterable[Row]:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -10,7 +10,6 @@ from torch import nn
 
 import cats
 from cats.models import load_model
-from experiments.config import resolve_device
 
 from .hub_content import save_model
 
@@ -58,4 +57,3 @@ def test_a_sharded_model_is_patched_like_any_other(tmp_path: Path, kernel: str, 
 def test_random_weights_cannot_be_sharded() -> None:
     with pytest.raises(ValueError, match="random weights, which cannot be sharded"):
         load_model("shape:small", device="sharded")
-    assert resolve_device("sharded") == "sharded"
