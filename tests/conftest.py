@@ -1,8 +1,13 @@
-"""Fixtures shared by the tests: tiny random models of the supported families."""
+"""Shared by the tests: tiny random models of the supported families, and what a patched one must compute."""
 
+import copy
+
+import cats_kernels
 import pytest
 import torch
 import transformers
+
+import cats
 
 TINY = {
     "hidden_size": 32,
@@ -42,3 +47,37 @@ def llama() -> torch.nn.Module:
 def batches() -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(7)
     return [{"input_ids": torch.randint(0, 64, (4, 48), generator=generator)} for _ in range(4)]
+
+
+def masked_reference_logits(model: torch.nn.Module, ids: torch.Tensor, thresholds: cats.Thresholds) -> torch.Tensor:
+    """Logits in float64 with each MLP replaced by equation 1 and 4 written out on plain weights."""
+    reference = copy.deepcopy(model).double()
+    for name, mlp in cats.gated_mlps(reference).items():
+        original = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
+
+        def forward(x, mlp=mlp, original=original, t=thresholds.gate[name]):
+            if hasattr(mlp, "gate_up_proj"):
+                gate_weight, up_weight = mlp.gate_up_proj.weight.chunk(2)
+            else:
+                gate_weight, up_weight = mlp.gate_proj.weight, mlp.up_proj.weight
+            v = original(x @ gate_weight.T)
+            v = v * (v.abs() >= t)
+            return (v * (x @ up_weight.T)) @ mlp.down_proj.weight.T
+
+        mlp.forward = forward
+    with torch.no_grad():
+        return reference(ids).logits
+
+
+@pytest.fixture
+def operator_calls(monkeypatch) -> list[str]:
+    """The backend asked for in each call of the operator by a patched model; empty when the dense path ran."""
+    calls: list[str] = []
+    operator = cats_kernels.sparse_gated_mlp
+
+    def counted(*args):
+        calls.append(args[-1])
+        return operator(*args)
+
+    monkeypatch.setattr(cats_kernels, "sparse_gated_mlp", counted)
+    return calls
