@@ -14,9 +14,9 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2")
 GROWTH = ("loop", "batches", "contexts", "sparsities", "layers", "prompts")
 LEAST = {
     "prompts": 1, "prompt_tokens": 1, "layers": 0, "calibration_tokens": 1, "check_tokens": 0, "rounds": 0,
-    "growth.batches": 1, "growth.contexts": 1, "growth.layers": 1, "growth.prompts": 1,
+    "growth.prompts": 1,
 }  # fmt: skip
-"""Options that are whole numbers, or lists of such, and the least that each may be."""
+"""Options that are whole numbers, and the least that each may be."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,13 @@ def _check(options: dict[str, Any]) -> None:
         check_sparsity(sparsity)
     if not numbers:
         raise ValueError("e06.lengths must give at least one loop its numbers of tokens, such as {eager = [256]}")
+    flat = {**options, **growth, **numbers}
     for name, least in LEAST.items():
-        value = {**options, **growth}.get(name, least)
-        for number in value if isinstance(value, list) else [value]:
+        _check_whole(name, flat.get(name, least), least)
+    lists = {**dict.fromkeys(numbers, 2), "growth.batches": 1, "growth.contexts": 1, "growth.layers": 1}
+    for name, least in lists.items():
+        for number in flat.get(name, ()):
             _check_whole(name, number, least)
-    for name, values in numbers.items():
-        for number in values:
-            _check_whole(name, number, 2)
 
 
 def _check_whole(name: str, value: Any, least: int) -> None:
@@ -143,9 +143,8 @@ def cases_of(options: dict[str, Any]) -> list[Case]:
 def growth_of(options: dict[str, Any]) -> tuple[list[Case], list[tuple[int, Case]]]:
     """Conditions that differ from Figure 4's shortest in one respect; those of other depths with their layers.
 
-    Their static cache is as large as the shortest length needs: so is Figure 4's with ``separate_lengths`` only.
-
-    Their prompts have numbers of their own: the report pairs dense and CATS by prompt.
+    Their static cache is as large as the shortest length needs: so is Figure 4's with ``separate_lengths`` only. Their
+    prompts have numbers of their own: the report pairs dense and CATS by prompt.
     """
     growth = options["growth"]
     loop = growth.get("loop", "eager")

@@ -290,6 +290,8 @@ def test_options(tmp_path: Path) -> None:
         ({"growth": {"prompts": 0}}, "e06.growth.prompts must be a whole number, 1 or more: 0"),
         ({"growth": {"loop": "fast"}}, "e06.growth.loop cannot be fast"),
         ({"prompts": 0}, "e06.prompts must be a whole number, 1 or more: 0"),
+        ({"prompts": [3]}, r"e06.prompts must be a whole number, 1 or more: \[3\]"),
+        ({"growth": {"batches": [0]}}, "e06.growth.batches must be a whole number, 1 or more: 0"),
         ({"prompts": "3"}, "e06.prompts must be a whole number, 1 or more: '3'"),
         ({"calibration_tokens": 0}, "e06.calibration_tokens must be a whole number, 1 or more"),
         ({"layers": -1}, "e06.layers must be a whole number, 0 or more: -1"),
