@@ -126,7 +126,7 @@ def test_csv_cells(tmp_path: Path) -> None:
     (path,) = write_tables([*rows, Measured("third", 1 / 3, 10**12)], tmp_path)
     assert path.name == "e90_measured.csv"
     assert path.read_text() == (
-        'name,value,count\n"with ""quotes"", and comma",,0\nnan,,2\nthird,0.3333333,1000000000000\n'
+        'name,value,count\n"with ""quotes"", and comma",,0\nnan,nan,2\nthird,0.3333333,1000000000000\n'
     )
     with pytest.raises(ValueError, match="produced no rows"):
         write_tables([], tmp_path)

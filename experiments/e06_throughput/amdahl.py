@@ -1,7 +1,8 @@
 """Where the time of a decoded token goes, and the speed-up that Amdahl's law allows CATS from that.
 
 MLP, attention and head are timed alone, on the inputs they get while the model decodes, compiled and with a static
-cache where the loop is: cold caches, interleaved rounds, on a GPU as CUDA graph replays (`experiments.framework.timing`).
+cache where the loop is: cold caches, interleaved rounds, on a GPU as CUDA graph replays (see
+`experiments.framework.timing`).
 "other" is what remains of a token's measured time: norms, residuals, embedding, launches, and generate's own Python.
 With f the MLP's share of the dense token and g the gain of CATS over dense on the MLP alone, the law allows
 1 / ((1 - f) + f / g).

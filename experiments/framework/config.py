@@ -1,5 +1,6 @@
 """A profile (TOML) becomes one `Config` for each experiment."""
 
+import importlib
 import json
 import os
 import pkgutil
@@ -7,15 +8,17 @@ import re
 import shutil
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tqdm.auto import tqdm
 
-from cats.calibration import write_text_atomically
 from cats.structure import resolve_device
-from experiments.framework.results import Row, digest
+from experiments.framework.files import write_text_atomically
+from experiments.framework.identity import digest, model_identity
+from experiments.framework.options import parse, to_json
+from experiments.framework.tables import Row
 
 EXPERIMENTS_FOLDER = Path(__file__).parents[1]
 PROFILES = EXPERIMENTS_FOLDER / "profiles"
@@ -29,6 +32,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")  # not cats.models.DTYPES: i
 _COMMON = ("models", "device", "dtype", "seed", "data")
 _KEYS = {"description", *_COMMON, *EXPERIMENTS}
 T = TypeVar("T")
+O = TypeVar("O")  # noqa: E741, an experiment's Options
 
 
 class RunError(RuntimeError):
@@ -36,7 +40,7 @@ class RunError(RuntimeError):
 
 
 @dataclass
-class Config:
+class Config(Generic[O]):
     """What an experiment gets: where to write, on what to run, and its own options.
 
     Attributes:
@@ -48,7 +52,7 @@ class Config:
         seed: of the order of texts, training and random weights (the pocket tasks are the same for every seed).
         models: hub ids, directories, ``pocket`` or ``shape:NAME``.
         data: where text comes from (see `experiments.data`).
-        options: the profile's table of this experiment.
+        options: the experiment's ``Options``, from the profile's table.
         notes: what the experiment adds to its provenance, such as hashes of models and data.
         reduced: options that `halve_batches` has lowered, with the values that the profile gave.
     """
@@ -61,14 +65,31 @@ class Config:
     seed: int = 0
     models: list[str] = field(default_factory=lambda: ["pocket"])
     data: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
+    options: O = field(default_factory=dict)  # type: ignore[assignment]
     notes: dict[str, Any] = field(default_factory=dict)
     reduced: dict[str, int] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """Everything that changes the numbers; a change of it makes stored results stale."""
-        settings = {key: value for key, value in asdict(self).items() if key not in ("output", "notes", "reduced")}
-        return {**settings, "options": {**self.options, **self.reduced}}
+        kept = ("experiment", "profile", "device", "dtype", "seed", "models", "data")
+        return {
+            **{key: to_json(getattr(self, key)) for key in kept},
+            "options": {**to_json(self.options), **self.reduced},
+        }
+
+    def identify(self, model: str) -> None:
+        """Add hashes of a model's weights, configuration and tokenizer to the provenance."""
+        if is_main_process():
+            self.notes.setdefault("models", {})[model] = model_identity(model)
+
+    def identify_data(self, name: str, identity: dict[str, Any]) -> None:
+        """Add what identifies a data set or a task to the provenance.
+
+        Args:
+            name: such as ``text`` or ``task boolq``.
+            identity: see `experiments.framework.identity`, whose `task_identity` and `text_identity` make it.
+        """
+        self.notes.setdefault("inputs", {})[name] = identity
 
     def halve_batches(self) -> dict[str, int]:
         """Halve the options that set how much is computed at once, after memory has run out; results do not depend on
@@ -77,12 +98,16 @@ class Config:
         Returns:
             The lowered options, which are also noted in the provenance; empty when nothing can be lowered.
         """
-        large = {key: self.options[key] for key in ("batch_size", "micro_batch_size") if self.options.get(key, 1) > 1}
+        options = to_json(self.options)
+        large = {key: options[key] for key in ("batch_size", "micro_batch_size") if (options.get(key) or 1) > 1}
         lowered = {key: value // 2 for key, value in large.items()}
         self.reduced = {**large, **self.reduced}
-        self.options.update(lowered)
+        if isinstance(self.options, dict):  # an experiment without typed options
+            self.options.update(lowered)
+        else:
+            self.options = replace(self.options, **lowered)  # type: ignore[type-var]
         if lowered:
-            self.notes["lowered_for_memory"] = {key: self.options[key] for key in self.reduced}
+            self.notes["lowered_for_memory"] = {key: {**options, **lowered}[key] for key in self.reduced}
         return lowered
 
     def _state(self) -> Path:
@@ -196,10 +221,12 @@ def make_config(experiment: str, name: str, profile: dict[str, Any], output: Pat
         raise ValueError(f"unknown experiment {experiment!r}: allowed are {', '.join(EXPERIMENTS)}")
     if experiment not in profile:
         raise ValueError(f"profile {name} has no table [{experiment}] with the options of this experiment")
-    options = dict(profile.get(experiment, {}))
-    common = {key: options.pop(key, profile.get(key)) for key in _COMMON}
+    table = dict(profile.get(experiment, {}))
+    common = {key: table.pop(key, profile.get(key)) for key in _COMMON}
     given = {key: value for key, value in common.items() if value is not None}
-    config = Config(experiment, name, output, options=options, **given)
+    options_type = getattr(importlib.import_module(EXPERIMENTS[experiment]), "Options", None)
+    options: Any = table if options_type is None else parse(options_type, table, experiment)
+    config: Config[Any] = Config(experiment, name, output, options=options, **given)
     config.data = {"source": "hub" if "path" in config.data else "pocket", **config.data}
     if "path" in config.data and "split" not in config.data:
         raise ValueError(f"[data] has a path but no split: name the part of {config.data['path']} to read")

@@ -1,27 +1,25 @@
 """Rows, their CSV files and where they came from: what an experiment leaves behind.
 
-The CSV schema is the row's dataclass: one class a table, one field a column, one row a measurement. An unmeasured
-value is None and an empty cell. Files are replaced atomically, so a reader never sees half a table.
+Row types are in `experiments.framework.tables`. Files are replaced atomically, so a reader never sees half a table.
 """
 
-import csv
-import hashlib
 import importlib.metadata
-import io
 import json
 import os
 import platform
 import subprocess
-from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import psutil
 import torch
 
-from cats.calibration import write_text_atomically
+from experiments.framework.files import write_bytes_atomically, write_text_atomically
+from experiments.framework.identity import digest as digest
+from experiments.framework.tables import Row as Row
+from experiments.framework.tables import file_name, to_csv
 
 PACKAGES = (
     "torch",
@@ -37,35 +35,22 @@ PACKAGES = (
 )
 
 
-@dataclass(frozen=True)
-class Row:
-    """Base of every table's row; subclasses name their ``table`` (the CSV's name) and declare its columns as fields."""
-
-    table: ClassVar[str]
-
-
 def write_tables(rows: list[Row], directory: Path) -> list[Path]:
-    """Write ``rows`` as ``directory/<table>.csv``, one file a table. Raises ValueError if there are none."""
+    """Write ``rows`` into ``directory``, one file per table, samples in a folder of their own.
+
+    Raises:
+        ValueError: there are none.
+    """
     if not rows:
         raise ValueError("the experiment produced no rows: nothing was measured")
     by_table: dict[str, list[Row]] = {}
     for row in rows:
         by_table.setdefault(row.table, []).append(row)
     paths = []
-    for table, group in by_table.items():
-        text = io.StringIO()
-        writer = csv.DictWriter(text, [field.name for field in fields(group[0])], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: _cell(value) for key, value in asdict(row).items()} for row in group)
-        paths.append(directory / f"{table}.csv")
-        write_text_atomically(paths[-1], text.getvalue())
+    for group in by_table.values():
+        paths.append(directory / file_name(type(group[0])))
+        write_bytes_atomically(paths[-1], to_csv(group))
     return paths
-
-
-def _cell(value: Any) -> Any:
-    if value is None or (isinstance(value, float) and value != value):
-        return ""
-    return f"{value:.7g}" if isinstance(value, float) else value
 
 
 def git_state() -> dict[str, Any]:
@@ -128,20 +113,6 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, first 16 hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()[:16]
-
-
-def digest(value: Any) -> str:
-    """Stable hash of a JSON-able value, 16 hex digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def now() -> str:

@@ -13,13 +13,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import cats
-from cats.calibration import Thresholds, check_sparsity, write_text_atomically
+from cats.calibration import Thresholds, check_sparsity
 from cats.evaluation import TaskResult, Tasks, check_tasks, evaluate, load_tasks
 from cats.finetuning import TrainSettings
 from cats.models import load_config, load_model
 from cats.observe import observe
 from experiments.data import batches
 from experiments.framework.config import Config
+from experiments.framework.files import write_text_atomically
+from experiments.framework.identity import task_identity, text_identity
 
 SWEEP_SEED = 1000  # of short runs that choose a learning rate; the measured runs' seeds are others
 ALL_SITES = ("gate", "attention_input", "mlp_input")
@@ -84,6 +86,8 @@ class Subject:
         device = str(state.device) if state.num_processes > 1 else self.config.device
         model, tokenizer = load_model(self.name, self.config.dtype, device)
         assert tokenizer is not None  # check() refuses models without one
+        self.config.identify(self.name)
+        self.config.identify_data("text", text_identity(self.config.data))
         return model, tokenizer
 
     @property
@@ -100,7 +104,10 @@ class Subject:
 
     @cached_property
     def tasks(self) -> Tasks:
-        return load_tasks(self.config.options["tasks"], self.folder())
+        tasks = load_tasks(self.config.options["tasks"], self.folder())
+        for name, task in tasks.items():
+            self.config.identify_data(f"task {name}", task_identity(task))
+        return tasks
 
     def text(self, purpose: str, blocks: int) -> list[Tensor]:
         """Batches of token ids for ``train`` or ``heldout``."""

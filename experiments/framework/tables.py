@@ -257,8 +257,8 @@ class LatencyRow(Row):
     """Latency of one implementation of the MLP; times in ms, bandwidths in GB/s (1e9 bytes).
 
     ``implementation``: ``dense`` (torch's three products), ``dense-compiled`` (the same through inductor with tuning),
-    ``cats`` (this project's kernel), the paper's kernels, or its "Optimal". ``threshold``: ``number`` or ``vector``, for
-    kernels with a threshold. ``active_neurons``: those that some row keeps. ``error`` says why it was not timed.
+    ``cats`` (this project's kernel), the paper's kernels, or its "Optimal". ``threshold``: ``number`` or ``vector``,
+    for kernels with a threshold. ``active_neurons``: those that some row keeps. ``error`` says why it was not timed.
     """
 
     table: ClassVar[str] = "e05_mlp_latency"
@@ -323,8 +323,8 @@ class ThroughputRow(Row):
 
     table: ClassVar[str] = "e06_throughput"
     key: ClassVar[tuple[str, ...]] = (
-        "machine", "model", "weights", "layers", "dtype", "attention", "variant", "condition", "loop", "batch", "prompt",
-        "repeat", "prompt_tokens", "generated_tokens", "cache_tokens",
+        "machine", "model", "weights", "layers", "dtype", "attention", "variant", "condition", "loop", "batch",
+        "prompt", "repeat", "prompt_tokens", "generated_tokens", "cache_tokens",
     )  # fmt: skip
     machine: str
     model: str

@@ -22,7 +22,7 @@ import cats
 from cats.models import load_model
 from experiments.e05_mlp_latency import SHAPES, Problem, variants
 from experiments.e06_throughput.decoding import Decoder, make_greedy
-from experiments.framework.results import write_text_atomically
+from experiments.framework.files import write_text_atomically
 from experiments.framework.timing import FLUSH_BYTES
 
 METRICS = (
