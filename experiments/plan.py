@@ -104,7 +104,7 @@ def print_plan(configs: Sequence[Config]) -> int:
 def is_remote(name: str) -> bool:
     """Whether a model's name is a hub id."""
     where = resolve(name)
-    return not where.startswith("shape:") and not Path(where).is_dir()
+    return not where.startswith("shape:") and not Path(where).exists()
 
 
 def model_need(name: str, online: bool) -> Need:
