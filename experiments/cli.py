@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from experiments.config import EXPERIMENTS, Config, RunError, load_profile, make_config, override
+from experiments.framework.config import EXPERIMENTS, Config, RunError, load_profile, make_config, override
 
 # two of the messages are torch.save's, which does not say why it could not write
 _DISK_FULL = re.compile(
@@ -84,7 +84,7 @@ def forwarded(arguments: argparse.Namespace) -> list[str]:
 
 def reproduce(arguments: argparse.Namespace, profile: dict[str, Any]) -> int:
     """Run the chosen experiments, render the report, and say what failed; the exit status."""
-    from experiments.runner import locked, run_all
+    from experiments.framework.runner import locked, run_all
 
     chosen = [e for e in EXPERIMENTS if e in (arguments.only or profile) and e not in arguments.skip]
     name = Path(arguments.profile).stem
@@ -92,7 +92,7 @@ def reproduce(arguments: argparse.Namespace, profile: dict[str, Any]) -> int:
     if not configs:
         raise ValueError("nothing to run: --only and --skip leave no experiment of this profile")
     if arguments.plan:
-        from experiments.plan import print_plan
+        from experiments.framework.plan import print_plan
 
         return print_plan(configs)
     with locked(arguments.output):
@@ -107,8 +107,8 @@ def reproduce(arguments: argparse.Namespace, profile: dict[str, Any]) -> int:
 
 def run(arguments: argparse.Namespace, profile: dict[str, Any]) -> int:
     """Run one experiment in this process; the exit status."""
-    from experiments.config import is_main_process
-    from experiments.runner import locked, run_experiment
+    from experiments.framework.config import is_main_process
+    from experiments.framework.runner import locked, run_experiment
 
     config: Config = make_config(arguments.experiment, Path(arguments.profile).stem, profile, arguments.output)
     with locked(arguments.output) if is_main_process() else nullcontext():

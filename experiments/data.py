@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cats.hub import reachable
-from experiments.config import Config
+from experiments.framework.config import Config
 
 PURPOSES = ("train", "heldout")
 

@@ -16,10 +16,10 @@ import torch
 
 from cats.calibration import Thresholds, fingerprint, histograms
 from cats.models import load_model
-from experiments.config import Config
 from experiments.data import batches
-from experiments.results import Row
-from experiments.variants import check_models, fractions_below
+from experiments.framework.config import Config
+from experiments.framework.results import Row
+from experiments.framework.subject import check_models, fractions_below
 
 
 @dataclass(frozen=True)

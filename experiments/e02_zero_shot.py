@@ -20,9 +20,9 @@ import torch
 import cats
 from cats.calibration import Thresholds
 from cats.evaluation import TaskResult, paired_difference, perplexity
-from experiments.config import Config
-from experiments.results import Row
-from experiments.variants import (
+from experiments.framework.config import Config
+from experiments.framework.results import Row
+from experiments.framework.subject import (
     DENSE,
     RELUFICATION,
     Subject,

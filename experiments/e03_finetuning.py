@@ -24,9 +24,19 @@ from torch import Tensor
 import cats
 from cats.evaluation import perplexity
 from cats.finetuning import add_lora, finetune, preset, recalibrate, remove_lora
-from experiments.config import Config
-from experiments.results import Row
-from experiments.variants import DENSE, RELUFICATION, SWEEP_SEED, Subject, Variant, cats_variant, check, mean, put
+from experiments.framework.config import Config
+from experiments.framework.results import Row
+from experiments.framework.subject import (
+    DENSE,
+    RELUFICATION,
+    SWEEP_SEED,
+    Subject,
+    Variant,
+    cats_variant,
+    check,
+    mean,
+    put,
+)
 
 Start = tuple[str, str, int, int]  # the columns model, variant, seed, step
 

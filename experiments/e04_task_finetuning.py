@@ -30,9 +30,9 @@ import cats
 from cats.calibration import Thresholds
 from cats.evaluation import Tasks, evaluate
 from cats.finetuning import add_lora, finetune, preset, remove_lora
-from experiments.config import Config
-from experiments.results import Row
-from experiments.variants import (
+from experiments.framework.config import Config
+from experiments.framework.results import Row
+from experiments.framework.subject import (
     DENSE,
     RELUFICATION,
     SWEEP_SEED,

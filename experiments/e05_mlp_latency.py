@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.config import Config
-from experiments.precompile import Task, precompile
-from experiments.results import Row, machine_name
-from experiments.timing import Timing, measure, read_bandwidth
+from experiments.framework.config import Config
+from experiments.framework.results import Row, machine_name
+from experiments.framework.timing import Timing, measure, read_bandwidth
+from experiments.gpu.precompile import Task, precompile
 
 SHAPES = {
     "Mistral-7B": (4096, 14336),

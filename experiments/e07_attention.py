@@ -18,11 +18,11 @@ import torch
 
 from cats.calibration import Thresholds
 from cats.finetuning import finetune, preset
-from experiments.config import Config
 from experiments.e02_zero_shot import ZeroShotRow, zero_shot_rows
 from experiments.e03_finetuning import FinetuningSubject, tuned
-from experiments.results import Row
-from experiments.variants import ALL_SITES, DENSE, Variant, cats_variant, check, fractions_below, mean, put
+from experiments.framework.config import Config
+from experiments.framework.results import Row
+from experiments.framework.subject import ALL_SITES, DENSE, Variant, cats_variant, check, fractions_below, mean, put
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from cats_kernels.cpu import sparse_gated_mlp_cpu
 from torch import Tensor
 
-from experiments.results import machine_name
-from experiments.timing import last_level_cache_bytes, measure
+from experiments.framework.results import machine_name
+from experiments.framework.timing import last_level_cache_bytes, measure
 from tests.mlp_cases import clear_threshold, inputs, weights
 
 BASELINE = Path(__file__).with_name("bench_baseline.json")

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, GPT2Config
 import cats
 from cats.evaluation import evaluate, perplexity
 from cats.models import load_model
-from experiments import e01_activations, e03_finetuning, variants
-from experiments.config import load_profile, make_config
+from experiments import e01_activations, e03_finetuning
 from experiments.e04_task_finetuning import IGNORED, TaskSubject, answer_loss
-from experiments.runner import run_experiment
+from experiments.framework import subject as variants
+from experiments.framework.config import load_profile, make_config
+from experiments.framework.runner import run_experiment
 from tests.accuracy_world import build_world, profile
 
 

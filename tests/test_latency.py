@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from experiments import e05_mlp_latency as e05
-from experiments import timing
-from experiments.config import Config
-from experiments.precompile import Task, precompile
+from experiments.framework import timing
+from experiments.framework.config import Config
+from experiments.gpu.precompile import Task, precompile
 
 TARGETS = [0.0, 0.5, 0.9]
 D, M = e05.SHAPES["small"]

@@ -19,12 +19,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from experiments import config as config_module
-from experiments import runner
 from experiments.__main__ import main
-from experiments.config import Config, load_profile, make_config, override
-from experiments.results import Row, read_provenance, write_tables
-from experiments.runner import is_done, locked, run_experiment
+from experiments.framework import config as config_module
+from experiments.framework import runner
+from experiments.framework.config import Config, load_profile, make_config, override
+from experiments.framework.results import Row, read_provenance, write_tables
+from experiments.framework.runner import is_done, locked, run_experiment
 
 ROOT = Path(__file__).parents[1]
 

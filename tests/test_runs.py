@@ -24,7 +24,7 @@ import os, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
-from experiments.results import Row
+from experiments.framework.results import Row
 
 @dataclass(frozen=True)
 class Line(Row):

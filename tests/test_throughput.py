@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from transformers import CompileConfig, GenerationConfig
 
 import cats
-from experiments import amdahl, decoding
 from experiments import e06_throughput as e06
-from experiments import throughput_cases as cases
-from experiments.config import Config
-from experiments.decoding import Decoder, make_greedy
+from experiments.e06_throughput import amdahl, cases, decoding
+from experiments.e06_throughput.decoding import Decoder, make_greedy
+from experiments.framework.config import Config
 from reports.load import TABLES
 from reports.stats import generation_speedups
 

@@ -2,7 +2,7 @@
 
 Purpose: choose the configurations in cats_kernels.triton_mlp, and measure what they reach, in one command.
 Cost: under 6 minutes on one H200, compilation included (in parallel processes).
-Run: ``python -m experiments.tune_gpu --output DIR [--quick]``
+Run: ``python -m experiments.gpu.tune --output DIR [--quick]``
 
 Weights, thresholds, reference and timing are those of e05: random weights, rotating copies, CUDA graphs, interleaved
 rounds.
@@ -25,8 +25,8 @@ from cats_kernels.triton_mlp import CONFIGS, MAX_ROWS, VARIANTS, Config, choose_
 from torch import Tensor
 
 from experiments.e05_mlp_latency import COPIES, SHAPES, TOLERANCE, Problem
-from experiments.precompile import Task, precompile
-from experiments.timing import measure, read_bandwidth
+from experiments.framework.timing import measure, read_bandwidth
+from experiments.gpu.precompile import Task, precompile
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 SPARSITIES = (0.0, 0.2, 0.5, 0.7, 0.9, 0.95)

@@ -6,6 +6,7 @@ because nothing runs beside them. With several GPUs the same command is started 
 
 import gc
 import importlib
+import importlib.util
 import os
 import re
 import shutil
@@ -23,8 +24,17 @@ import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
-from experiments.config import EXPERIMENTS, Config, RunError, is_main_process
-from experiments.results import Row, git_state, hardware, now, read_provenance, versions, write_provenance, write_tables
+from experiments.framework.config import EXPERIMENTS, Config, RunError, is_main_process
+from experiments.framework.results import (
+    Row,
+    git_state,
+    hardware,
+    now,
+    read_provenance,
+    versions,
+    write_provenance,
+    write_tables,
+)
 
 _LOCK_HELD = "CATS_LOCK_HELD_FOR"  # tells the children that the run directory is already held for them
 DISTRIBUTED = ("e02", "e03", "e04", "e07")  # experiments that spread over processes; the timed ones must not
@@ -163,8 +173,9 @@ def _ending(code: int) -> str:
 
 
 def _purpose(experiment: str) -> str:
-    path = Path(__file__).parent / f"{EXPERIMENTS[experiment].rpartition('.')[2]}.py"
-    return path.read_text().split('"""')[1].split("\n")[0]
+    spec = importlib.util.find_spec(EXPERIMENTS[experiment])  # does not import it
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).read_text().split('"""')[1].split("\n")[0]
 
 
 def _command(config: Config, arguments: Sequence[str], force: bool, processes: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pkgutil
 import re
 import shutil
 import tomllib
@@ -14,13 +15,16 @@ from tqdm.auto import tqdm
 
 from cats.calibration import write_text_atomically
 from cats.structure import resolve_device
-from experiments.results import Row, digest
+from experiments.framework.results import Row, digest
 
-PROFILES = Path(__file__).parent / "profiles"
+EXPERIMENTS_FOLDER = Path(__file__).parents[1]
+PROFILES = EXPERIMENTS_FOLDER / "profiles"
 EXPERIMENTS = {
-    path.stem.split("_")[0]: f"experiments.{path.stem}"
-    for path in sorted(Path(__file__).parent.glob("e[0-9][0-9]_*.py"))
+    module.name.split("_")[0]: f"experiments.{module.name}"
+    for module in pkgutil.iter_modules([str(EXPERIMENTS_FOLDER)])
+    if re.fullmatch(r"e\d\d_\w+", module.name)
 }
+"""``e01`` and so on -> module or package; one file or folder each, found by its name."""
 DTYPES = ("auto", "float32", "float16", "bfloat16")  # not cats.models.DTYPES: importing it costs seconds
 _COMMON = ("models", "device", "dtype", "seed", "data")
 _KEYS = {"description", *_COMMON, *EXPERIMENTS}

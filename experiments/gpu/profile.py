@@ -3,8 +3,8 @@
 Purpose: show why a figure of e05 or e06 is what it is. Cost: a minute each on an H200.
 
     ncu --profile-from-start off --clock-control none --cache-control none --csv --log-file ncu.csv \\
-        --metrics $(python -m experiments.profile_gpu metrics) python -m experiments.profile_gpu mlp
-    python -m experiments.profile_gpu token --model shape:mistral-7b --output DIR
+        --metrics $(python -m experiments.gpu.profile metrics) python -m experiments.gpu.profile mlp
+    python -m experiments.gpu.profile token --model shape:mistral-7b --output DIR
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 
 import cats
 from cats.models import load_model
-from experiments.decoding import Decoder, make_greedy
 from experiments.e05_mlp_latency import SHAPES, Problem, variants
-from experiments.results import write_text_atomically
-from experiments.timing import FLUSH_BYTES
+from experiments.e06_throughput.decoding import Decoder, make_greedy
+from experiments.framework.results import write_text_atomically
+from experiments.framework.timing import FLUSH_BYTES
 
 METRICS = (
     "gpu__time_duration.sum",

@@ -7,8 +7,8 @@ from cats_kernels.operator import BACKENDS
 
 from cats.calibration import check_sparsity
 from cats.models import DTYPES
-from experiments.config import Config
-from experiments.decoding import LOOPS
+from experiments.e06_throughput.decoding import LOOPS
+from experiments.framework.config import Config
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
 GROWTH = ("loop", "batches", "contexts", "sparsities", "layers", "prompts")
@@ -24,7 +24,7 @@ class Case:
     """One condition: every variant generates from every prompt in it.
 
     Attributes:
-        loop: one of `experiments.decoding.LOOPS`.
+        loop: one of `experiments.e06_throughput.decoding.LOOPS`.
         lengths: generated tokens; all are read from one generation, so a static cache is as large as the last needs.
         sparsities: targets of the CATS variants timed against dense.
         prompts: how many (batches of) prompts, numbered from ``first_prompt``.

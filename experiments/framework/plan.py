@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM
 from cats.hub import reachable
 from cats.models import load_config, resolve
 from cats.structure import resolve_device
-from experiments.config import Config
 from experiments.data import on_hub
+from experiments.framework.config import Config
 
 # lm-eval task: repository, scored continuations in the evaluated split, and roughly how many tokens each has
 TASKS = {

@@ -1,8 +1,8 @@
 """Where the time of a decoded token goes, and the speed-up that Amdahl's law allows CATS from that.
 
 MLP, attention and head are timed alone, on the inputs they get while the model decodes, compiled and with a static
-cache where the loop is: cold caches, interleaved rounds, on a GPU as CUDA graph replays (`experiments.timing`). "other"
-is what remains of a token's measured time: norms, residuals, embedding, launches, and generate's own Python.
+cache where the loop is: cold caches, interleaved rounds, on a GPU as CUDA graph replays (`experiments.framework.timing`).
+"other" is what remains of a token's measured time: norms, residuals, embedding, launches, and generate's own Python.
 With f the MLP's share of the dense token and g the gain of CATS over dense on the MLP alone, the law allows
 1 / ((1 - f) + f / g).
 """
@@ -20,10 +20,10 @@ from transformers import PreTrainedModel, StaticCache
 
 import cats
 from cats.structure import attention_blocks
-from experiments.decoding import compile_for_graph
-from experiments.results import Row
-from experiments.timing import Timing
-from experiments.timing import measure as measure_calls
+from experiments.e06_throughput.decoding import compile_for_graph
+from experiments.framework.results import Row
+from experiments.framework.timing import Timing
+from experiments.framework.timing import measure as measure_calls
 
 STEPS = 4
 """Decode steps whose inputs the MLP is timed on."""
@@ -87,7 +87,7 @@ def shares_and_amdahl(
         token_ms: measured milliseconds a token of the dense model (None) and of CATS (``sparsity``) in the loop.
         common: the columns that all rows share.
         rounds: timed rounds.
-        dependent_launch: whether the loop has it, see `experiments.decoding.compile_for_graph`.
+        dependent_launch: whether the loop has it, see `experiments.e06_throughput.decoding.compile_for_graph`.
     """
     timings = time_components(model, switch, sparsity, ids, rounds, common["loop"] != "eager", dependent_launch)
     layers = len(cats.gated_mlps(model))

@@ -18,8 +18,8 @@ from cats.evaluation import TaskResult, Tasks, check_tasks, evaluate, load_tasks
 from cats.finetuning import TrainSettings
 from cats.models import load_config, load_model
 from cats.observe import observe
-from experiments.config import Config
 from experiments.data import batches
+from experiments.framework.config import Config
 
 SWEEP_SEED = 1000  # of short runs that choose a learning rate; the measured runs' seeds are others
 ALL_SITES = ("gate", "attention_input", "mlp_input")

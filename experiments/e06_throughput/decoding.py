@@ -29,7 +29,7 @@ from transformers import (
     StaticCache,
 )
 
-from experiments.timing import capture
+from experiments.framework.timing import capture
 
 LOOPS = ("eager", "compiled", "graph")
 WARM_TOKENS = 6

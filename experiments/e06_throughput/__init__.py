@@ -1,4 +1,4 @@
-"""Figure 4: generation throughput, dense against CATS, in the loops of `experiments.decoding`, batch 1, greedy.
+"""Figure 4: generation throughput, dense against CATS, in the loops of `decoding.py`, batch 1, greedy.
 
 Tokens per second from the first to the last generated token; prefill, compile time and peak memory stand beside it.
 Dense and CATS take turns on the same model in one process, prompt by prompt, in the order dense, CATS, CATS, dense.
@@ -26,11 +26,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import cats
 from cats.models import DTYPES, load_config, load_model
 from cats.observe import observe
-from experiments.amdahl import STEPS, AmdahlRow, ShareRow, shares_and_amdahl
-from experiments.config import Config
-from experiments.decoding import Decoder, make_greedy
-from experiments.results import Row, machine_name
-from experiments.throughput_cases import Case, cases_of, growth_of, options_of
+from experiments.e06_throughput.amdahl import STEPS, AmdahlRow, ShareRow, shares_and_amdahl
+from experiments.e06_throughput.cases import Case, cases_of, growth_of, options_of
+from experiments.e06_throughput.decoding import Decoder, make_greedy
+from experiments.framework.config import Config
+from experiments.framework.results import Row, machine_name
 
 MEMORY_SHARE = 0.85
 """Part of the free memory that a model's weights may take; the rest is for the cache, activations and one transpose."""
