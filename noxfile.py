@@ -23,7 +23,7 @@ def run(s: nox.Session, *command: str) -> None:
     python = str(BIN / "python")
     if not stamp.exists() or stamp.read_text() != wanted:
         s.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(ENVIRONMENT), external=True)
-        extras = ".[experiments,reports,tests,lint]"
+        extras = ".[experiments,gguf,reports,tests,lint]"
         s.run(python, "-m", "pip", "install", "--quiet", "-c", "constraints.txt", "-e", extras, external=True)
         stamp.write_text(wanted)
     s.run(python, *command, external=True)

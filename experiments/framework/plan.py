@@ -76,7 +76,8 @@ def print_plan(configs: Sequence[Config]) -> int:
     """Print what ``configs`` need; 0, or 1 when something they need cannot be had (one sentence each on stderr)."""
     names = {name: None for config in configs for name in config.models}
     corpora = sorted({config.data["path"] for config in configs if on_hub(config.data)})
-    tasks = sorted({TASKS[t][0] for c in configs for t in c.options.get("tasks", []) if t in TASKS})
+    online_tasks = [t for c in configs if "folder" not in c.data for t in c.options.get("tasks", [])]
+    tasks = sorted({TASKS[t][0] for t in online_tasks if t in TASKS})
     remote = [*corpora, *tasks, *(name for name in names if is_remote(name))]
     online = not remote or reachable()
     models = {name: model_need(name, online) for name in names}
@@ -104,7 +105,7 @@ def print_plan(configs: Sequence[Config]) -> int:
 def is_remote(name: str) -> bool:
     """Whether a model's name is a hub id."""
     where = resolve(name)
-    return not where.startswith("shape:") and not Path(where).is_dir()
+    return not where.startswith("shape:") and not Path(where).exists()
 
 
 def model_need(name: str, online: bool) -> Need:
