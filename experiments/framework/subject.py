@@ -104,9 +104,10 @@ class Subject:
 
     @cached_property
     def tasks(self) -> Tasks:
-        tasks = load_tasks(self.config.options["tasks"], self.folder(), self.config.data.get("folder"))
+        folder = self.config.data.get("folder")
+        tasks = load_tasks(self.config.options["tasks"], self.folder(), folder)
         for name, task in tasks.items():
-            self.config.identify_data(f"task {name}", task_identity(task))
+            self.config.identify_data(f"task {name}", task_identity(task, folder))
         return tasks
 
     def text(self, purpose: str, blocks: int) -> list[Tensor]:
