@@ -19,18 +19,23 @@ from statistics import fmean, stdev
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import accelerate
-import lm_eval
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather, reduce
-from lm_eval.api.task import Task
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from torch import Tensor, nn
 
+from cats.extras import missing
 from cats.structure import execution_device
 from cats.task_data import check_answer, local_sets
+
+try:
+    import accelerate
+    import lm_eval
+    from accelerate.utils import broadcast_object_list, gather, reduce
+    from lm_eval.api.task import Task
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise missing(__name__, "experiments", error) from error
 
 METRIC = "acc"
 SEED = 1234  # lm-eval's own default for its few-shot sampler

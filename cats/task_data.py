@@ -14,11 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets import DatasetDict
-from lm_eval.api.task import Task
-
+from cats.extras import missing
 from cats.models.identity import file_hash
+
+try:
+    import datasets
+    from datasets import DatasetDict
+    from lm_eval.api.task import Task
+except ImportError as error:
+    raise missing(__name__, "experiments", error) from error
 
 HUB, TEXT = "hub", "text"
 
