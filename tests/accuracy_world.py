@@ -142,10 +142,16 @@ sweep_level = 0.7
 train_batch_size = 4
 learning_rates = [1e-4, 1e-2]
 save_steps = 4
-{text}
+include_path = "{world}/tasks"
+batch_size = 8
+length = 32
+weight_decay = 0.01
+warmup_steps = 1
 [e07]
 tasks = ["tiny_words"]
 levels = [0.5]
 limit = 10
-{text}{training.replace("steps = [2, 5]", "steps = 2")}learning_rate = 1e-3
+{text}train_batch_size = 4
+steps = 2
+learning_rate = 1e-3
 """
