@@ -18,8 +18,6 @@ from experiments import e06_throughput as e06
 from experiments.e06_throughput import amdahl, cases, decoding
 from experiments.e06_throughput.decoding import Decoder, make_greedy
 from experiments.framework.config import Config
-from reports.load import TABLES
-from reports.stats import generation_speedups
 
 from .conftest import tiny_model
 
@@ -322,9 +320,6 @@ def test_every_row_is_measured_and_comparable(tmp_path: Path, monkeypatch: pytes
     by_table: dict[str, list] = {}
     for row in rows:
         by_table.setdefault(row.table, []).append(row)
-    for table, found in by_table.items():
-        names = [field for field in type(found[0]).__dataclass_fields__ if field != "table"]
-        assert names[: len(TABLES.get(table, ()))] == list(TABLES.get(table, names))[: len(names)]
     timed = by_table["e06_throughput"]
     assert all(r.decode_s > 0 and r.prefill_s > 0 and r.compile_s == 0 for r in timed)
     assert all(math.isclose(r.tokens_per_second, r.batch * (r.generated_tokens - 1) / r.decode_s) for r in timed)
@@ -332,11 +327,6 @@ def test_every_row_is_measured_and_comparable(tmp_path: Path, monkeypatch: pytes
     assert all(abs(r.sparsity_measured - r.sparsity_target) < 0.1 for r in timed if r.variant != "dense")
     key = ("layers", "batch", "prompt_tokens", "generated_tokens", "prompt", "variant")
     assert len({tuple(getattr(r, k) for k in key) for r in timed}) == len(timed)  # dense and CATS pair up one to one
-    pandas = pytest.importorskip("pandas")
-    frame = pandas.DataFrame([{k: getattr(r, k) for k in TABLES["e06_throughput"]} for r in timed])
-    speedups = generation_speedups(frame)
-    assert len(speedups) == 2 + 1 + 1 + 2 + 1
-    assert (speedups["speedup"] > 0).all()
     assert [r.identical_tokens for r in by_table["e06_greedy"]] == [8, 8]
     assert len(by_table["e06_shares"]) == 4 and len(by_table["e06_amdahl"]) == 1
     assert list(e06.run(settings)) == rows  # stored
