@@ -92,10 +92,10 @@ batch_size = 8
 calibration_blocks = 8
 heldout_blocks = 4
 length = 32
-weight_decay = 0.01
-warmup_steps = 1
 """
     training = """train_batch_size = 4
+weight_decay = 0.01
+warmup_steps = 1
 sweep_steps = 2
 sweep_blocks = 4
 learning_rates = [1e-3, 1e-2]
@@ -152,6 +152,8 @@ tasks = ["tiny_words"]
 levels = [0.5]
 limit = 10
 {text}train_batch_size = 4
+weight_decay = 0.01
+warmup_steps = 1
 steps = 2
 learning_rate = 1e-3
 """
