@@ -2,9 +2,12 @@
 
 import sys
 
+from experiments.framework.parent import follow_parent
+
 
 def main(words: list[str] | None = None) -> int:
     """Run the command line; the exit status, 130 after Ctrl-C."""
+    follow_parent()
     try:
         from experiments.cli import execute  # here, because it imports for seconds, in which Ctrl-C counts too
 

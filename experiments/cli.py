@@ -5,14 +5,24 @@ python -m experiments run e02 --model PATH_OR_HUB_ID             # one experimen
 """
 
 import argparse
+import os
 import re
+import shlex
 import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from experiments.framework.config import EXPERIMENTS, Config, RunError, load_profile, make_config, override
+from experiments.framework.config import Config, RunError
+from experiments.framework.parent import PARENT
+from experiments.framework.profiles import (
+    EXPERIMENTS,
+    PROFILES,
+    apply_assignments,
+    load_profile,
+    make_configs,
+)
 
 # two of the messages are torch.save's, which does not say why it could not write
 _DISK_FULL = re.compile(
@@ -25,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="python -m experiments", description=__doc__.split("\n")[0])
     commands = root.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--profile", default="pocket", help="pocket (default), laptop, paper, or a .toml file")
+    shared.add_argument("--profile", default="pocket", help="pocket (default), laptop, small, paper, or a .toml file")
     shared.add_argument("--output", type=Path, help="run directory (default runs/PROFILE)")
     shared.add_argument(
         "--model", action="append", metavar="PATH_OR_HUB_ID", help="instead of the profile's models; repeatable"
@@ -64,9 +74,21 @@ def profile_of(arguments: argparse.Namespace) -> dict[str, Any]:
             profile[key] = value
             for table in EXPERIMENTS:  # the command line wins over an experiment's own table
                 profile.get(table, {}).pop(key, None)
-    for assignment in arguments.set:
-        override(profile, assignment)
+    apply_assignments(profile, arguments.set)
     return profile
+
+
+def original_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The profile that runs of this name are expected to be of: the shipped one of that name, else the file itself."""
+    stem = Path(arguments.profile).stem
+    return load_profile(stem if (PROFILES / f"{stem}.toml").exists() else arguments.profile)
+
+
+def configs_of(arguments: argparse.Namespace, chosen: list[str]) -> list[Config]:
+    """The `Config` of each chosen experiment, after the whole profile has been validated (a child's parent has)."""
+    profile, name = profile_of(arguments), Path(arguments.profile).stem
+    whole = PARENT not in os.environ
+    return make_configs(chosen, name, profile, arguments.output, original_of(arguments), whole)
 
 
 def forwarded(arguments: argparse.Namespace) -> list[str]:
@@ -82,21 +104,25 @@ def forwarded(arguments: argparse.Namespace) -> list[str]:
     return words
 
 
-def reproduce(arguments: argparse.Namespace, profile: dict[str, Any]) -> int:
+def reproduce(arguments: argparse.Namespace) -> int:
     """Run the chosen experiments, render the report, and say what failed; the exit status."""
-    from experiments.framework.runner import locked, run_all
-
-    chosen = [e for e in EXPERIMENTS if e in (arguments.only or profile) and e not in arguments.skip]
-    name = Path(arguments.profile).stem
-    configs = [make_config(experiment, name, profile, arguments.output) for experiment in chosen]
-    if not configs:
+    if arguments.processes < 1:
+        raise ValueError(f"--processes must be a whole number, 1 or more, not {arguments.processes}")
+    present = arguments.only or load_profile(arguments.profile)
+    chosen = [e for e in EXPERIMENTS if e in present and e not in arguments.skip]
+    if not chosen:
         raise ValueError("nothing to run: --only and --skip leave no experiment of this profile")
+    configs = configs_of(arguments, chosen)
     if arguments.plan:
         from experiments.framework.plan import print_plan
 
         return print_plan(configs)
-    with locked(arguments.output):
-        failures = run_all(configs, forwarded(arguments), arguments.force, arguments.processes)
+    from experiments.framework.locks import locked
+    from experiments.framework.runner import run_all
+
+    typed = shlex.join(["python", "-m", "experiments", *arguments.words])
+    with locked(arguments.output, works=False):
+        failures = run_all(configs, forwarded(arguments), arguments.force, arguments.processes, typed)
         from reports.__main__ import main as report
 
         unreported = report([str(arguments.output)])
@@ -105,12 +131,13 @@ def reproduce(arguments: argparse.Namespace, profile: dict[str, Any]) -> int:
     return 1 if failures or unreported else 0
 
 
-def run(arguments: argparse.Namespace, profile: dict[str, Any]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Run one experiment in this process; the exit status."""
     from experiments.framework.config import is_main_process
-    from experiments.framework.runner import locked, run_experiment
+    from experiments.framework.locks import locked
+    from experiments.framework.runner import run_experiment
 
-    config: Config = make_config(arguments.experiment, Path(arguments.profile).stem, profile, arguments.output)
+    (config,) = configs_of(arguments, [arguments.experiment])
     with locked(arguments.output) if is_main_process() else nullcontext():
         paths = run_experiment(config, arguments.force)
     if is_main_process():
@@ -133,12 +160,12 @@ def disk_full(error: BaseException | None) -> str | None:
 def execute(words: list[str] | None = None) -> int:
     """Do what the command line says; the exit status. Bad input is one sentence on stderr and status 2."""
     arguments = parser().parse_args(words)
+    arguments.words = sys.argv[1:] if words is None else words
     if arguments.output is None:
         arguments.output = Path("runs") / Path(arguments.profile).stem
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's kill ends a run as Ctrl-C does
     try:
-        profile = profile_of(arguments)
-        return reproduce(arguments, profile) if arguments.command == "reproduce" else run(arguments, profile)
+        return reproduce(arguments) if arguments.command == "reproduce" else run(arguments)
     except Exception as error:
         if full := disk_full(error):
             kept = f"what was finished is kept in {arguments.output}, the same command goes on from there"

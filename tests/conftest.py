@@ -8,6 +8,7 @@ import torch
 import transformers
 
 import cats
+from tests.toy_experiments import toy as toy
 
 TINY = {
     "hidden_size": 32,

@@ -14,7 +14,7 @@ from cats.models import load_model
 from experiments import e01_activations, e03_finetuning
 from experiments.e04_task_finetuning import IGNORED, TaskSubject, answer_loss
 from experiments.framework import subject as variants
-from experiments.framework.config import load_profile, make_config
+from experiments.framework.profiles import load_profile, make_config
 from experiments.framework.runner import run_experiment
 from tests.accuracy_world import build_world, profile
 

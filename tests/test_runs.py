@@ -24,15 +24,19 @@ import os, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
-from experiments.framework.results import Row
+from experiments.framework.tables import Row
 
 @dataclass(frozen=True)
 class Line(Row):
     table: ClassVar[str] = "e0{number}_line"
     name: str
 
+@dataclass(frozen=True)
+class Options:
+    journal: str
+
 def unit(config, name):
-    with open(config.options["journal"], "a") as file:
+    with open(config.options.journal, "a") as file:
         file.write(f"e0{number} {{name}}\\n")
     return [Line(name)]
 
@@ -45,7 +49,7 @@ ACTIONS = {
     1: ("works", "pass"),
     2: ("fails", 'raise RuntimeError("the flux is broken")'),
     3: ("waits where it is told to", '''
-        waiting = Path(config.options["journal"] + ".wait")
+        waiting = Path(config.options.journal + ".wait")
         while waiting.exists() and name == "b":
             print("waiting", flush=True)
             time.sleep(0.05)'''),
@@ -64,8 +68,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("source") / "a source tree"
     (root / "experiments" / "profiles").mkdir(parents=True)
     (root / "reports").mkdir()
-    for name in ("__init__", "__main__", "cli", "config", "results", "runner"):
+    for name in ("__init__", "__main__", "cli"):
         shutil.copy(ROOT / "experiments" / f"{name}.py", root / "experiments")
+    source = ROOT / "experiments" / "framework"
+    shutil.copytree(source, root / "experiments" / "framework", ignore=shutil.ignore_patterns("__pycache__"))
     for number, (purpose, action) in ACTIONS.items():
         text = TOY.format(number=number, purpose=purpose, action=action)
         (root / "experiments" / f"e0{number}_toy.py").write_text(text.lstrip())

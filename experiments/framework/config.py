@@ -1,42 +1,30 @@
-"""A profile (TOML) becomes one `Config` for each experiment."""
+"""`Config`: what an experiment gets, and how it stores its units of work."""
 
-import importlib
-import json
+import copy
 import os
-import pkgutil
-import re
-import shutil
-import tomllib
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tqdm.auto import tqdm
 
-from cats.structure import resolve_device
-from experiments.framework.files import write_text_atomically
 from experiments.framework.identity import digest, model_identity
-from experiments.framework.options import parse, to_json
+from experiments.framework.options import to_json
+from experiments.framework.provenance import source_state
 from experiments.framework.tables import Row
+from experiments.framework.units import Unit, UnitStore, added_notes, merge_notes
 
-EXPERIMENTS_FOLDER = Path(__file__).parents[1]
-PROFILES = EXPERIMENTS_FOLDER / "profiles"
-EXPERIMENTS = {
-    module.name.split("_")[0]: f"experiments.{module.name}"
-    for module in pkgutil.iter_modules([str(EXPERIMENTS_FOLDER)])
-    if re.fullmatch(r"e\d\d_\w+", module.name)
-}
-"""``e01`` and so on -> module or package; one file or folder each, found by its name."""
-DTYPES = ("auto", "float32", "float16", "bfloat16")  # not cats.models.DTYPES: importing it costs seconds
-_COMMON = ("models", "device", "dtype", "seed", "data")
-_KEYS = {"description", *_COMMON, *EXPERIMENTS}
+LOWERED = ("batch_size", "micro_batch_size")
+"""Options that set how much is computed at once, and that results do not depend on beyond rounding."""
 T = TypeVar("T")
 O = TypeVar("O")  # noqa: E741, an experiment's Options
 
 
 class RunError(RuntimeError):
-    """A run cannot go on for a reason that its one sentence tells: no traceback is needed."""
+    """A run cannot go on, for a reason that needs no traceback: the message is one sentence."""
 
 
 @dataclass
@@ -53,8 +41,10 @@ class Config(Generic[O]):
         models: hub ids, directories, ``pocket`` or ``shape:NAME``.
         data: where text comes from (see `experiments.data`).
         options: the experiment's ``Options``, from the profile's table.
-        notes: what the experiment adds to its provenance, such as hashes of models and data.
+        notes: what the experiment adds to its provenance; those of a unit's work are stored with it.
         reduced: options that `halve_batches` has lowered, with the values that the profile gave.
+        differs: settings in which this run differs from its profile: key -> [the profile's, the run's].
+        units: the units done or kept so far: key -> seconds and commit.
     """
 
     experiment: str
@@ -68,14 +58,14 @@ class Config(Generic[O]):
     options: O = field(default_factory=dict)  # type: ignore[assignment]
     notes: dict[str, Any] = field(default_factory=dict)
     reduced: dict[str, int] = field(default_factory=dict)
+    differs: dict[str, list[Any]] = field(default_factory=dict)
+    units: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
-        """Everything that changes the numbers; a change of it makes stored results stale."""
+        """Everything that changes the numbers, as JSON; a change of it makes stored results stale."""
         kept = ("experiment", "profile", "device", "dtype", "seed", "models", "data")
-        return {
-            **{key: to_json(getattr(self, key)) for key in kept},
-            "options": {**to_json(self.options), **self.reduced},
-        }
+        options = {**to_json(self.options), **self.reduced}
+        return {**{key: to_json(getattr(self, key)) for key in kept}, "options": options}
 
     def identify(self, model: str) -> None:
         """Add hashes of a model's weights, configuration and tokenizer to the provenance."""
@@ -92,60 +82,60 @@ class Config(Generic[O]):
         self.notes.setdefault("inputs", {})[name] = identity
 
     def halve_batches(self) -> dict[str, int]:
-        """Halve the options that set how much is computed at once, after memory has run out; results do not depend on
-        them beyond rounding, so stored units stay valid.
+        """Halve the options in `LOWERED` after memory has run out; stored units stay valid.
 
         Returns:
             The lowered options, which are also noted in the provenance; empty when nothing can be lowered.
         """
         options = to_json(self.options)
-        large = {key: options[key] for key in ("batch_size", "micro_batch_size") if (options.get(key) or 1) > 1}
+        large = {key: options[key] for key in LOWERED if (options.get(key) or 1) > 1}
         lowered = {key: value // 2 for key, value in large.items()}
         self.reduced = {**large, **self.reduced}
-        if isinstance(self.options, dict):  # an experiment without typed options
-            self.options.update(lowered)
-        else:
-            self.options = replace(self.options, **lowered)  # type: ignore[type-var]
         if lowered:
+            if isinstance(self.options, dict):  # of an experiment without Options, until all have them
+                self.options = {**self.options, **lowered}  # type: ignore[assignment]
+            else:
+                self.options = replace(self.options, **lowered)  # type: ignore[type-var]
             self.notes["lowered_for_memory"] = {key: {**options, **lowered}[key] for key in self.reduced}
         return lowered
 
-    def _state(self) -> Path:
-        return self.output / "state" / self.experiment
+    @cached_property
+    def store(self) -> UnitStore:
+        """Units and checkpoints of this experiment in the run directory."""
+        return UnitStore(self.output / "state" / self.experiment, self.experiment)
+
+    def stamp(self, key: str) -> str:
+        """Hash of a unit's name and of everything that changes its numbers."""
+        return digest([key, self.settings()])
 
     def unit(self, key: str, compute: Callable[[], list[Row]], row_types: Sequence[type[Row]]) -> list[Row]:
         """Run one unit of work, or return the rows it left before: how an interrupted experiment resumes.
 
         Args:
             key: names the unit within the experiment, such as ``pocket/cats-50/seed 1``.
-            compute: does the work; its rows are stored once it returns.
+            compute: does the work; its rows, and the notes it made, are stored once it returns.
             row_types: the row classes that ``compute`` may return.
         """
-        path = self._state() / f"{_slug(key)}.json"
-        stamp = digest([key, self.settings()])
-        types = {row_type.table: row_type for row_type in row_types}
-        if path.exists():
-            try:
-                stored = json.loads(path.read_text())
-                if stored["settings"] == stamp:
-                    return [types[table](**row) for table, row in stored["rows"]]
-            except (ValueError, KeyError, TypeError):
-                pass  # written by an older version or damaged: measure again
-        rows = list(compute())
-        content = {"unit": key, "settings": stamp, "rows": [[row.table, asdict(row)] for row in rows]}
-        if is_main_process():
-            write_text_atomically(path, json.dumps(content))
-        return rows
+        stored = self.store.read(key, self.stamp(key), row_types)
+        if stored is None:
+            before, begin = copy.deepcopy(self.notes), time.monotonic()
+            rows = list(compute())
+            seconds = round(time.monotonic() - begin, 3)
+            stored = Unit(key, self.stamp(key), rows, added_notes(before, self.notes), seconds, **source_state())
+            if is_main_process():
+                self.store.write(stored)
+        else:
+            merge_notes(self.notes, stored.notes)
+        self.units[key] = {"seconds": stored.seconds, "commit": stored.commit, "dirty": stored.dirty}
+        return stored.rows
 
     def workdir(self, key: str) -> Path:
         """Directory for a unit's checkpoints; it goes when the experiment has finished or its settings have changed."""
-        path = self._state() / f"{_slug(key)}-{digest([key, self.settings()])[:8]}"
-        path.mkdir(parents=True, exist_ok=True)
-        return path
+        return self.store.workdir(key, self.stamp(key))
 
     def clear_state(self) -> None:
         """Forget stored units and checkpoints."""
-        shutil.rmtree(self._state(), ignore_errors=True)
+        self.store.clear()
 
     def progress(self, iterable: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
         """``iterable`` behind a progress bar with an estimate of the time left."""
@@ -156,83 +146,3 @@ class Config(Generic[O]):
 def is_main_process() -> bool:
     """False in the processes that accelerate's launcher started beside the first."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _slug(key: str) -> str:
-    return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', key)[-60:].strip('-')}-{digest(key)[:6]}"
-
-
-def load_profile(name: str) -> dict[str, Any]:
-    """Read a profile by name (pocket, laptop, paper) or from a TOML file of the same form.
-
-    Raises:
-        ValueError: no such profile, broken TOML, or an unknown key.
-    """
-    path = Path(name) if name.endswith(".toml") else PROFILES / f"{name}.toml"
-    try:
-        profile = tomllib.loads(path.read_text())
-    except OSError as error:
-        known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.toml")))
-        raise ValueError(f"no profile {name!r}: allowed are {known}, or the path of a .toml file") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from error
-    unknown = sorted(set(profile) - _KEYS)
-    if unknown:
-        raise ValueError(f"{path} has unknown keys {', '.join(unknown)}: allowed are {', '.join(sorted(_KEYS))}")
-    return profile
-
-
-def override(profile: dict[str, Any], assignment: str) -> None:
-    """Apply ``e02.limit=50`` to a profile in place; the value is TOML.
-
-    Raises:
-        ValueError: it cannot be read, or names an option that neither this nor any shipped profile has.
-    """
-    path, equals, value = assignment.partition("=")
-    keys = path.strip().split(".")
-    if not equals or keys[0] not in _KEYS:
-        raise ValueError(
-            f"--set {assignment!r} must look like e02.limit=50, beginning with one of {', '.join(sorted(_KEYS))}"
-        )
-    if keys[0] in EXPERIMENTS and len(keys) > 1:
-        shipped = [load_profile(path.stem).get(keys[0], {}) for path in PROFILES.glob("*.toml")]
-        known = {"include_path", *_COMMON, *profile.get(keys[0], {}), *(key for table in shipped for key in table)}
-        if keys[1] not in known:
-            raise ValueError(f"{keys[0]} has no option {keys[1]}: allowed are {', '.join(sorted(known))}")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()  # a bare word is a string
-    table = profile
-    for key in keys[:-1]:
-        table = table.setdefault(key, {})
-        if not isinstance(table, dict):
-            raise ValueError(f"--set {assignment!r}: {key} is not a table")
-    table[keys[-1]] = parsed
-
-
-def make_config(experiment: str, name: str, profile: dict[str, Any], output: Path) -> Config:
-    """The `Config` of one experiment. An experiment's own table may override models, dtype, device and seed.
-
-    Raises:
-        ValueError: unknown experiment, device or dtype.
-    """
-    if experiment not in EXPERIMENTS:
-        raise ValueError(f"unknown experiment {experiment!r}: allowed are {', '.join(EXPERIMENTS)}")
-    if experiment not in profile:
-        raise ValueError(f"profile {name} has no table [{experiment}] with the options of this experiment")
-    table = dict(profile.get(experiment, {}))
-    common = {key: table.pop(key, profile.get(key)) for key in _COMMON}
-    given = {key: value for key, value in common.items() if value is not None}
-    options_type = getattr(importlib.import_module(EXPERIMENTS[experiment]), "Options", None)
-    options: Any = table if options_type is None else parse(options_type, table, experiment)
-    config: Config[Any] = Config(experiment, name, output, options=options, **given)
-    config.data = {"source": "hub" if "path" in config.data else "pocket", **config.data}
-    if "path" in config.data and "split" not in config.data:
-        raise ValueError(f"[data] has a path but no split: name the part of {config.data['path']} to read")
-    config.device = resolve_device(config.device, "sharded")
-    if config.dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {config.dtype!r}: allowed are {', '.join(DTYPES)}")
-    if not config.models or not all(isinstance(model, str) for model in config.models):
-        raise ValueError("models must be a non-empty list of names")
-    return config

@@ -100,7 +100,7 @@ class MayBeEmpty(Constraint):
         return True
 
     def describe(self, kind: str) -> str:
-        return kind.replace(" of at least one", "")
+        return kind.replace(" of at least one character", "").replace(" of at least one", "", 1)
 
 
 Whole = Annotated[int, Range(0)]
@@ -125,7 +125,7 @@ def parse(options: type[O], table: Mapping[str, Any], where: str) -> O:
     Args:
         options: a dataclass as in this module's docstring.
         table: as TOML gives it.
-        where: what the keys belong to, such as ``e02``.
+        where: what the keys belong to, such as ``e02``; empty for those at the top of a profile.
 
     Raises:
         ValueError: one sentence about the first key that is wrong.
@@ -134,14 +134,15 @@ def parse(options: type[O], table: Mapping[str, Any], where: str) -> O:
     hints = typing.get_type_hints(options, include_extras=True)
     if unknown := sorted(set(table) - set(fields)):
         raise ValueError(f"{where} has no option {', '.join(unknown)}: allowed are {', '.join(sorted(fields))}")
-    values = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in table.items()}
+    begin = f"{where}." if where else ""
+    values = {name: _convert(hints[name], value, f"{begin}{name}") for name, value in table.items()}
     for name, field in fields.items():
         if name not in values and field.default is field.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{where}.{name} is missing: give {describe(hints[name])}")
+            raise ValueError(f"{begin}{name} is missing: give {describe(hints[name])}")
     try:
         return options(**values)
     except ValueError as error:
-        raise ValueError(f"{where}.{error}") from error
+        raise ValueError(f"{begin}{error}") from error
 
 
 def describe(hint: Any) -> str:
@@ -162,6 +163,15 @@ def to_json(options: Any) -> Any:
     if isinstance(options, (tuple, list)):
         return [to_json(value) for value in options]
     return options
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string of at least one character",
+    Any: "anything",
+}
 
 
 def _unpack(hint: Any) -> tuple[Any, tuple[Constraint, ...]]:
@@ -185,7 +195,7 @@ def _words(kind: Any) -> str:
         return f"a table of at least one KEY = VALUE, each key {describe(key)}, each value {describe(value)}"
     if dataclasses.is_dataclass(kind):
         return f"a table with {', '.join(field.name for field in dataclasses.fields(kind))}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[kind]
+    return _WORDS[kind]
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -218,7 +228,7 @@ def _container(kind: Any, value: Any, where: str, refused: ValueError) -> Any:
         return {key: _convert(of_value, entry, f"{where}.{key}") for key, entry in value.items()}
     if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
-    if kind in (int, str, bool) and type(value) is kind:
+    if kind is Any or (kind in (int, str, bool) and type(value) is kind):
         return value
     raise refused
 

@@ -1,38 +1,14 @@
-"""Rows, their CSV files and where they came from: what an experiment leaves behind.
+"""The tables that an experiment leaves behind: CSV files that are replaced atomically, with their checksums."""
 
-Row types are in `experiments.framework.tables`. Files are replaced atomically, so a reader never sees half a table.
-"""
-
-import importlib.metadata
-import json
-import os
-import platform
-import subprocess
-from datetime import UTC, datetime
-from functools import lru_cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
-from experiments.framework.files import write_bytes_atomically, write_text_atomically
-from experiments.framework.identity import digest as digest
+from experiments.framework.files import write_bytes_atomically
+from experiments.framework.identity import file_hash
+from experiments.framework.provenance import machine_name as machine_name  # until e05 and e06 import it from there
 from experiments.framework.tables import Row as Row
 from experiments.framework.tables import file_name, to_csv
-
-PACKAGES = (
-    "torch",
-    "transformers",
-    "triton",
-    "numba",
-    "numpy",
-    "peft",
-    "accelerate",
-    "datasets",
-    "lm-eval",
-    "cats-sparsity",
-)
 
 
 def write_tables(rows: list[Row], directory: Path) -> list[Path]:
@@ -53,92 +29,24 @@ def write_tables(rows: list[Row], directory: Path) -> list[Path]:
     return paths
 
 
-def git_state() -> dict[str, Any]:
-    """Commit of the source tree and whether it has changes; None where that is unknown, as outside a git checkout.
-
-    A machine that has a copy of the tree without its history takes the commit from the variable CATS_COMMIT.
-    """
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30, check=True
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip()
-
-    if os.environ.get("CATS_COMMIT"):
-        return {"commit": os.environ["CATS_COMMIT"], "dirty": None}
-    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit, "dirty": None if status is None else bool(status)}
+def table_entries(paths: list[Path], directory: Path) -> dict[str, Any]:
+    """What provenance says of tables: their ``tables`` (file names in ``directory``) and ``checksums`` (SHA-256)."""
+    names = [path.relative_to(directory).as_posix() for path in paths]
+    return {"tables": names, "checksums": {name: file_hash(directory / name) for name in names}}
 
 
-@lru_cache(maxsize=1)
-def cpu_name() -> str:
-    """The processor's marketing name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def remove_tables(directory: Path, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Remove the tables that the provenance entry ``before`` lists and ``after`` does not: nobody vouches for them."""
+    for name in set(before.get("tables", ())) - set(after["tables"]):
+        (directory / name).unlink(missing_ok=True)
 
 
-def hardware() -> dict[str, Any]:
-    """Processor, cores, threads in use, memory, and GPUs."""
-    return {
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "cuda": torch.version.cuda,
-        "platform": platform.platform(),
-    }
-
-
-def machine_name(device: str) -> str:
-    """Name of the machine in the ``machine`` column: the GPU's for cuda, else the processor's and its cores."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(torch.device(device))
-    return f"{cpu_name()}, {hardware()['cores']} cores"
-
-
-def versions() -> dict[str, str | None]:
-    """Installed versions of Python and of the packages that matter."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def now() -> str:
-    """Current time, UTC, ISO 8601 to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def read_provenance(output: Path) -> dict[str, Any]:
-    """The run directory's provenance, or an empty one. Raises ValueError when the file is broken."""
-    path = output / "provenance.json"
-    if not path.exists():
-        return {"experiments": {}}
-    try:
-        data: dict[str, Any] = json.loads(path.read_text())
-        for entry in data["experiments"].values():
-            entry["settings"], entry["tables"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is broken ({error}): remove it, and what it described will be measured again"
-        ) from error
-    return data
-
-
-def write_provenance(output: Path, experiment: str, entry: dict[str, Any]) -> None:
-    """Put ``entry`` under ``experiment`` into the run directory's provenance.json, atomically."""
-    data = read_provenance(output)
-    data["experiments"][experiment] = entry
-    data["experiments"] = dict(sorted(data["experiments"].items()))
-    write_text_atomically(output / "provenance.json", json.dumps(data, indent=2) + "\n")
+def damage(directory: Path, entry: Mapping[str, Any]) -> str | None:
+    """What is wrong with the tables of a provenance entry, or None."""
+    for name in entry["tables"]:
+        path = directory / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if entry.get("checksums", {}).get(name) != file_hash(path):
+            return f"{path} is not what was written"
+    return None

@@ -1,72 +1,38 @@
 """Runs experiments: each in a process of its own with its log, one after the other, resumable, under a lock.
 
-A process an experiment keeps one experiment's crash, memory or CUDA error from the next; timings are undisturbed
+One process per experiment keeps one experiment's crash, memory or CUDA error from the next; timings are undisturbed
 because nothing runs beside them. With several GPUs the same command is started through accelerate's launcher.
 """
 
-import gc
 import importlib
-import importlib.util
 import os
-import re
-import shutil
-import signal
-import subprocess
+import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from filelock import FileLock, Timeout
 
-from experiments.framework.config import EXPERIMENTS, Config, RunError, is_main_process
-from experiments.framework.results import (
-    Row,
-    git_state,
+from experiments.framework.children import COMMAND, command, ending, purpose, run_child
+from experiments.framework.config import Config, is_main_process
+from experiments.framework.memory import run_within_memory
+from experiments.framework.profiles import EXPERIMENTS
+from experiments.framework.provenance import (
     hardware,
+    merged_sources,
     now,
     read_provenance,
+    source_hash,
+    source_state,
     versions,
     write_provenance,
-    write_tables,
 )
-
-_LOCK_HELD = "CATS_LOCK_HELD_FOR"  # tells the children that the run directory is already held for them
-DISTRIBUTED = ("e02", "e03", "e04", "e07")  # experiments that spread over processes; the timed ones must not
-
-# what cuBLAS, the driver and Triton say, whose allocations are not torch's own
-_OUT_OF_MEMORY = re.compile(r"CUBLAS_STATUS_ALLOC_FAILED|CUDA.*: out of memory")
-
-
-@contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Hold the run directory for this process and its children.
-
-    Raises:
-        RunError: another run holds it, or it cannot be written to.
-    """
-    if os.environ.get(_LOCK_HELD) == str(output.resolve()):
-        yield
-        return
-    lock = FileLock(output / ".lock")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RunError(f"another run is writing to {output}: wait for it, or choose another --output") from error
-    except OSError as error:
-        raise RunError(f"cannot write to {output} ({error.strerror}): choose another --output") from error
-    os.environ[_LOCK_HELD] = str(output.resolve())
-    try:
-        yield
-    finally:
-        os.environ.pop(_LOCK_HELD, None)
-        lock.release()
+from experiments.framework.results import damage, remove_tables, table_entries, write_tables
+from experiments.framework.tables import SCHEMA_VERSION
 
 
 def run_experiment(config: Config, force: bool = False) -> list[Path]:
@@ -79,143 +45,122 @@ def run_experiment(config: Config, force: bool = False) -> list[Path]:
     """
     if force:
         if is_main_process():
-            config.clear_state()
+            mark_forced([config])
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             PartialState().wait_for_everyone()  # else the others read units that the first is about to remove
     elif is_done(config):
         return []
     if config.device.startswith("cuda:"):
         torch.cuda.set_device(config.device)  # events, graphs and streams of the timings are the current device's
-    started, begin = now(), time.monotonic()
-    module = importlib.import_module(EXPERIMENTS[config.experiment])
-    rows = _run_within_memory(module, config)
+    if is_main_process():
+        _begin(config)
+    try:
+        rows = run_within_memory(importlib.import_module(EXPERIMENTS[config.experiment]), config)
+    finally:
+        if is_main_process():
+            with suppress(OSError):  # on a full disk the error that led here counts
+                config.store.tick()
     if not is_main_process():
         return []
-    paths = write_tables(rows, config.output / "results")
-    entry: dict[str, Any] = {
-        **git_state(),
-        "settings": config.settings(),
-        "versions": versions(),
-        "hardware": hardware(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "started": started,
-        "seconds": round(time.monotonic() - begin, 1),
-        "tables": [path.name for path in paths],
-        **config.notes,
-    }
+    directory = config.output / "results"
+    before = read_provenance(config.output)["experiments"].get(config.experiment, {})
+    paths = write_tables(rows, directory)
+    entry = _entry(config, table_entries(paths, directory))
     write_provenance(config.output, config.experiment, entry)
+    remove_tables(directory, before, entry)
     config.clear_state()
     return paths
 
 
-def _run_within_memory(module: ModuleType, config: Config) -> list[Row]:
-    """The experiment's rows; when the GPU's memory runs out, again with smaller batches (finished units are kept).
+def _begin(config: Config) -> None:
+    """Note the attempt, and say what earlier ones have left."""
+    entry = read_provenance(config.output)["experiments"].get(config.experiment)
+    same = entry is not None and entry["settings"] == config.settings()
+    if same and (problem := damage(config.output / "results", entry)):
+        print(f"{config.experiment} is measured again: {problem}", file=sys.stderr, flush=True)
+    kept = config.store.kept(config.stamp)
+    if kept:
+        shown = ", ".join(kept[:6]) + (", ..." if len(kept) > 6 else "")
+        units = f"{len(kept)} finished {'unit' if len(kept) == 1 else 'units'}"
+        print(f"{config.experiment} goes on: {units} kept from before ({shown})", file=sys.stderr, flush=True)
+    config.store.begin_attempt(source_state(), now())
 
-    Raises:
-        RunError: the batches cannot be smaller, or several processes would have to agree on it.
-    """
-    while True:
-        try:
-            return list(module.run(config))
-        except RuntimeError as error:
-            reason = str(error).split("\n")[0]
-            if not isinstance(error, torch.OutOfMemoryError) and not _OUT_OF_MEMORY.search(reason):
-                raise
-            lowered = config.halve_batches() if int(os.environ.get("WORLD_SIZE", "1")) == 1 else {}
-            if not lowered:
-                advice = "choose a smaller model or dtype, or lower its batches with --set"
-                needs = f"{config.experiment} needs more memory than the GPU has"
-                raise RunError(f"{needs} ({reason}): {advice}") from error
-        words = " and ".join(f"{key} = {value}" for key, value in lowered.items())
-        print(f"{config.experiment}: out of GPU memory ({reason}); trying again with {words}", file=sys.stderr)
-        gc.collect()  # outside of the except clause, whose traceback keeps the failed attempt's tensors alive
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+
+def _entry(config: Config, tables: dict[str, Any]) -> dict[str, Any]:
+    """What provenance says of an experiment that has just finished."""
+    attempts = config.store.attempts()
+    sources = [*config.units.values(), source_state()]
+    return {
+        "schema": SCHEMA_VERSION,
+        **merged_sources(sources),
+        "source_sha256": source_hash(),
+        "command": os.environ.get(COMMAND) or shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
+        "settings": config.settings(),
+        "differs_from_profile": config.differs,
+        "versions": versions(),
+        "hardware": hardware(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "started": attempts[0]["started"],
+        "finished": now(),
+        "attempts": len(attempts),
+        "seconds": round(sum(attempt["seconds"] for attempt in attempts), 1),
+        "units": config.units,
+        **tables,
+        **config.notes,
+    }
 
 
 def is_done(config: Config) -> bool:
-    """Whether the run directory holds this experiment's tables, measured with the same settings."""
+    """Whether the run directory holds this experiment's tables, as they were written, with the same settings."""
     entry = read_provenance(config.output)["experiments"].get(config.experiment)
-    if entry is None or entry.get("settings") != config.settings():
+    if entry is None or entry["settings"] != config.settings() or config.store.forced():
         return False
-    return all((config.output / "results" / table).exists() for table in entry["tables"])
+    return damage(config.output / "results", entry) is None
 
 
-def run_all(configs: Sequence[Config], arguments: Sequence[str], force: bool = False, processes: int = 1) -> list[str]:
+def mark_forced(configs: Sequence[Config]) -> None:
+    """Let what is done of ``configs`` count no more, unless that is what an interrupted --force has begun already."""
+    names = [config.experiment for config in configs]
+    if any(config.store.forced() == names for config in configs):
+        done = [config.experiment for config in configs if is_done(config)]
+        words = f": {', '.join(done)} {'is' if len(done) == 1 else 'are'} measured already" if done else ""
+        print(f"going on with the --force that was interrupted{words}", file=sys.stderr, flush=True)
+        return
+    for config in configs:
+        config.store.mark_forced(names)
+
+
+def run_all(
+    configs: Sequence[Config], arguments: Sequence[str], force: bool = False, processes: int = 1, typed: str = ""
+) -> list[str]:
     """Run each experiment in a child process (``python -m experiments run eNN ...``) with its log under logs/.
+
+    Args:
+        configs: the experiments.
+        arguments: of the command line, for the children.
+        force: measure again what is done.
+        processes: that share an experiment which can be shared.
+        typed: the command line as the user typed it, for the provenance.
 
     Returns:
         One sentence for each experiment that failed, naming its log; the others have finished.
     """
+    if force:
+        mark_forced(configs)
     failures = []
     for number, config in enumerate(configs, 1):
         title = f"[{number}/{len(configs)}] {config.experiment}"
-        if not force and is_done(config):
+        if is_done(config):
             print(f"{title} is done already (--force measures it again)", flush=True)
             continue
-        print(f"{title} {_purpose(config.experiment)}", flush=True)
+        print(f"{title} {purpose(config.experiment)}", flush=True)
         log = config.output / "logs" / f"{config.experiment}.log"
         begin = time.monotonic()
-        code = _run_child(_command(config, arguments, force, processes), log)
+        code = run_child(command(config, arguments, processes), log, typed)
         seconds = time.monotonic() - begin
         if code:
-            failures.append(f"{config.experiment} failed with {_ending(code)} after {seconds:.0f} s; its log is {log}")
+            failures.append(f"{config.experiment} {ending(code)} after {seconds:.0f} s; its log is {log}")
             print(f"{title} FAILED, see {log}", flush=True)
         else:
             print(f"{title} took {seconds:.0f} s", flush=True)
     return failures
-
-
-def _ending(code: int) -> str:
-    if code == -signal.SIGKILL:
-        return "SIGKILL, which the system sends when the machine's memory runs out,"
-    return f"exit status {code}" if code > 0 else signal.Signals(-code).name
-
-
-def _purpose(experiment: str) -> str:
-    spec = importlib.util.find_spec(EXPERIMENTS[experiment])  # does not import it
-    assert spec is not None and spec.origin is not None
-    return Path(spec.origin).read_text().split('"""')[1].split("\n")[0]
-
-
-def _command(config: Config, arguments: Sequence[str], force: bool, processes: int) -> list[str]:
-    launcher = [sys.executable, "-m"]
-    if processes > 1 and config.experiment in DISTRIBUTED:
-        launcher += ["accelerate.commands.launch", "--num_processes", str(processes), "-m"]
-        if config.device == "cpu":
-            launcher.insert(-1, "--cpu")
-    command = [*launcher, "experiments", "run", config.experiment, *arguments]
-    return [*command, "--force"] if force else command
-
-
-def _run_child(command: Sequence[str], log: Path) -> int:
-    """Run ``command``, its output going both to the terminal and to ``log``; its exit status."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    columns = str(shutil.get_terminal_size().columns)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": columns, "TOKENIZERS_PARALLELISM": "false"}
-    with log.open("ab") as file:
-        file.write(f"\n--- {now()} {' '.join(command)}\n".encode())
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-        assert child.stdout is not None
-        try:
-            while chunk := os.read(child.stdout.fileno(), 65536):
-                file.write(chunk)
-                file.flush()
-                sys.stdout.buffer.write(chunk)
-                sys.stdout.buffer.flush()
-            return child.wait()
-        except BaseException:
-            _stop(child)
-            raise
-
-
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    """End a child: Ctrl-C in a terminal has reached it too, but a signal to this process alone has not."""
-    # SIGTERM, which ends a run as Ctrl-C does: a job started in the background ignores SIGINT, and so do its children
-    for patience, then in ((3, signal.SIGTERM), (20, signal.SIGKILL)):
-        try:
-            child.communicate(timeout=patience)  # reads on, so that it cannot hang in its last words
-            return
-        except subprocess.TimeoutExpired:
-            child.send_signal(then)
-    child.wait()

@@ -1,0 +1,45 @@
+"""What happens when a GPU's memory runs out: smaller batches, or one sentence."""
+
+import gc
+import os
+import re
+import sys
+from types import ModuleType
+
+import torch
+
+from experiments.framework.config import LOWERED, Config, RunError
+from experiments.framework.tables import Row
+
+# what cuBLAS, the driver and Triton say, whose allocations are not torch's own
+_OUT_OF_MEMORY = re.compile(r"CUBLAS_STATUS_ALLOC_FAILED|CUDA.*: out of memory")
+
+
+def run_within_memory(module: ModuleType, config: Config) -> list[Row]:
+    """The experiment's rows; when the GPU's memory runs out, again with smaller batches (finished units are kept).
+
+    Raises:
+        RunError: the batches cannot be smaller, or several processes would have to agree on it.
+    """
+    while True:
+        try:
+            return list(module.run(config))
+        except RuntimeError as error:
+            reason = str(error).split("\n")[0]
+            if not isinstance(error, torch.OutOfMemoryError) and not _OUT_OF_MEMORY.search(reason):
+                raise
+            lowered = config.halve_batches() if int(os.environ.get("WORLD_SIZE", "1")) == 1 else {}
+            if not lowered:
+                needs = f"{config.experiment} needs more memory than the GPU has ({reason})"
+                raise RunError(f"{needs}: choose another --model or --dtype, or {_advice(config)}") from error
+        words = " and ".join(f"{key} = {value}" for key, value in lowered.items())
+        print(f"{config.experiment}: out of GPU memory ({reason}); trying again with {words}", file=sys.stderr)
+        gc.collect()  # outside of the except clause, whose traceback keeps the failed attempt's tensors alive
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _advice(config: Config) -> str:
+    """Which option lowers the memory that is needed, as far as the experiment has one."""
+    keys = [f"{config.experiment}.{key}" for key in LOWERED if key in config.settings()["options"]]
+    return f"lower {' and '.join(keys)} with --set" if keys else "another --device"
