@@ -20,7 +20,8 @@ from torch import Tensor
 
 import cats
 from cats.models import load_model
-from experiments.e05_mlp_latency import SHAPES, Problem, variants
+from experiments.e05_mlp_latency import SHAPES, variants
+from experiments.e05_mlp_latency.problem import Problem
 from experiments.e06_throughput.decoding import Decoder, make_greedy
 from experiments.framework.files import write_text_atomically
 from experiments.framework.timing import FLUSH_BYTES

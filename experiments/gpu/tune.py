@@ -24,8 +24,10 @@ from cats_kernels.triton_launch import Call, target_of
 from cats_kernels.triton_mlp import CONFIGS, MAX_ROWS, VARIANTS, Config, choose_config, dense_masked, launch, plan, run
 from torch import Tensor
 
-from experiments.e05_mlp_latency import COPIES, SHAPES, TOLERANCE, Problem
-from experiments.framework.timing import measure, read_bandwidth
+from experiments.e05_mlp_latency import COPIES, SHAPES
+from experiments.e05_mlp_latency.problem import TOLERANCE, Problem
+from experiments.framework.bandwidth import read_bandwidth
+from experiments.framework.timing import measure
 from experiments.gpu.precompile import Task, precompile
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
