@@ -1,7 +1,12 @@
-"""Every job of the project; ``nox`` alone runs lint and tests. Sessions share one environment: set-up is paid once."""
+"""Every job of the project; ``nox`` alone runs lint and tests.
+
+Sessions share one environment, so that set-up is paid once; lint has a small one of its own, without torch.
+"""
 
 import hashlib
+import json
 import sys
+import tomllib
 from pathlib import Path
 
 import nox
@@ -9,24 +14,35 @@ import nox
 nox.options.sessions = ["lint", "tests"]
 
 ROOT = Path(__file__).parent
-ENVIRONMENT = ROOT / ".nox" / f"python{sys.version_info.major}.{sys.version_info.minor}"
-BIN = ENVIRONMENT / ("Scripts" if sys.platform == "win32" else "bin")
-session = nox.session(venv_backend="none")  # nox would make one environment a session: gigabytes and minutes each
+VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
+PROJECT = ("-e", ".[experiments,gguf,reports]", "--group", "tests")
+session = nox.session(venv_backend="none")  # nox would make one environment per session: gigabytes and minutes each
+
+
+def environment(s: nox.Session, name: str, *packages: str) -> str:
+    """Python of the environment ``.nox/NAME``, which is made when it is not there or its dependencies have changed."""
+    folder = ROOT / ".nox" / name
+    python = str(folder / ("Scripts" if sys.platform == "win32" else "bin") / "python")
+    stamp, wanted = folder / "cats-installed", fingerprint(*packages)
+    if not stamp.exists() or stamp.read_text() != wanted:
+        s.log(f"making the environment .nox/{name} once, with the versions in constraints.txt: {' '.join(packages)}")
+        s.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(folder), external=True)
+        s.run(python, "-m", "pip", "install", "--no-input", "-c", "constraints.txt", *packages, external=True)
+        stamp.write_text(wanted)
+    return python
+
+
+def fingerprint(*packages: str) -> str:
+    """Hash of what an environment is made from: other lines of pyproject.toml, such as ruff's, change nothing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    parts = [packages, project["project"], project["dependency-groups"], project["build-system"]]
+    text = json.dumps(parts) + (ROOT / "constraints.txt").read_text()
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def run(s: nox.Session, *command: str) -> None:
-    """Run ``python *command`` in the shared environment, after installing the project there at the locked versions."""
-    stamp = ENVIRONMENT / "cats-installed"
-    wanted = hashlib.sha256(
-        b"".join((ROOT / f).read_bytes() for f in ("pyproject.toml", "constraints.txt"))
-    ).hexdigest()
-    python = str(BIN / "python")
-    if not stamp.exists() or stamp.read_text() != wanted:
-        s.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(ENVIRONMENT), external=True)
-        extras = ".[experiments,reports,tests,lint]"
-        s.run(python, "-m", "pip", "install", "--quiet", "-c", "constraints.txt", "-e", extras, external=True)
-        stamp.write_text(wanted)
-    s.run(python, *command, external=True)
+    """Run ``python *command`` in the shared environment, with the project installed."""
+    s.run(environment(s, VERSION, *PROJECT), *command, external=True)
 
 
 @session
@@ -49,7 +65,9 @@ def report(s: nox.Session) -> None:
 
 @session
 def tests(s: nox.Session) -> None:
-    """Run the test suite with coverage of cats and cats_kernels."""
+    """Check types, then run the test suite with coverage of cats and cats_kernels."""
+    if not s.posargs:  # here and not in lint, since types of torch's tensors are known only where torch is installed
+        run(s, "-m", "mypy")
     run(s, "-m", "pytest", "--cov=cats", "--cov=cats_kernels", "--cov-report=term", *s.posargs)
 
 
@@ -67,10 +85,10 @@ def bench(s: nox.Session) -> None:
 
 @session
 def lint(s: nox.Session) -> None:
-    """Check style and types."""
-    run(s, "-m", "ruff", "check", ".")
-    run(s, "-m", "ruff", "format", "--check", ".")
-    run(s, "-m", "mypy")
+    """Check style, in a small environment of its own; types are checked in tests."""
+    python = environment(s, f"lint-{VERSION}", "--group", "lint")
+    s.run(python, "-m", "ruff", "check", ".", external=True)
+    s.run(python, "-m", "ruff", "format", "--check", ".", external=True)
 
 
 @session

@@ -19,17 +19,23 @@ from statistics import fmean, stdev
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import accelerate
-import lm_eval
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather, reduce
-from lm_eval.api.task import Task
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from torch import Tensor, nn
 
+from cats.extras import missing
 from cats.structure import execution_device
+from cats.task_data import check_answer, local_sets
+
+try:
+    import accelerate
+    import lm_eval
+    from accelerate.utils import broadcast_object_list, gather, reduce
+    from lm_eval.api.task import Task
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise missing(__name__, "experiments", error) from error
 
 METRIC = "acc"
 SEED = 1234  # lm-eval's own default for its few-shot sampler
@@ -134,20 +140,41 @@ def check_tasks(names: Sequence[str], include_path: str | Path | None = None) ->
     return {name: found[name] for name in names}
 
 
-def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> Tasks:
+def check_tokenizer(tokenizer: Any, model: str) -> None:
+    """Refuse a tokenizer without any token to put before a text: lm-eval cannot score the first one without.
+
+    Raises:
+        ValueError: it has neither a bos nor an eos.
+    """
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {model} has neither a bos nor an eos token: lm-eval needs one of them")
+
+
+def load_tasks(
+    names: Sequence[str], include_path: str | Path | None = None, data_folder: str | Path | None = None
+) -> Tasks:
     """Task objects, with their data, of lm-eval's own tasks or of YAML files under ``include_path``; 0-shot.
+
+    Args:
+        names: of the tasks.
+        include_path: folder of YAML tasks.
+        data_folder: data sets of the hub are read from there and nothing is downloaded (see `cats.task_data`).
 
     Raises:
         ValueError: an unknown task, or one without the metric ``acc``.
-        OSError: a task's data cannot be loaded (hub out of reach, missing file).
+        OSError: a task's data cannot be loaded (hub out of reach, missing file or set) or do not fit it.
     """
     tasks: dict[str, Task] = {}
     for name, manager in check_tasks(names, include_path).items():
-        try:
-            with _quiet():
-                tasks |= manager.load([name])["tasks"]
-        except Exception as error:
-            raise OSError(f"task {name} cannot be loaded: {error}") from error
+        with local_sets(Path(data_folder) if data_folder is not None else None) as sets:
+            try:
+                with _quiet():
+                    loaded = manager.load([name])["tasks"]
+                for task in loaded.values():
+                    check_answer(task)
+            except Exception as error:
+                raise OSError(f"task {name} cannot be loaded: {sets.explain(error)}") from error
+        tasks |= loaded
     for name, task in tasks.items():
         if METRIC not in task.aggregation():
             raise ValueError(f"task {name} has no metric {METRIC}: only multiple-choice tasks can be used")

@@ -16,19 +16,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from cats.calibration import Thresholds, calibrate, write_text_atomically
+from cats.extras import missing
 from cats.observe import Batches
 from cats.patching import sites_in_force, swap_thresholds
 from cats.structure import gated_mlps
+
+try:
+    import accelerate
+    from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+except ImportError as error:
+    raise missing(__name__, "experiments", error) from error
 
 PROJECTIONS = {
     "query": ("q_proj", "qkv_proj"),

@@ -40,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument(
         "--model", action="append", metavar="PATH_OR_HUB_ID", help="instead of the profile's models; repeatable"
     )
+    shared.add_argument(
+        "--data", metavar="DIR", help="folder with data sets by the hub's names and text; nothing is downloaded"
+    )
     shared.add_argument("--device", help="auto, cpu, cuda, cuda:N or sharded (over all GPUs)")
     shared.add_argument("--dtype", help="auto, float32, float16 or bfloat16")
     shared.add_argument("--seed", type=int)
@@ -74,6 +77,10 @@ def profile_of(arguments: argparse.Namespace) -> dict[str, Any]:
             profile[key] = value
             for table in EXPERIMENTS:  # the command line wins over an experiment's own table
                 profile.get(table, {}).pop(key, None)
+    if arguments.data is not None:
+        profile.setdefault("data", {})["folder"] = arguments.data
+        for table in EXPERIMENTS:
+            profile.get(table, {}).pop("data", None)
     apply_assignments(profile, arguments.set)
     return profile
 
@@ -94,7 +101,7 @@ def configs_of(arguments: argparse.Namespace, chosen: list[str]) -> list[Config]
 def forwarded(arguments: argparse.Namespace) -> list[str]:
     """The shared options again, for a child process."""
     words = ["--profile", arguments.profile, "--output", str(arguments.output)]
-    for key in ("device", "dtype", "seed"):
+    for key in ("data", "device", "dtype", "seed"):
         if getattr(arguments, key) is not None:
             words += [f"--{key}", str(getattr(arguments, key))]
     for model in arguments.model or []:

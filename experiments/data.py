@@ -1,7 +1,9 @@
 """Text for calibration, perplexity and fine-tuning, as blocks of token ids.
 
-The profile's ``[data]`` table says where it comes from: ``source = "pocket"`` is the running Python's standard library,
-any other table is passed to `datasets.load_dataset` (``path``, ``name``, ``data_files``, ``column``, splits).
+The profile's ``[data]`` table says where it comes from: ``folder`` (``--data``) is a directory with data sets by the
+hub's names and text (see `cats.task_data`) and is used instead of everything else; ``source = "pocket"`` is the
+running Python's standard library; any other table is passed to `datasets.load_dataset` (``path``, ``name``,
+``data_files``, ``column``, splits).
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cats.hub import reachable
+from cats.task_data import TEXT, cache_of, check_folder, folder_hashes
 from experiments.framework.config import Config
 
 PURPOSES = ("train", "heldout")
@@ -21,7 +24,7 @@ PURPOSES = ("train", "heldout")
 
 def on_hub(data: dict[str, Any]) -> bool:
     """Whether the table names a data set of the hub, not a directory or a kind of local file such as ``json``."""
-    return "/" in data.get("path", "") and not Path(data["path"]).exists()
+    return "folder" not in data and "/" in data.get("path", "") and not Path(data["path"]).exists()
 
 
 def texts(data: dict[str, Any], purpose: str, seed: int) -> Iterator[str]:
@@ -35,6 +38,9 @@ def texts(data: dict[str, Any], purpose: str, seed: int) -> Iterator[str]:
     """
     if purpose not in PURPOSES:
         raise ValueError(f"unknown purpose {purpose!r}: allowed are {', '.join(PURPOSES)}")
+    if "folder" in data:
+        yield from folder_text(data, purpose).shuffle(seed=seed)["text"]
+        return
     if "path" not in data and data.get("source", "pocket") != "pocket":
         raise ValueError(f"[data] has source {data['source']!r}: give source = 'pocket', or the path of a data set")
     if "path" not in data:
@@ -53,6 +59,40 @@ def texts(data: dict[str, Any], purpose: str, seed: int) -> Iterator[str]:
         if remote and not reachable():
             raise OSError(out_of_reach) from error
         raise
+
+
+def folder_text(data: dict[str, Any], purpose: str) -> Dataset:
+    """The documents for a purpose that the data folder has, in its order, in the column ``text``.
+
+    Raises:
+        OSError: the folder or its text is missing or cannot be read.
+        ValueError: the text lacks the split or the column.
+    """
+    folder = Path(data["folder"])
+    check_folder(folder, [TEXT])
+    try:
+        splits = load_dataset(str(folder / TEXT), cache_dir=cache_of(folder / TEXT))
+    except Exception as error:
+        raise OSError(f"the text in {folder / TEXT} cannot be read: {' '.join(str(error).split())}") from error
+    if purpose not in splits:
+        raise ValueError(f"the text in {folder / TEXT} has no split {purpose}: it has {', '.join(splits)}")
+    documents = splits[purpose]
+    if "text" not in documents.column_names:
+        columns = ", ".join(documents.column_names)
+        raise ValueError(f"the text in {folder / TEXT} has no column text in its split {purpose}: it has {columns}")
+    return documents
+
+
+def check_text(data: dict[str, Any]) -> None:
+    """Refuse a data folder without text for every purpose, before any work. Raises as `folder_text`."""
+    if "folder" in data:
+        for purpose in PURPOSES:
+            folder_text(data, purpose)
+
+
+def text_identity(data: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of the files that the text of a data folder is in, by their path in the folder; else nothing."""
+    return folder_hashes(Path(data["folder"]), Path(data["folder"]) / TEXT) if "folder" in data else {}
 
 
 def _documents(data: dict[str, Any], purpose: str, seed: int) -> Iterator[str]:

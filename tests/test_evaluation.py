@@ -12,7 +12,15 @@ from cats_kernels.reference import sparse_gated_mlp_reference
 from lm_eval.api.instance import Instance
 
 import cats
-from cats.evaluation import TaskResult, _LanguageModel, evaluate, load_tasks, paired_difference, perplexity
+from cats.evaluation import (
+    TaskResult,
+    _LanguageModel,
+    check_tokenizer,
+    evaluate,
+    load_tasks,
+    paired_difference,
+    perplexity,
+)
 from cats.models import load_model
 from tests.accuracy_world import ITEMS, build_world
 
@@ -152,3 +160,17 @@ def test_too_small_a_limit_and_no_text_are_refused(world, loaded):
         evaluate(model, tokenizer, ["tiny_yes"], limit=1, include_path=world / "tasks")
     with pytest.raises(ValueError, match="no text"):
         perplexity(model, [])
+
+
+def test_a_tokenizer_without_bos_and_eos_is_refused() -> None:
+    class Tokenizer:
+        bos_token_id: int | None = None
+        eos_token_id: int | None = None
+
+    tokenizer = Tokenizer()
+    with pytest.raises(ValueError, match="the tokenizer of some/model has neither a bos nor an eos token"):
+        check_tokenizer(tokenizer, "some/model")
+    tokenizer.eos_token_id = 0
+    check_tokenizer(tokenizer, "some/model")
+    tokenizer.bos_token_id, tokenizer.eos_token_id = 1, None
+    check_tokenizer(tokenizer, "some/model")

@@ -4,6 +4,7 @@ One child interpreter whose HF_ENDPOINT is the loopback hub runs all scenarios, 
 seconds; each scenario has repositories of its own in the child's cache.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from .fake_hub import TOKEN, FakeHub, Repo
+from .fake_hub import COMMIT, TOKEN, FakeHub, Repo
 from .hub_content import ITEMS, TASKS, make_hub
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +115,18 @@ said = [type(model).__name__, len(thresholds.gate)]
     assert original.keys() <= state.keys() and all(torch.equal(state[key], original[key]) for key in original)
     assert client.run('said = attempt("tiny/mistral")') == "loaded"
     assert len(weights_of(hub, "tiny/mistral")) == 2  # the second time it came from the cache
+
+
+def test_the_identity_of_a_hub_model_names_its_revision(hub: FakeHub, client: Client) -> None:
+    hub.models["tiny/known"] = hub.models["tiny/llama"]
+    code = 'from cats.models import identity; said = attempt("tiny/known", identity)'
+    kind, message = client.run(code)
+    assert kind == "OSError" and "tiny/known is not in the download cache" in message
+    assert client.run('said = attempt("tiny/known")') == "loaded"
+    known = client.run('from cats.models import identity; said = identity("tiny/known")')
+    weights = hub.models["tiny/known"].folder / "model.safetensors"
+    assert known["weights"] == {"model.safetensors": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    assert known["revision"] == COMMIT and known["kind"] == "hub" and "tokenizer.json" in known["tokenizer"]
 
 
 def test_ctrl_c_in_a_download_keeps_the_files_that_are_whole(hub: FakeHub, client: Client) -> None:

@@ -1,6 +1,8 @@
 """What can be imported, and what the wheel holds: `kernels/` must never be Python's `kernels`."""
 
 import importlib.util
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,12 +88,51 @@ def test_the_wheel_holds_two_packages(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"cats", "cats_kernels"}
-    for folder, package in (("cats", "cats"), ("kernels/cats_kernels", "cats_kernels")):
-        modules = {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")}
-        assert modules <= set(names)
+    for folder in (ROOT / "cats", ROOT / "kernels" / "cats_kernels"):
+        modules = {path.relative_to(folder.parent).as_posix() for path in folder.rglob("*.py")}
+        assert modules and modules <= set(names)
     for file in ("config.json", "model.safetensors", "tokenizer.json"):
         assert f"cats/pocket_model/{file}" in names
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
+
+
+EXTRAS = ("accelerate", "datasets", "gguf", "lm_eval", "matplotlib", "pandas", "peft", "psutil", "scipy", "typst")
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+sys.path = [sys.argv[1]] + [path for path in sys.path if path]
+for name in sys.argv[2:]:
+    sys.modules[name] = None
+import cats, cats_kernels
+assert cats.__file__.startswith(sys.argv[1]) and cats_kernels.__file__.startswith(sys.argv[1])
+for package in (cats, cats_kernels):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if module.name.rpartition(".")[2] == "__main__":
+            continue
+        try:
+            importlib.import_module(module.name)
+        except ImportError as error:
+            print(f"{module.name}: {error}")
+"""
+
+
+def test_an_installed_wheel_imports_or_says_which_extra_is_missing(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """Without what only the extras bring, and without this source tree."""
+    wheel.extractall(tmp_path)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, str(tmp_path), *EXTRAS],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert set(said) == {"cats.evaluation", "cats.finetuning", "cats.task_data"}
+    hint = "which is not installed: pip install 'cats-sparsity[experiments]' brings it"
+    for sentence in said.values():
+        assert re.fullmatch(rf"cats\.\w+ needs the package \w+, {re.escape(hint)}", sentence)
 
 
 def test_the_wheel_brings_the_command_line(wheel: zipfile.ZipFile) -> None:

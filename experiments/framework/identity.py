@@ -9,33 +9,29 @@ from typing import Any
 
 def model_identity(spec: str) -> dict[str, Any]:
     """`cats.models.identity`: kind of source, revision, SHA-256 of weights, configuration and tokenizer."""
-    from cats import models
+    from cats.models import identity
 
-    identity = getattr(models, "identity", None)
-    return dict(identity(spec)) if identity is not None else {"model": spec}
+    return identity(spec)
 
 
-def task_identity(task: Any) -> dict[str, Any]:
-    """An lm-eval task: its version, where its data is from, and their fingerprint.
+def task_identity(task: Any, folder: str | None = None) -> dict[str, Any]:
+    """`cats.task_data.tasks_identity` of one lm-eval task: its version, and hashes of its items.
 
-    The fingerprint is that of `datasets`: of the content for files that are read here, of the revision for the hub's.
+    ``folder`` is that of the profile's data, if there is one.
     """
-    config = task.config
-    splits = getattr(task, "dataset", None) or {}
-    fingerprints = {str(split): getattr(part, "_fingerprint", None) for split, part in splits.items()}
-    return {
-        "version": task.VERSION,
-        "path": getattr(config, "dataset_path", None),
-        "name": getattr(config, "dataset_name", None),
-        "fingerprints": fingerprints,
-    }
+    from cats.task_data import tasks_identity
+
+    return tasks_identity({"": task}, None if folder is None else Path(folder))[""]
 
 
 def text_identity(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A profile's ``[data]`` table, with the SHA-256 of local files that it names."""
+    """A profile's ``[data]`` table, with the SHA-256 of the local files that it names."""
+    from experiments.data import text_identity as folder_identity
+
     paths = [data.get("path"), data.get("data_files")]
     files = [Path(path) for path in paths if isinstance(path, str) and Path(path).is_file()]
-    return {**data, "sha256": {file.name: file_hash(file) for file in files}} if files else dict(data)
+    hashes = {file.name: file_hash(file) for file in files} | folder_identity(dict(data))
+    return {**data, "sha256": hashes} if hashes else dict(data)
 
 
 def file_hash(path: Path) -> str:

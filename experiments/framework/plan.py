@@ -7,6 +7,8 @@ decoding, over what this device reaches in a short measurement, and over 40 % of
     nox -s reproduce -- --profile paper --plan
 """
 
+import importlib
+import math
 import shutil
 import sys
 import time
@@ -27,24 +29,9 @@ from cats.models import load_config, resolve
 from cats.structure import resolve_device
 from experiments.data import on_hub
 from experiments.framework.config import Config
+from experiments.framework.cost import TASKS, Cost, default_cost
+from experiments.framework.profiles import EXPERIMENTS
 
-# lm-eval task: repository, scored continuations in the evaluated split, and roughly how many tokens each has
-TASKS = {
-    "openbookqa": ("allenai/openbookqa", 2000, 20),
-    "arc_easy": ("allenai/ai2_arc", 9504, 40),
-    "arc_challenge": ("allenai/ai2_arc", 4688, 45),
-    "winogrande": ("allenai/winogrande", 2534, 30),
-    "hellaswag": ("Rowan/hellaswag", 40168, 100),
-    "piqa": ("baber/piqa", 3676, 45),
-    "boolq": ("aps/super_glue", 6540, 160),
-    "sciq": ("allenai/sciq", 4000, 130),
-    "instruct_boolq": ("aps/super_glue", 6540, 170),
-    "instruct_cola": ("nyu-mll/glue", 2086, 35),
-    "instruct_sst2": ("nyu-mll/glue", 1744, 50),
-}
-TRAINING_ITEMS = {"instruct_boolq": 9427, "instruct_cola": 8551, "instruct_sst2": 67349}
-OTHER_TASK = ("", 1600, 60)  # assumed of any other, such as those of the pocket profile
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
 GIB = 2**30
 UNCHECKED = "is not checked"
 
@@ -74,46 +61,77 @@ class Machine:
 
 def print_plan(configs: Sequence[Config]) -> int:
     """Print what ``configs`` need; 0, or 1 when something they need cannot be had (one sentence each on stderr)."""
-    names = {name: None for config in configs for name in config.models}
+    costs = [cost_of(config) for config in configs]
+    pairs = list(zip(configs, costs, strict=True))
+    names = list(dict.fromkeys(name for config, cost in pairs if cost.uses_models for name in config.models))
     corpora = sorted({config.data["path"] for config in configs if on_hub(config.data)})
-    tasks = sorted({TASKS[t][0] for c in configs for t in c.options.get("tasks", []) if t in TASKS})
+    tasks = sorted({repository for config in configs for repository in task_repositories(config)})
     remote = [*corpora, *tasks, *(name for name in names if is_remote(name))]
     online = not remote or reachable()
     models = {name: model_need(name, online) for name in names}
     data = [repository_need(name, "dataset", online) for name in [*corpora, *tasks]]
-    rows = [(n.name, _billions(n.parameters), _size(n.download), n.access) for n in models.values()]
-    _print_table(("model", "parameters", "download", "access"), rows)
+    if models:
+        rows = [(n.name, _billions(n.parameters), _size(n.download), n.access) for n in models.values()]
+        _print_table(("model", "parameters", "download", "access"), rows)
     if data:
         sizes = ["read as it is used" if need.name in corpora else _size(need.download) for need in data]
-        pairs = zip(data, sizes, strict=True)
-        _print_table(("data set", "download", "access"), [(need.name, size, need.access) for need, size in pairs])
-    lines = [experiment_cells(config, models) for config in configs]
+        cells = [(need.name, size, need.access) for need, size in zip(data, sizes, strict=True)]
+        _print_table(("data set", "download", "access"), cells)
+    lines = [experiment_cells(config, cost, models) for config, cost in pairs]
     _print_table(("experiment", "models", "memory", "time here", "time on one H200", "machine"), lines)
     total = sum(n.download for n in models.values()) + sum(n.download for n in data if n.name not in corpora)
     print(f"downloads {_size(total)}; free disk {_size(shutil.disk_usage(_existing(configs[0].output)).free)}")
     print("times are estimates within a factor of two or three; finished units are kept, so a run may be split")
-    if not online:
-        print("the hub cannot be reached, so sizes and access are not known: ask again with a network", file=sys.stderr)
-        return 1
     problems = [need for need in [*models.values(), *data] if need.problem]
+    if not online:
+        unknown = ", ".join(need.name for need in problems if need.problem == UNCHECKED)
+        if unknown:
+            print(f"the hub cannot be reached, so this is not known of {unknown}: ask again online", file=sys.stderr)
     for need in problems:
-        print(f"{need.name}: {need.problem}", file=sys.stderr)
+        if need.problem != UNCHECKED:
+            print(f"{need.name}: {need.problem}", file=sys.stderr)
     return 1 if problems else 0
+
+
+def cost_of(config: Config) -> Cost:
+    """What the experiment's module says of its cost; `default_cost` where it says nothing."""
+    module = importlib.import_module(EXPERIMENTS[config.experiment])
+    cost: Cost = getattr(module, "cost", default_cost)(config)
+    return cost
+
+
+def task_repositories(config: Config) -> set[str]:
+    """Repositories of the hub that the experiment's tasks are read from; none with a data folder."""
+    tasks = () if "folder" in config.data else getattr(config.options, "tasks", ())
+    return {TASKS[task][0] for task in tasks if task in TASKS}
 
 
 def is_remote(name: str) -> bool:
     """Whether a model's name is a hub id."""
     where = resolve(name)
-    return not where.startswith("shape:") and not Path(where).is_dir()
+    return not where.startswith("shape:") and not Path(where).exists()
 
 
 def model_need(name: str, online: bool) -> Need:
-    """Parameters and download of a model; of a hub model from the hub's metadata alone."""
-    if is_remote(name):
+    """Parameters and download of a model; of a hub model from the hub's metadata alone, or from the download cache."""
+    if is_remote(name) and online:
         return repository_need(name, "model", online)
+    try:
+        return Need(name, parameters_of(name))
+    except OSError as error:
+        return Need(name, problem=UNCHECKED if is_remote(name) else str(error))
+
+
+@cache
+def parameters_of(name: str, layers: int | None = None) -> int:
+    """Parameters of a model with at most so many decoder layers, from its configuration alone.
+
+    Raises:
+        OSError: the configuration cannot be read.
+    """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(name))
-    return Need(name, sum(parameter.numel() for parameter in model.parameters()))
+        model = AutoModelForCausalLM.from_config(load_config(name, layers))
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def repository_need(name: str, kind: str, online: bool) -> Need:
@@ -143,68 +161,35 @@ def repository_need(name: str, kind: str, online: bool) -> Need:
     return need
 
 
-def experiment_cells(config: Config, models: dict[str, Need]) -> tuple[str, ...]:
+def experiment_cells(config: Config, cost: Cost, models: dict[str, Need]) -> tuple[str, ...]:
     """One line of the table of experiments."""
-    sizes = [models[name].parameters for name in config.models]
-    device = config.device if config.device != "sharded" else resolve_device("auto")
+    names = config.models if cost.uses_models else []
+    sizes = [run_parameters(name, cost.layers, models[name]) for name in names]
     if not all(sizes):
         return config.experiment, str(len(sizes)), "?", "?", "?", "?"
+    device = config.device if config.device != "sharded" else resolve_device("auto")
+    memory = cost.memory * max(sizes, default=0) + cost.fixed_memory
     dtype = config.dtype if config.dtype != "auto" else "bfloat16"
-    memory = memory_bytes(config, max(sizes))
-    here, other = speed(device, dtype), h200(dtype)
-    work = [workload(config, parameters) for parameters in sizes]
-    hours = [sum(f / m.flops + b / m.bandwidth for f, b in work) / 3600 for m in (here, other)]
+    hours = [hours_on(machine, cost, sizes) for machine in (speed(device, dtype), h200(dtype))]
     cells = config.experiment, str(len(sizes)), _size(memory), *map(_duration, hours)
     return *cells, machine_for(device, memory, hours[0])
 
 
-def memory_bytes(config: Config, parameters: int) -> float:
-    """Bytes: weights, a quarter more for activations and cache; for LoRA training twice that."""
-    if config.experiment == "e05":
-        return 4.0 * 3 * 5120 * 13824 * 4  # copies of one float32 block of the largest shape, whatever the models
-    trains = config.experiment in ("e03", "e04") or config.options.get("steps", 0)
-    return parameters * max(BYTES[dtype] for dtype in dtypes_of(config)) * (2.5 if trains else 1.25)
+def run_parameters(name: str, layers: int, need: Need) -> int:
+    """Parameters of as many layers of a model as are run; of all where only the hub knows them. 0 if unknown."""
+    if not layers or (is_remote(name) and need.parameters):
+        return need.parameters
+    try:
+        full = load_config(name).num_hidden_layers
+        return parameters_of(name, layers if layers < full else None)
+    except OSError:
+        return 0
 
 
-def dtypes_of(config: Config) -> list[str]:
-    """What the experiment runs in: e06 in several dtypes, one after another."""
-    return list(config.options.get("dtypes", [config.dtype]))
-
-
-def workload(config: Config, parameters: int) -> tuple[float, float]:
-    """Float operations and bytes of one model's part: 2 a parameter and token forward, 6 with backward (LoRA)."""
-    o = config.options
-    levels = len(o.get("levels", []))
-    text = o.get("length", 0) * (o.get("calibration_blocks", o.get("blocks", 0)) + o.get("heldout_blocks", 0))
-    evaluation = sum(evaluation_tokens(task, o.get("limit")) for task in o.get("tasks", []))
-    seeds = len(o.get("seeds", [0]))
-    if config.experiment == "e03":
-        batch = o.get("train_batch_size", 1) * o.get("length", 0)
-        trained = o["steps"][-1] * seeds * (levels + 2) + 2 * o.get("sweep_steps", 0) * len(o.get("learning_rates", []))
-        evaluated = evaluation * (len(o["steps"]) + 1) * seeds * (levels + 2)
-        return parameters * (6.0 * trained * batch + 2 * (evaluated + text)), 0
-    if config.experiment == "e04":
-        runs = seeds * (levels + 2)
-        items = {t: min(o.get("train_items", 0), TRAINING_ITEMS.get(t, 10**9)) for t in o["tasks"]}
-        trained = sum(o.get("epochs", 1) * n * TASKS.get(t, OTHER_TASK)[2] for t, n in items.items())
-        swept = 2 * len(o["learning_rates"]) * o["sweep_items"] * sum(TASKS.get(t, OTHER_TASK)[2] for t in o["tasks"])
-        return parameters * (runs * (6.0 * trained + 2 * evaluation) + 8.0 * swept), 0
-    if config.experiment == "e06":
-        generated = sum(n for lengths in o["lengths"].values() for n in lengths) * o.get("prompts", 1)
-        size = sum(BYTES[dtype] for dtype in dtypes_of(config))
-        return 0, generated * 2.0 * (1 + len(o.get("sparsities", []))) * parameters * size
-    if config.experiment == "e05":
-        return 0, 0
-    trained = o.get("steps", 0) if isinstance(o.get("steps", 0), int) else 0
-    trained *= 3 * o.get("train_batch_size", 1) * o.get("length", 0)
-    passes = 1 if config.experiment == "e01" else levels + 3
-    return parameters * (2.0 * (passes * (evaluation + text) + text) + 6.0 * trained), 0
-
-
-def evaluation_tokens(task: str, limit: int | None) -> int:
-    """Tokens that one evaluation of a task reads."""
-    _, requests, tokens = TASKS.get(task, OTHER_TASK)
-    return (min(requests, 4 * limit) if limit else requests) * tokens
+def hours_on(machine: Machine, cost: Cost, sizes: Sequence[int]) -> float:
+    """Hours that an experiment takes on models of so many parameters; NaN where that is not known."""
+    per_parameter = cost.flops / machine.flops + cost.bytes_read / machine.bandwidth
+    return (sum(sizes) * per_parameter + cost.fixed_seconds) / 3600
 
 
 def machine_for(device: str, memory: float, hours: float) -> str:
@@ -214,7 +199,7 @@ def machine_for(device: str, memory: float, hours: float) -> str:
         available: float = torch.cuda.get_device_properties(torch.device(device)).total_memory
     else:
         available = psutil.virtual_memory().total
-    if memory < 0.9 * available and hours < 24:
+    if memory < 0.9 * available and not hours >= 24:
         return "this one"
     if memory < 0.9 * available and on_gpu:
         return "this one, or several of its kind (--processes)"
@@ -257,6 +242,8 @@ def _size(count: float) -> str:
 
 
 def _duration(hours: float) -> str:
+    if math.isnan(hours):
+        return "?"
     if not hours:
         return "minutes"
     return f"{60 * hours:.1f} min" if hours < 1 else f"{hours:.1f} h" if hours < 1000 else "over 1000 h"

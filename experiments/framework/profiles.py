@@ -143,7 +143,7 @@ def apply_assignments(profile: dict[str, Any], assignments: Iterable[str]) -> No
     """
     own = [one for one in assignments if one.partition("=")[0].strip() == "data.path"]
     if own:
-        profile["data"] = {}
+        profile["data"] = {key: value for key, value in profile.get("data", {}).items() if key == "folder"}
     for assignment in assignments:
         override(profile, assignment)
 
@@ -206,7 +206,7 @@ def _models(names: tuple[str, ...]) -> list[str]:
 
         try:
             resolve(name)
-        except RuntimeError as error:  # Path.expanduser, of a user that there is none of
+        except RuntimeError as error:  # Path.expanduser, of a user that does not exist
             raise ValueError(f"the model {name!r} cannot be read as a path: {error}") from error
     return list(names)
 

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import cats
 from cats.calibration import Thresholds, check_sparsity
-from cats.evaluation import TaskResult, Tasks, check_tasks, evaluate, load_tasks
+from cats.evaluation import TaskResult, Tasks, check_tasks, check_tokenizer, evaluate, load_tasks
 from cats.finetuning import TrainSettings
-from cats.models import load_config, load_model
+from cats.models import load_config, load_model, load_tokenizer
 from cats.observe import observe
-from experiments.data import batches
+from experiments.data import batches, check_text
 from experiments.framework.config import Config
 from experiments.framework.files import write_text_atomically
 from experiments.framework.identity import task_identity, text_identity
@@ -104,9 +104,10 @@ class Subject:
 
     @cached_property
     def tasks(self) -> Tasks:
-        tasks = load_tasks(self.config.options["tasks"], self.folder())
+        folder = self.config.data.get("folder")
+        tasks = load_tasks(self.config.options["tasks"], self.folder(), folder)
         for name, task in tasks.items():
-            self.config.identify_data(f"task {name}", task_identity(task))
+            self.config.identify_data(f"task {name}", task_identity(task, folder))
         return tasks
 
     def text(self, purpose: str, blocks: int) -> list[Tensor]:
@@ -205,6 +206,10 @@ def check(config: Config, levels: Sequence[float], folder: Callable[[Config], Pa
     if not config.options.get("tasks"):
         raise ValueError(f"{config.experiment}.tasks is missing: give a list of lm-eval task names")
     check_tasks(config.options["tasks"], folder(config))
+    for name in config.models:
+        check_tokenizer(load_tokenizer(name), name)
+    if "folder" in config.data:  # its sets are read at once, which takes seconds: the hub's would be downloaded
+        load_tasks(config.options["tasks"], folder(config), config.data["folder"])
 
 
 def check_models(config: Config, levels: Sequence[float]) -> None:
@@ -214,6 +219,7 @@ def check_models(config: Config, levels: Sequence[float]) -> None:
         ValueError: a level outside [0, 1), a model without gated MLPs or without a tokenizer.
         OSError: a model's configuration cannot be read.
     """
+    check_text(config.data)
     for level in levels:
         check_sparsity(level)
     for name in config.models:

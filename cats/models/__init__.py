@@ -1,0 +1,64 @@
+"""Models by name: a hub id, a local directory, a GGUF file, ``pocket`` (shipped here), or ``shape:NAME`` (random).
+
+Weights are read from safetensors or GGUF only, and no code from a model repository is ever run. Each kind of name has a
+loader in a file ``from_*.py`` of this package.
+"""
+
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from cats.models.from_pocket import pocket_path
+from cats.models.from_shape import SHAPES, Shape
+from cats.models.identity import identity
+from cats.models.loader import DTYPES, Loader, Origin, Request, loader_of, loaders
+
+__all__ = [
+    "DTYPES", "SHAPES", "Loader", "Origin", "Request", "Shape", "identity", "load_config", "load_model",
+    "load_tokenizer", "loader_of", "loaders", "pocket_path", "resolve",
+]  # fmt: skip
+
+
+def resolve(spec: str) -> str:
+    """The hub id, directory or GGUF file that ``spec`` stands for; a ``shape:`` spec comes back as it is.
+
+    Raises:
+        ValueError: an unknown shape, or a path that does not hold a model.
+    """
+    return loader_of(spec).resolve(spec)
+
+
+def load_config(spec: str, layers: int | None = None) -> PretrainedConfig:
+    """Configuration of a model, without its weights. Raises as `resolve`, and OSError when the hub cannot serve it."""
+    return loader_of(spec).config(spec, layers)
+
+
+def load_tokenizer(spec: str) -> PreTrainedTokenizerBase | None:
+    """Tokenizer of a model, without its weights (None for a ``shape:`` model). Raises as `load_config`."""
+    return loader_of(spec).tokenizer(spec)
+
+
+def load_model(
+    spec: str,
+    dtype: str = "auto",
+    device: str = "cpu",
+    layers: int | None = None,
+    seed: int = 0,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a causal language model in evaluation mode, and its tokenizer (None for a ``shape:`` model).
+
+    Args:
+        spec: hub id, local directory, GGUF file, ``pocket``, or ``shape:mistral-7b`` and the like.
+        dtype: ``float32``, ``float16``, ``bfloat16`` or ``auto`` (as stored; bfloat16 for a shape and for a GGUF file,
+            whose weights are dequantised, whatever they are quantised to).
+        device: where to put it, ``cpu``, ``cuda``, ``cuda:1``; a shape's random weights are made there directly.
+            ``sharded`` spreads the layers over all GPUs, for a model that one cannot hold (accelerate's device_map).
+        layers: keep only the first so many decoder layers.
+        seed: seed of a shape's random weights.
+
+    Raises:
+        ValueError: unknown dtype, shape or path; a GGUF file of a kind that is not supported.
+        OSError: the hub is out of reach or refuses access, or the weights are not safetensors, damaged or incomplete.
+        ImportError: a GGUF file without the packages that reading it needs.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: allowed are auto, {', '.join(DTYPES)}")
+    return loader_of(spec).load(spec, Request(DTYPES.get(dtype), device, layers, seed))

@@ -1,0 +1,154 @@
+"""A GGUF file, as llama.cpp uses them: its weights (Q4_K_M and others) are dequantised when it is loaded.
+
+They become bfloat16 unless another dtype is asked for. Results are then those of the quantised weights, not of the
+original ones, and have to say so: `identity` does.
+"""
+
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from cats.hub import loading
+from cats.models.gguf_config import end_tokens, make_config
+from cats.models.gguf_header import Header, read_header
+from cats.models.gguf_tokenizer import make_tokenizer
+from cats.models.loader import Loader, Origin, Request
+from cats.models.pretrained import check_complete
+from cats.models.sanity import absurdity
+
+OLDEST = "5.23"  # transformers 5.17 loads Gemma-3 wrongly without a word: perplexity 155 on news where 5.23 has 20
+
+
+class GGUFLoader(Loader):
+    """Through transformers' own loading of GGUF, with a configuration and a tokenizer that are mended."""
+
+    order = 20
+    example = "a GGUF file"
+
+    def claims(self, spec: str) -> bool:
+        path = Path(spec).expanduser()
+        return path.is_file() or (spec.endswith(".gguf") and not path.is_dir())
+
+    def resolve(self, spec: str) -> str:
+        path = Path(spec).expanduser()
+        if not path.is_file():
+            raise ValueError(f"{spec} does not exist: give the path of a GGUF file")
+        with path.open("rb") as file:
+            if not path.suffix == ".gguf" and file.read(4) != b"GGUF":
+                raise ValueError(f"{spec} is a file, and not of GGUF: give the directory that save_pretrained wrote")
+        return str(path)
+
+    def header(self, spec: str) -> Header:
+        """The file's head, once it is known that the file can be loaded here.
+
+        Raises:
+            ValueError: another transformers than is needed; as `read_header`.
+            ImportError: the gguf package is missing.
+        """
+        if find_spec("gguf") is None:
+            raise ImportError(f"{spec} needs the package gguf: install it, or this package with the extra [gguf]")
+        if Version(transformers.__version__) < Version(OLDEST):
+            advice = "install it, or convert the file where it is with python -m cats.models FILE.gguf DIRECTORY"
+            raise ValueError(f"{spec} needs transformers {OLDEST} or newer, not {transformers.__version__}: {advice}")
+        header = read_header(Path(self.resolve(spec)).resolve())
+        if header.metadata.get("split.count", 1) > 1:
+            raise ValueError(f"{spec} is one part of {header.metadata['split.count']}: join them with llama-gguf-split")
+        return header
+
+    def config(self, spec: str, layers: int | None = None) -> PretrainedConfig:
+        return make_config(self.header(spec), layers)
+
+    def load(self, spec: str, request: Request) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if request.device == "sharded":
+            raise ValueError(f"{spec} is a GGUF file, which cannot be sharded: convert it to a directory first")
+        header = self.header(spec)
+        tokenizer = make_tokenizer(header)  # before the long work: it may be refused
+        model = _read(spec, header, request)
+        model.to(torch.device(request.device)).eval()  # type: ignore[arg-type]
+        if request.layers is None and (sentence := absurdity(spec, model, tokenizer)):
+            warnings.warn(sentence, stacklevel=3)
+        return model, tokenizer
+
+    def tokenizer(self, spec: str) -> PreTrainedTokenizerBase:
+        return make_tokenizer(self.header(spec))
+
+    def origin(self, spec: str) -> Origin:
+        header = self.header(spec)
+        return Origin(f"GGUF {quantisation(header)}, dequantised", None, weights=(header.path,))
+
+
+def quantisation(header: Header) -> str:
+    """What llama.cpp calls the mixture of types in the file, such as ``Q4_K_M``."""
+    from gguf import LlamaFileType
+
+    try:
+        return LlamaFileType(header.metadata["general.file_type"]).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    except (KeyError, ValueError):
+        return "of unknown type"
+
+
+def _read(spec: str, header: Header, request: Request) -> PreTrainedModel:
+    config = make_config(header, request.layers)
+    tied, config.tie_word_embeddings = config.tie_word_embeddings, "output.weight" not in header.tensors
+    options: dict[str, Any] = {"dtype": request.dtype or torch.bfloat16, "config": config}
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it advises on kernels for weights that stay quantised
+    try:
+        with loading(spec):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                header.path.parent, gguf_file=header.path.name, output_loading_info=True, **options
+            )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    model, report = loaded
+    check_complete(spec, report)
+    if tied and not model.config.tie_word_embeddings:
+        _tie(model, header)
+    return _as_a_plain_model(model, header)
+
+
+def _tie(model: PreTrainedModel, header: Header) -> None:
+    """One matrix for embedding and output, of the two quantisations in the file the one with more bits per weight."""
+    sizes = {name: header.tensors[name].size for name in ("token_embd.weight", "output.weight")}
+    model.config.tie_word_embeddings = True
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if sizes["output.weight"] > sizes["token_embd.weight"]:
+        embedding.weight = head.weight
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
+    model.tie_weights()
+
+
+def _as_a_plain_model(model: PreTrainedModel, header: Header) -> PreTrainedModel:
+    """Without what the loader leaves of a quantised model, which would keep a saved directory from loading."""
+    for holder in (model, model.config):
+        for name in ("quantization_config", "hf_quantizer", "quantization_method"):
+            if name in vars(holder):
+                delattr(holder, name)
+    plain: dict[str, Any] = {"is_quantized": False, "_weight_conversions": None}
+    vars(model).update(plain)
+    model.config._name_or_path = ""
+    model.name_or_path = ""
+    meta = header.metadata
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=end_tokens(header) or None,
+        pad_token_id=meta.get("tokenizer.ggml.padding_token_id"),
+    )
+    return model
+
+
+LOADER = GGUFLoader()

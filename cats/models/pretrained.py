@@ -1,0 +1,57 @@
+"""Models that transformers reads itself: a directory of `save_pretrained`, or a hub repository of the same files."""
+
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from cats.hub import loading, source
+from cats.models.loader import Request
+
+
+def load_config(spec: str, where: str, layers: int | None = None) -> PretrainedConfig:
+    """Configuration of the directory or hub id ``where``, which the user calls ``spec``."""
+    with loading(spec):
+        config = AutoConfig.from_pretrained(source(where), trust_remote_code=False)
+    if layers is not None:
+        config.num_hidden_layers = layers
+    return config
+
+
+def load(spec: str, where: str, request: Request) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model at ``where`` and its tokenizer, the weights from safetensors only; no code of the repository runs.
+
+    Raises:
+        OSError: the hub is out of reach or refuses access, or weights are not safetensors, damaged or incomplete.
+    """
+    options: dict[str, Any] = {"dtype": request.dtype or "auto", "use_safetensors": True, "trust_remote_code": False}
+    if request.layers is not None:
+        options["config"] = load_config(spec, where, request.layers)
+    if request.device == "sharded":
+        options["device_map"] = "auto"
+    with loading(spec):
+        where = source(where)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    model, report = loaded
+    check_complete(spec, report)
+    return (model if request.device == "sharded" else model.to(request.device)).eval(), tokenizer
+
+
+def check_complete(spec: str, report: dict[str, Any]) -> None:
+    """Refuse a model with tensors missing: transformers would go on with random numbers in their place."""
+    if missing := sorted(report["missing_keys"]):
+        raise OSError(f"the weights of {spec} are incomplete: {len(missing)} tensors are missing, such as {missing[0]}")
+
+
+def load_tokenizer(spec: str, where: str) -> PreTrainedTokenizerBase:
+    """The tokenizer at ``where``."""
+    with loading(spec):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source(where), trust_remote_code=False)
+    return tokenizer

@@ -1,0 +1,225 @@
+"""Task data and text from a local folder: the hub's names, no server, and one sentence for what is missing."""
+
+import hashlib
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pytest
+
+from cats.evaluation import load_tasks
+from cats.task_data import check_answer, local_sets, tasks_identity
+from experiments.cli import forwarded, parser, profile_of
+from experiments.data import check_text, on_hub, text_identity, texts
+
+from .hub_content import ITEMS, TASKS, save_task_data
+
+INSTRUCTIONS = Path(__file__).parents[1] / "experiments" / "instructions"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with the eight tasks' sets and text; the cache of `datasets` is beside it."""
+    root = tmp_path_factory.mktemp("data")
+    save_task_data(root / "hub")
+    (root / "text").mkdir()
+    for split, count in {"train": 30, "heldout": 10}.items():
+        rows = [{"text": f"{split} document {i}", "source": "made up"} for i in range(count)]
+        pd.DataFrame(rows).to_parquet(root / "text" / f"{split}.parquet")
+    blocks = [f"  - split: {split}\n    path: {split}.parquet" for split in ("train", "heldout")]
+    readme = "\n".join(["---", "configs:", "- config_name: default", "  data_files:", *blocks, "---", ""])
+    (root / "text" / "README.md").write_text(readme)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Every connection is an error, and nothing is found in an earlier test's cache."""
+
+    def refuse(*_arguments: Any) -> None:
+        raise AssertionError("a connection was asked for")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def copy_of(folder: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def test_the_eight_tasks_load_from_the_folder_without_a_connection(folder: Path) -> None:
+    original = datasets.load_dataset
+    tasks = load_tasks(TASKS, data_folder=folder)
+    assert datasets.load_dataset is original
+    assert {name: len(task.eval_docs) for name, task in tasks.items()} == dict.fromkeys(TASKS, ITEMS)
+    assert (
+        tasks["arc_easy"].eval_docs[0]["answerKey"] == "A" and tasks["arc_challenge"].eval_docs[0]["answerKey"] == "B"
+    )
+    assert tasks["boolq"].config.dataset_path == "aps/super_glue"
+    boolq = load_tasks(["instruct_boolq"], INSTRUCTIONS, folder)["instruct_boolq"]
+    assert list(boolq.training_docs()) and boolq.doc_to_target(boolq.eval_docs[0]) == 1
+
+
+def test_the_identity_of_tasks_has_versions_files_and_items(folder: Path, tmp_path: Path) -> None:
+    tasks = load_tasks(["boolq", "sciq"], data_folder=folder)
+    known = tasks_identity(tasks, folder)
+    assert known["boolq"]["version"] == "2.0" and known["boolq"]["data"] == ["aps/super_glue", "boolq"]
+    path = "hub/aps/super_glue/boolq/validation-00000-of-00001.parquet"
+    assert known["boolq"]["files"][path] == hashlib.sha256((folder / path).read_bytes()).hexdigest()
+    assert known["sciq"]["items"] == ITEMS and known["sciq"]["data"] == ["allenai/sciq", None]
+    other = copy_of(folder, tmp_path)
+    frame = pd.read_parquet(other / path)
+    frame["label"] = 0
+    frame.to_parquet(other / path)
+    changed = tasks_identity(load_tasks(["boolq", "sciq"], data_folder=other), other)
+    assert changed["boolq"]["sha256"] != known["boolq"]["sha256"] and changed["sciq"] == known["sciq"]
+
+
+def test_a_set_that_has_changed_is_read_again(folder: Path, tmp_path: Path) -> None:
+    """Not from the cache of `datasets`, which knows a set by its directory's name alone."""
+    root = copy_of(folder, tmp_path)
+    labels, lines = [], []
+    for label in (0, 1):
+        for path in (root / "hub/aps/super_glue").rglob("*.parquet"):
+            pd.read_parquet(path).assign(label=label).to_parquet(path)
+        text = pd.read_parquet(root / "text/train.parquet").assign(text=f"line {label}")
+        text.to_parquet(root / "text/train.parquet")
+        labels.append(load_tasks(["boolq"], data_folder=root)["boolq"].eval_docs[0]["label"])
+        lines.append(next(texts({"folder": str(root)}, "train", 0)))
+    assert labels == [0, 1] and lines == ["line 0", "line 1"]
+
+
+def _rename(root: Path, name: str, column: str) -> None:
+    for path in (root / "hub" / name).rglob("*.parquet"):
+        pd.read_parquet(path).rename(columns={column: f"{column}_2"}).to_parquet(path)
+
+
+def _without_split(root: Path) -> None:
+    readme = root / "hub/allenai/sciq/README.md"
+    readme.write_text(readme.read_text().replace("split: test", "split: testing"))
+
+
+def _without_configuration(root: Path) -> None:
+    readme = root / "hub/allenai/ai2_arc/README.md"
+    readme.write_text(readme.read_text().replace("ARC-Easy\n", "ARC-Hard\n"))
+
+
+@pytest.mark.parametrize(
+    ("task", "damage", "says"),
+    [
+        (
+            "piqa",
+            lambda root: shutil.rmtree(root / "hub/baber"),
+            "has no set baber/piqa: it has Rowan/hellaswag, allenai",
+        ),
+        ("sciq", lambda root: shutil.rmtree(root / "hub"), r"has no directory hub/"),
+        ("sciq", shutil.rmtree, "does not exist"),
+        ("sciq", _without_split, r"allenai/sciq in .* does not fit the task .*splits train with .*; testing with"),
+        ("arc_easy", _without_configuration, r"allenai/ai2_arc \(ARC-Easy\) in .* cannot be read .*ARC-Hard"),
+        ("boolq", lambda root: _rename(root, "aps/super_glue", "passage"), r"aps/super_glue \(boolq\).*passage_2"),
+        (
+            "boolq",
+            lambda root: _rename(root, "aps/super_glue", "label"),
+            "answer of its first item, 'label', is none of 2",
+        ),
+        ("hellaswag", lambda root: _rename(root, "Rowan/hellaswag", "ctx_a"), "KeyError: 'ctx_a'.*ctx_a_2"),
+        ("winogrande", lambda root: _rename(root, "allenai/winogrande", "answer"), "KeyError: 'answer'"),
+    ],
+)
+def test_a_set_that_is_missing_or_does_not_fit_is_one_sentence(
+    task, damage, says, folder: Path, tmp_path: Path
+) -> None:
+    root = copy_of(folder, tmp_path)
+    damage(root)
+    with pytest.raises(OSError, match=f"task {task} cannot be loaded: .*{says}") as caught:
+        load_tasks([task], data_folder=root)
+    assert "\n" not in str(caught.value) and str(root) in str(caught.value)
+
+
+def test_only_names_of_the_hub_are_looked_for_in_the_folder(folder: Path) -> None:
+    with local_sets(folder) as sets:
+        local = datasets.load_dataset("json", data_files=str(_json(folder)), split="train")
+        assert local[0] == {"a": 1} and not sets.asked
+        assert datasets.load_dataset("allenai/sciq")["train"].num_rows == ITEMS
+        assert datasets.load_dataset(str(folder / "hub/allenai/sciq"))["train"].num_rows == ITEMS
+        assert sets.asked == ["allenai/sciq"]
+    with local_sets(None) as sets, pytest.raises(AssertionError, match="a connection was asked for"):
+        socket.create_connection(("localhost", 1))
+
+
+def _json(folder: Path) -> Path:
+    path = folder / "rows.json"
+    path.write_text('{"a": 1}\n')
+    return path
+
+
+def test_an_answer_that_is_no_choice_is_refused() -> None:
+    class Task:
+        OUTPUT_TYPE = "multiple_choice"
+        eval_docs = ({"answer": 1},)
+
+        def __init__(self, answer: object) -> None:
+            self.answer = answer
+
+        def doc_to_choice(self, _item: object) -> list[str]:
+            return ["no", "yes"]
+
+        def doc_to_target(self, _item: object) -> object:
+            return self.answer
+
+    for answer in (0, 1, "yes", [0, 1]):
+        check_answer(Task(answer))  # type: ignore[arg-type]
+    for answer in (-1, 2, "label", [0, 2]):
+        with pytest.raises(ValueError, match="is none of 2 choices"):
+            check_answer(Task(answer))  # type: ignore[arg-type]
+
+
+def test_text_comes_from_the_folder_whatever_the_profile_says(folder: Path) -> None:
+    for rest in ({"source": "pocket"}, {"source": "hub", "path": "tiiuae/falcon-refinedweb", "split": "train"}):
+        data = {**rest, "folder": str(folder)}
+        assert not on_hub(data)
+        train, heldout = list(texts(data, "train", 0)), list(texts(data, "heldout", 0))
+        assert len(train) == 30 and len(heldout) == 10 and not set(train) & set(heldout)
+        assert train != list(texts(data, "train", 1)) and sorted(train) == sorted(texts(data, "train", 1))
+        assert train == list(texts(data, "train", 0))
+    known = text_identity({"folder": str(folder)})
+    assert known["text/train.parquet"] == hashlib.sha256((folder / "text/train.parquet").read_bytes()).hexdigest()
+    assert text_identity({"source": "pocket"}) == {}
+
+
+def test_text_that_is_missing_is_one_sentence(folder: Path, tmp_path: Path) -> None:
+    root = copy_of(folder, tmp_path)
+    data = {"folder": str(root)}
+    check_text(data)
+    readme = root / "text/README.md"
+    readme.write_text(readme.read_text().replace("split: heldout", "split: validation"))
+    with pytest.raises(ValueError, match="has no split heldout: it has train, validation"):
+        check_text(data)
+    frame = pd.read_parquet(root / "text/train.parquet").rename(columns={"text": "content"})
+    frame.to_parquet(root / "text/train.parquet")
+    (root / "text/README.md").unlink()
+    (root / "text/heldout.parquet").unlink()
+    with pytest.raises(ValueError, match="has no column text in its split train: it has content, source"):
+        check_text(data)
+    (root / "text/train.parquet").write_bytes(b"not parquet")
+    with pytest.raises(OSError, match=r"the text in .*text cannot be read") as caught:
+        check_text(data)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(root / "text")
+    with pytest.raises(OSError, match="has no directory text/"):
+        check_text(data)
+    with pytest.raises(OSError, match="does not exist"):
+        next(texts({"folder": str(root / "absent")}, "train", 0))
+
+
+@pytest.mark.parametrize("profile", ["pocket", "laptop", "paper"])
+def test_the_option_reaches_every_profile_and_child_processes(profile: str) -> None:
+    arguments = parser().parse_args(["reproduce", "--profile", profile, "--data", "some/folder"])
+    assert profile_of(arguments)["data"]["folder"] == "some/folder"
+    words = forwarded(arguments)
+    assert words[words.index("--data") + 1] == "some/folder"

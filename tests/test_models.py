@@ -1,0 +1,105 @@
+"""The table of loaders, names that none of them takes, and what identifies a model."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import cats.models
+from cats.models import identity, load_config, load_model, load_tokenizer, loaders, pocket_path, resolve
+from cats.models.identity import file_hash
+
+from .conftest import tiny_model
+
+MADE_UP = """
+from transformers import LlamaConfig
+from cats.models.loader import Loader, Origin
+
+class DreamLoader(Loader):
+    order = 5
+    example = "dream:NAME"
+    def claims(self, spec):
+        return spec.startswith("dream:")
+    def config(self, spec, layers=None):
+        return LlamaConfig(num_hidden_layers=layers or 7)
+    def load(self, spec, request):
+        return ("model", request.device, request.layers), "tokenizer"
+    def tokenizer(self, spec):
+        return "tokenizer"
+    def origin(self, spec):
+        return Origin("a dream", notes={"seen": spec})
+
+LOADER = DreamLoader()
+"""
+
+
+def test_a_loader_is_one_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "from_dreams.py").write_text(MADE_UP)
+    with pytest.raises(ValueError, match="does not exist"):
+        load_config("./dream:a")
+    monkeypatch.setattr(cats.models, "__path__", [*cats.models.__path__, str(tmp_path)])
+    assert load_config("dream:a", layers=3).num_hidden_layers == 3 and resolve("dream:a") == "dream:a"
+    assert load_model("dream:a", device="cuda:1", layers=2) == (("model", "cuda:1", 2), "tokenizer")
+    assert load_tokenizer("dream:a") == "tokenizer"
+    assert identity("dream:a")["kind"] == "a dream" and identity("dream:a")["seen"] == "dream:a"
+    with pytest.raises(ValueError, match=r"does not exist: give pocket, dream:NAME, shape:NAME, a GGUF file"):
+        resolve("/nowhere/at/all")
+
+
+def test_every_loader_has_a_place_and_a_file() -> None:
+    orders = [loader.order for loader in loaders()]
+    assert orders == sorted(set(orders)) and len(orders) == len(list(Path(cats.models.__path__[0]).glob("from_*.py")))
+
+
+@pytest.mark.parametrize("spec", ["./absent", "/absent", "~/absent", "a/b/c", "../x"])
+def test_a_path_that_does_not_exist_is_one_sentence(spec: str) -> None:
+    with pytest.raises(
+        ValueError, match="does not exist: give pocket, shape:NAME, a GGUF file, a model directory, a hub"
+    ):
+        load_model(spec)
+
+
+def test_a_file_or_a_directory_without_a_model_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"1234")
+    with pytest.raises(ValueError, match="is a file, and not of GGUF"):
+        resolve(str(tmp_path / "weights.bin"))
+    with pytest.raises(ValueError, match=r"is a directory without config\.json"):
+        resolve(str(tmp_path))
+    with pytest.raises(ValueError, match="unknown shape 'shape:huge': allowed are shape:mistral-7b"):
+        load_config("shape:huge")
+    with pytest.raises(ValueError, match="unknown dtype 'int3'"):
+        load_model("pocket", dtype="int3")
+
+
+def test_identity_has_the_hashes_of_every_file(tmp_path: Path) -> None:
+    model = tiny_model("Llama", vocab_size=2000)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    known = identity(str(tmp_path))
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1 and known["kind"] == "directory" and known["revision"] is None
+    assert known["weights"] == {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in shards}
+    assert "config.json" in known["config"] and known["tokenizer"] == {}
+    pocket = identity("pocket")
+    assert pocket["kind"] == "shipped with the package" and "tokenizer.json" in pocket["tokenizer"]
+    assert pocket["config"]["config.json"] == file_hash(pocket_path() / "config.json")
+    random = identity("shape:small")
+    assert random["kind"] == "random weights" and not random["weights"]
+
+
+def test_a_file_is_hashed_again_only_when_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"a" * 1000)
+    calls = []
+    original = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: calls.append(1) or original(*args))
+    first = file_hash(path)
+    assert file_hash(path) == first and len(calls) == 1
+    path.write_bytes(b"b" * 1001)
+    assert file_hash(path) != first and len(calls) == 2
+
+
+def test_a_shape_keeps_its_seed_and_layers() -> None:
+    (a, none), (b, _) = load_model("shape:small", layers=1, seed=3), load_model("shape:small", layers=1, seed=4)
+    assert none is None and len(a.model.layers) == 1 and a.dtype == torch.bfloat16
+    assert not torch.equal(a.lm_head.weight, b.lm_head.weight)
