@@ -15,7 +15,7 @@ from typing import Any
 
 import cats_kernels
 import torch
-from cats_kernels.operator import choose_backend
+from cats_kernels.dispatch import choose_backend
 from torch import Tensor, nn
 
 from cats.activation import CATSActivation, threshold_activation
@@ -77,10 +77,10 @@ def _obstacle(mlp: GatedMLP, kernel: str) -> str | None:
             return "a projection has a bias"
     weight = mlp.down_proj.weight
     try:
-        implementation = choose_backend(kernel, weight.device.type, weight.dtype)
+        backend = choose_backend(kernel, weight.device.type, weight.dtype)
     except (ValueError, RuntimeError) as error:
         return str(error).rstrip(".")
-    if implementation is cats_kernels.sparse_gated_mlp_reference:
+    if backend == "reference":
         return f"there is no kernel for {weight.dtype} on {weight.device.type}"
     return None
 
