@@ -13,11 +13,7 @@ from typing import Any, cast
 
 import cats_kernels
 import torch
-
-try:
-    from cats_kernels.dispatch import choose_backend
-except ImportError:
-    from cats_kernels.operator import choose_backend
+from cats_kernels.dispatch import choose_backend
 from torch import Tensor, nn
 
 from cats.activation import CATSActivation, Mask
@@ -95,10 +91,10 @@ def _obstacle(mlp: GatedMLP, kernel: str) -> str | None:
             kind = "computed by hooks" if weight is None else f"a {type(weight).__module__}.{type(weight).__qualname__}"
             return f"the weight of a projection is {kind}, not a plain parameter"
     try:
-        implementation = choose_backend(kernel, weight.device.type, weight.dtype)
+        backend = choose_backend(kernel, weight.device.type, weight.dtype)
     except (ValueError, RuntimeError) as error:
         return str(error).rstrip(".")
-    if implementation in ("reference", cats_kernels.sparse_gated_mlp_reference):
+    if backend == "reference":
         return f"there is no kernel for {weight.dtype} on {weight.device.type}"
     return None
 

@@ -3,14 +3,13 @@
 import time
 from pathlib import Path
 
-import cats_kernels
 import pytest
 import torch
+from cats_kernels.problem import TOLERANCE, Problem
 from torch import Tensor
 
 from experiments import e05_mlp_latency as e05
 from experiments.e05_mlp_latency import cases, compiled
-from experiments.e05_mlp_latency.problem import TOLERANCE, Problem
 from experiments.framework import bandwidth, timing
 from experiments.framework.config import Config
 from experiments.framework.options import parse
@@ -89,7 +88,6 @@ def test_every_implementation_is_timed_with_the_bytes_it_must_read(measured: tup
     assert set(measured[1]["largest_error"]) == {f"{name}, float32" for name in names}
 
 
-@pytest.mark.skipif(not hasattr(cats_kernels, "path_of"), reason="kernels without vectors and deciders")
 def test_the_cost_of_a_vector_and_of_the_other_decider_are_rows(measured: tuple[list, dict]):
     ours = [row for row in measured[0] if isinstance(row, e05.LatencyRow) and row.implementation == "cats"]
     checks = [row for row in ours if row.condition == "check"]

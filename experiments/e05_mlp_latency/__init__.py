@@ -18,17 +18,16 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Annotated, Any
 
-import cats_kernels
 import torch
+from cats_kernels import path_of
+from cats_kernels.problem import Problem
 from torch import Tensor
 
 from experiments.e05_mlp_latency.cases import CHECKED, OURS, Case, Cases, gate_read
-from experiments.e05_mlp_latency.problem import Problem
 from experiments.framework.bandwidth import BUFFER_BYTES, Read, best_rate, plain_reads
 from experiments.framework.config import Config
 from experiments.framework.cost import BYTES, Cost
 from experiments.framework.options import Count, MayBeEmpty, OneOf, Sparsity, Whole
-from experiments.framework.paths import path_of
 from experiments.framework.provenance import machine_name
 from experiments.framework.tables import LatencyRow, LatencySample, Row, pack_numbers
 from experiments.framework.timing import FLUSH_BYTES, Timing, measure
@@ -76,10 +75,10 @@ class Options:
 def variants(device: str) -> dict[str, Callable[..., Tensor]]:
     """The sparse implementations of a device by name: "cats" and the ablations."""
     if torch.device(device).type == "cuda":
-        from cats_kernels.triton_mlp import VARIANTS
+        from cats_kernels.ablation.triton import VARIANTS
 
         return dict(VARIANTS)
-    from cats_kernels.cpu_variants import VARIANTS
+    from cats_kernels.ablation.cpu import VARIANTS
 
     return dict(VARIANTS)
 
@@ -180,10 +179,9 @@ def own_cases(
     """Our kernel at each target, and at 0, where what it gains over dense is not sparsity's; its checks at 50 %."""
     path = path_of(rows, made.dtype, device)
     cases = made.sparse(OURS, implementation, sorted({0.0, *targets}), path)
-    if hasattr(cats_kernels, "path_of"):
-        cases += made.sparse(OURS, implementation, [CHECKED], path, vector=True, check=True)
-        cases += made.sparse(OURS, implementation, [CHECKED], path, decider="up", check=True)
-    return cases
+    cases += made.sparse(OURS, implementation, [CHECKED], path, vector=True, check=True)
+    path = path_of(rows, made.dtype, device, decider="up")
+    return cases + made.sparse(OURS, implementation, [CHECKED], path, decider="up", check=True)
 
 
 def latency_rows(common: dict[str, Any], case: Case, timing: Timing | None, bandwidth: float) -> list[Row]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import torch
+from cats_kernels import path_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,7 +20,6 @@ from experiments.e06_throughput.amdahl import STEPS, shares_and_amdahl
 from experiments.e06_throughput.cases import Case, Options
 from experiments.e06_throughput.decoding import LOOPS, Decoder, Generation, compile_step, make_greedy
 from experiments.framework.config import Config
-from experiments.framework.paths import path_of
 from experiments.framework.provenance import machine_name
 from experiments.framework.tables import Row, ThroughputRow
 
