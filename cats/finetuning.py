@@ -16,10 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
@@ -31,6 +29,14 @@ from cats.observe import Batches
 from cats.patching import criterion_in_force, sites_in_force, swap_thresholds
 from cats.structure import gated_mlps
 from cats.thresholds import Thresholds
+
+try:
+    import accelerate
+    from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+except ImportError as missing:
+    raise ImportError(
+        f"cats.finetuning needs the package {missing.name}: pip install 'cats-sparsity[experiments]'", name=missing.name
+    ) from missing
 
 PROJECTIONS = {
     "query": ("q_proj", "qkv_proj"),
