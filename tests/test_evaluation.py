@@ -229,5 +229,8 @@ except ImportError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    expected = f"cats.{module} needs the package {package}: pip install 'cats-sparsity[experiments]'"
+    expected = (
+        f"cats.{module} needs the package {package}, which is not installed: "
+        "pip install 'cats-sparsity[experiments]' brings it"
+    )
     assert done.stdout.strip() == expected, done.stderr
