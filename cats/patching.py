@@ -13,11 +13,7 @@ from typing import Any, cast
 
 import cats_kernels
 import torch
-
-try:
-    from cats_kernels.dispatch import choose_backend
-except ImportError:
-    from cats_kernels.operator import choose_backend
+from cats_kernels.dispatch import choose_backend
 from torch import Tensor, nn
 
 from cats.activation import CATSActivation, Mask
@@ -28,7 +24,6 @@ from cats.equation import OWN_ACTIVATION
 from cats.observe import input_mask
 from cats.sparse_forward import (
     INPUT,
-    TAKES_TENSORS,
     SparseForward,
     State,
     is_prompt,
@@ -95,10 +90,10 @@ def _obstacle(mlp: GatedMLP, kernel: str) -> str | None:
             kind = "computed by hooks" if weight is None else f"a {type(weight).__module__}.{type(weight).__qualname__}"
             return f"the weight of a projection is {kind}, not a plain parameter"
     try:
-        implementation = choose_backend(kernel, weight.device.type, weight.dtype)
+        backend = choose_backend(kernel, weight.device.type, weight.dtype)
     except (ValueError, RuntimeError) as error:
         return str(error).rstrip(".")
-    if implementation in ("reference", cats_kernels.sparse_gated_mlp_reference):
+    if backend == "reference":
         return f"there is no kernel for {weight.dtype} on {weight.device.type}"
     return None
 
@@ -112,8 +107,6 @@ def _obstacles(mlps: dict[str, GatedMLP], thresholds: Thresholds, kernel: str) -
         obstacles = dict.fromkeys(mlps, criterion.no_kernel)
     else:
         obstacles = {name: obstacle for name, mlp in mlps.items() if (obstacle := _obstacle(mlp, kernel))}
-        if not TAKES_TENSORS and (thresholds.up or any(isinstance(t, Tensor) for t in thresholds.gate.values())):
-            obstacles = dict.fromkeys(mlps, "the kernels take one number per layer only")
     if obstacles and kernel != "auto":
         name, obstacle = next(iter(obstacles.items()))
         raise ValueError(f'kernel="{kernel}" cannot serve {name}: {obstacle}; use kernel="auto" or "reference"')

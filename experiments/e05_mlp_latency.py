@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, ClassVar
 
+import cats_kernels
 import torch
-import torch.nn.functional as F
+from cats_kernels.problem import TOLERANCE, Problem
 from torch import Tensor
 
 from experiments.config import Config
@@ -30,9 +31,7 @@ SHAPES = {
     "Llama2-13B": (5120, 13824),
     "small": (512, 1408),
 }
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 COPIES = {"cpu": 1, "cuda": 3}  # of the weights, taken in turn; on a GPU one copy would leave a third of itself in L2
-CHUNK = 1024  # neurons at a time in float64, so that the reference needs little memory
 OPTIMAL = "optimal-all-three-shrunk"
 
 
@@ -64,79 +63,13 @@ class LatencyRow(Row):
     error: str
 
 
-class Problem:
-    """One copy of the weights, an input, and the float64 truth about them."""
-
-    def __init__(self, d: int, m: int, rows: int, dtype: torch.dtype, device: str, seed: int) -> None:
-        generator = torch.Generator(device).manual_seed(seed)
-
-        def normal(n: int, scale: float) -> Tensor:
-            return (torch.randn(n, d, generator=generator, device=device) * scale).to(dtype)
-
-        self.x = normal(rows, 1.0)
-        self.gate, self.up, self.down_t = normal(m, d**-0.5), normal(m, d**-0.5), normal(m, m**-0.5)
-        self.down = self.down_t.T.contiguous()  # as nn.Linear stores it
-        x = self.x.double()
-        parts = [(x @ g.double().T, x @ u.double().T) for g, u in zip(*map(_chunks, (self.gate, self.up)), strict=True)]
-        self.v = F.silu(torch.cat([gate for gate, _ in parts], 1))
-        self.up_projection = torch.cat([up for _, up in parts], 1)
-
-    def threshold(self, sparsity: float) -> float:
-        """In the middle of the gap between the two activations around the quantile; 0 keeps everything."""
-        if sparsity == 0:
-            return 0.0
-        ordered = self.v.abs().flatten().sort().values
-        k = min(max(round(sparsity * len(ordered)), 1), len(ordered) - 1)
-        # the widest of the gaps nearby (within 0.05 % at 7B shapes), so that float32 rounding cannot flip a neuron
-        near = ordered[max(0, k - 4) : k + 4]
-        widest = int(near.diff().argmax())
-        return float((near[widest] + near[widest + 1]) / 2)
-
-    def sparsity(self, threshold: float) -> float:
-        """Fraction of the activations below the threshold."""
-        return float((self.v.abs() < threshold).double().mean())
-
-    def active(self, threshold: float) -> int:
-        """Neurons that some row keeps: the rows of W_up and W_down that must be read."""
-        return int((self.v.abs() >= threshold).any(0).sum())
-
-    def arguments(self, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor, float, str]:
-        """Those of every variant."""
-        return self.x, self.gate, self.up, self.down_t, threshold, "silu"
-
-    def dense(self, width: int | None = None) -> Callable[[], Tensor]:
-        """The dense MLP as transformers computes it, of the first ``width`` neurons."""
-        gate, up = self.gate[:width], self.up[:width]
-        down = self.down if width is None else self.down[:, :width].contiguous()
-        return lambda: F.linear(F.silu(F.linear(self.x, gate)) * F.linear(self.x, up), down)
-
-    def errors(self, outputs: dict[float, Tensor], rounded: bool = False) -> dict[float, float]:
-        """Scale-free error of the output at each threshold against the float64 reference; with ``rounded``, one whose
-        mask is that of the gate product in the weights' dtype."""
-        magnitude = (F.silu(F.linear(self.x, self.gate).float()) if rounded else self.v).abs()
-        hidden = {t: torch.where(magnitude < t, 0, self.v * self.up_projection) for t in outputs}
-        stacked = torch.cat(list(hidden.values()))
-        truth = sum(
-            part @ down.double() for part, down in zip(stacked.split(CHUNK, 1), _chunks(self.down_t), strict=True)
-        )
-        assert isinstance(truth, Tensor)
-        return {
-            t: float((y.double() - expected).norm() / expected.norm())
-            for (t, y), expected in zip(outputs.items(), truth.split(self.x.shape[0]), strict=True)
-        }
-
-
-def _chunks(weight: Tensor) -> Sequence[Tensor]:
-    return weight.split(CHUNK)
-
-
 def variants(device: str) -> dict[str, Callable[..., Tensor]]:
     """The sparse implementations of a device by name: "cats" and the ablations."""
     if torch.device(device).type == "cuda":
-        from cats_kernels.triton_mlp import VARIANTS
+        from cats_kernels.ablation.triton import VARIANTS
 
         return dict(VARIANTS)
-    from cats_kernels.cpu_variants import VARIANTS
+    from cats_kernels.ablation.cpu import VARIANTS
 
     return dict(VARIANTS)
 
@@ -262,14 +195,12 @@ def rounds_before_comparing(name: str, problem: Problem) -> bool:
     """Whether "cats" takes so many rows through the dense masked path of a GPU, which rounds v before it compares."""
     if name != "cats" or problem.x.device.type != "cuda" or problem.x.dtype == torch.float32:
         return False
-    from cats_kernels.triton_mlp import SPARSE_ROWS
-
-    return problem.x.shape[0] > SPARSE_ROWS[problem.x.element_size()]
+    return cats_kernels.path_of(problem.x.shape[0], problem.x.dtype, "cuda", "triton") == "dense masked"
 
 
 def cpu_reads(problem: Problem) -> dict[str, Callable[[], object]]:
     """Plain reads of W_gate: torch's sum, and our kernel with nothing kept, which was up to 30 % faster."""
-    from cats_kernels.cpu import sparse_gated_mlp_cpu
+    from cats_kernels.cpu.launch import sparse_gated_mlp_cpu
 
     words = problem.gate.view(torch.float32)
     return {"sum": words.sum, "gate": partial(sparse_gated_mlp_cpu, *problem.arguments(math.inf))}

@@ -206,6 +206,6 @@ try:
 except ImportError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400)
     expected = f"cats.{module} needs the package {package}: pip install 'cats-sparsity[experiments]'"
     assert done.stdout.strip() == expected, done.stderr

@@ -87,7 +87,7 @@ def test_the_wheel_holds_two_packages(wheel: zipfile.ZipFile) -> None:
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"cats", "cats_kernels"}
     for folder, package in (("cats", "cats"), ("kernels/cats_kernels", "cats_kernels")):
-        modules = {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")}
+        modules = {f"{package}/{path.relative_to(ROOT / folder)}" for path in (ROOT / folder).rglob("*.py")}
         assert modules <= set(names)
     for file in ("config.json", "model.safetensors", "tokenizer.json"):
         assert f"cats/pocket_model/{file}" in names

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cats_kernels.problem import TOLERANCE, Problem
 from torch import Tensor
 
 from experiments import e05_mlp_latency as e05
@@ -70,7 +71,7 @@ def test_a_wrong_kernel_is_refused_before_it_is_timed(config: Config, monkeypatc
 
 def test_a_path_that_rounds_before_it_compares_is_held_to_its_own_mask():
     """torch's own products in bfloat16, whose v is rounded; and the same with one neuron of 500 lost."""
-    problem = e05.Problem(256, 4000, 8, torch.bfloat16, "cpu", 0)
+    problem = Problem(256, 4000, 8, torch.bfloat16, "cpu", 0)
     for sparsity in (0.5, 0.9):
         threshold = problem.threshold(sparsity)
         v = torch.nn.functional.silu((problem.x @ problem.gate.T).float())
@@ -78,7 +79,7 @@ def test_a_path_that_rounds_before_it_compares_is_held_to_its_own_mask():
         lost = h.index_fill(1, torch.arange(0, 4000, 500), 0.0)
         right, wrong = (y.bfloat16() @ problem.down_t for y in (h, lost))
         errors = [problem.errors({threshold: y}, rounded=True)[threshold] for y in (right, wrong)]
-        assert errors[0] < e05.TOLERANCE[torch.bfloat16] < errors[1]
+        assert errors[0] < TOLERANCE[torch.bfloat16] < errors[1]
         assert problem.errors({threshold: right})[threshold] > 2 * errors[0]
 
 
