@@ -295,7 +295,7 @@ def test_data_parallel(llama: nn.Module, batches: list) -> None:
     replica = mlp._replicate_for_data_parallel()  # as on a second GPU, where weights are plain tensors
     for name in ("gate_proj", "up_proj", "down_proj"):
         linear = getattr(mlp, name)._replicate_for_data_parallel()
-        linear.weight = getattr(mlp, name).weight.detach().clone()
+        linear.weight, linear.bias = getattr(mlp, name).weight.detach().clone(), None
         replica._modules[name] = linear
     with torch.no_grad():
         assert not list(replica.parameters()) and torch.allclose(replica(x), mlp(x), atol=1e-6)
