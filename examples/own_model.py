@@ -27,9 +27,8 @@ def main(name: str, criterion: str = "cats") -> None:
     print(tokenizer.decode(output[0]))
 
     fractions = cats.measure_sparsity(model, batches)
-    print(
-        f"neurons skipped by {criterion}: {sum(fractions.values()) / len(fractions):.1%} on average over {len(fractions)} layers"
-    )
+    mean = sum(fractions.values()) / len(fractions)
+    print(f"neurons skipped by {criterion}: {mean:.1%} on average over {len(fractions)} layers")
     thresholds.save("thresholds.json")  # a few kilobytes; whoever has the model loads them with:
     cats.apply(model, cats.Thresholds.load("thresholds.json"))
     cats.remove(model)  # the original again, bit for bit
