@@ -228,7 +228,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400)
     expected = (
         f"cats.{module} needs the package {package}, which is not installed: "
         "pip install 'cats-sparsity[experiments]' brings it"
