@@ -90,6 +90,12 @@ def criterion(variant: str) -> str:
     return plain if plain in ("dense", "relufication") else plain.rsplit("-", 1)[0]
 
 
+def level(variant: str) -> float | None:
+    """The target that a variant's name gives."""
+    plain = variant.removesuffix("-finetuned").removesuffix("-attention")
+    return TARGET[plain] if plain in TARGET else int(plain.rsplit("-", 1)[1]) / 100
+
+
 def path(variant: str) -> str:
     """What runs on the accuracy path."""
     return "dense" if variant == "dense" else "dense masked"
@@ -136,8 +142,7 @@ def thresholds(model: str = "made-up", scale: float = 0.05, layers: int = 5) -> 
 
 def measured_sparsity(variant: str) -> float:
     """Close to the target."""
-    target = TARGET.get(variant.removesuffix("-finetuned").removesuffix("-attention"), 0.5)
-    return {"relufication": 0.88, "dense": 0.0}.get(variant, (target or 0) + 0.003)
+    return {"relufication": 0.88, "dense": 0.0}.get(variant, (level(variant) or 0) + 0.003)
 
 
 def zero_shot(
@@ -150,7 +155,7 @@ def zero_shot(
     for variant, mean in accuracy.items():
         common = {
             "model": model, "criterion": criterion(variant), "variant": variant, "path": path(variant),
-            "sparsity_target": TARGET.get(variant, 0.5), "sparsity_measured": measured_sparsity(variant),
+            "sparsity_target": level(variant), "sparsity_measured": measured_sparsity(variant),
         }  # fmt: skip
         error = NAN if variant == "dense" else stderr / 2
         change = 0.0 if variant == "dense" else mean - accuracy["dense"]

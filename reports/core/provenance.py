@@ -107,7 +107,9 @@ def run_line(run: Run) -> str:
     if entries:
         names = sorted({name for entry in entries for name in commits(entry)})
         states = sorted({changes(entry) for entry in entries})
-        words.append(f"commit {' and '.join(names)}, {' or '.join(states)}")
+        words.append(
+            f"commit {' and '.join(names)}, " + ", ".join(["in part " * (len(states) > 1) + s for s in states])
+        )
     else:
         words.append("no provenance")
     return f"{run.label}: {'; '.join(words)}"

@@ -55,9 +55,9 @@ def claims_blocks(runs: list[Run], sections: list[Section], judged: pd.DataFrame
         *(block for block in blocks if block != Text("")),
         Heading(1, "Claims in detail"),
         Text(
-            "Accuracies are fractions, “points” hundredths; intervals are 95 %, each for itself: a claim of many comparisons "
-            "fails by one that misses for certain, and is not corrected for their number. The paper's numbers come from its own "
-            "models and hardware, so a ratio or an ordering is compared, not a value."
+            "Accuracies are fractions, “points” hundredths; intervals are 95 %, each for itself: a claim of many "
+            "comparisons fails by one that misses for certain, and is not corrected for their number. The paper's "
+            "numbers come from its own models and hardware, so a ratio or an ordering is compared, not a value."
         ),
         Table(details(judged, several), "What was measured for each claim.", (3.4, 14, 24, 23, 22)),
         Table(pd.DataFrame(rules), "The paper's own figures, and the rules that give the verdicts.", (4, 24, 66)),

@@ -72,15 +72,16 @@ def untested(model: str, reason: str, column: str = "", **more: str) -> Finding:
 
 
 def decide(margins: Iterable[tuple[str, Estimate]]) -> tuple[str, str]:
-    """Verdict, and the reason when it is undecided, from (name, margin) pairs that all have to be positive or 0.
+    """Verdict, and why unless it holds, from (name, margin) pairs that all have to be positive or 0.
 
     One margin that is negative for certain refutes the claim; it holds when all are positive for certain.
     """
     margins = list(margins)
     if not margins:
         return NOT_TESTED, "nothing to compare"
-    if any(margin.known and margin.high < 0 for _, margin in margins):
-        return FAILS, ""
+    missed = _names([name for name, margin in margins if margin.known and margin.high < 0])
+    if missed:
+        return FAILS, f"missed by {missed}"
     unknown = [(name, margin.how) for name, margin in margins if not margin.known]
     if unknown:
         how = _names([how for _, how in unknown])

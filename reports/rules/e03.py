@@ -89,9 +89,9 @@ def c5_sparsity_kept(run: Run) -> list[Finding]:
             for level in LEVELS
         }
         margins = [
-            (f"{variant_name(level)} {side}", one)
+            (variant_name(level), one)
             for level, drift in drifts.items()
-            for side, one in (("low", drift.shifted(WITHIN)), ("high", drift.negative().shifted(WITHIN)))
+            for one in (drift.shifted(WITHIN), drift.negative().shifted(WITHIN))
         ]
         verdict, reason = decide(margins)
         worst = max(drifts, key=lambda level: abs(drifts[level].value))
