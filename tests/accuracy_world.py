@@ -87,21 +87,17 @@ def build_world(root: Path) -> Path:
 
 def profile(world: Path) -> str:
     """A profile in TOML that runs e01, e02, e03, e04 and e07 in that world."""
-    text = f"""include_path = "{world}/tasks"
+    tasks = f"""include_path = "{world}/tasks"
 batch_size = 8
+length = 32
+"""
+    text = f"""{tasks}
 calibration_blocks = 8
 heldout_blocks = 4
-length = 32
-weight_decay = 0.01
-warmup_steps = 1
 """
     training = """train_batch_size = 4
-sweep_steps = 2
-sweep_blocks = 4
-learning_rates = [1e-3, 1e-2]
-sweep_level = 0.7
-seeds = [0, 1]
-steps = [2, 5]
+weight_decay = 0.01
+warmup_steps = 1
 """
     return f"""models = ["{world}/model"]
 device = "cpu"
@@ -130,6 +126,12 @@ tasks = ["tiny_words"]
 levels = [0.5]
 limit = 10
 {text}{training}
+sweep_steps = 2
+sweep_blocks = 4
+learning_rates = [1e-3, 1e-2]
+sweep_level = 0.7
+seeds = [0, 1]
+steps = [2, 5]
 [e04]
 tasks = ["tiny_yes"]
 levels = [0.5]
@@ -139,13 +141,14 @@ train_items = 20
 calibration_items = 16
 sweep_items = 12
 sweep_level = 0.7
-train_batch_size = 4
 learning_rates = [1e-4, 1e-2]
 save_steps = 4
-{text}
+{tasks}{training}
 [e07]
 tasks = ["tiny_words"]
 levels = [0.5]
 limit = 10
-{text}{training.replace("steps = [2, 5]", "steps = 2")}learning_rate = 1e-3
+{text}{training}
+steps = 2
+learning_rate = 1e-3
 """
