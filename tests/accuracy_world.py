@@ -1,9 +1,12 @@
 """A world in which the accuracy experiments take seconds: a tiny model with a tokenizer, text, and YAML tasks."""
 
+import csv
+import gzip
 import json
 import random
 from pathlib import Path
 
+from experiments.framework.profiles import load_profile, make_config
 from experiments.pocket.tokenizer import as_pretrained, train_tokenizer
 from tests.conftest import tiny_model
 
@@ -152,3 +155,22 @@ limit = 10
 steps = 2
 learning_rate = 1e-3
 """
+
+
+def config_of(world, experiment, output, **changes):
+    """The experiment in the world, whose profile is tiny.toml there, with some options changed."""
+    settings = load_profile(str(world / "tiny.toml"))
+    settings[experiment] |= changes
+    return make_config(experiment, "tiny", settings, output)
+
+
+def table(output, name):
+    """Rows of a table of a run directory."""
+    with (output / "results" / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def samples(output, name):
+    """Rows of a table of samples."""
+    with gzip.open(output / "results" / "samples" / f"{name}.csv.gz", "rt") as file:
+        return list(csv.DictReader(file))
