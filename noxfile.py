@@ -99,4 +99,6 @@ def pretrain(s: nox.Session) -> None:
 
 KERNEL_TESTS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*kernel*.py"))
 KERNEL_TESTS += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_triton*.py"))
-KERNEL_TESTS += ["tests/test_reference.py", "tests/test_operator.py"]
+KERNEL_TESTS += [
+    f"tests/test_{name}.py" for name in ("reference", "operator", "operator_recorded", "problem", "cpu_threads")
+]

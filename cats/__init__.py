@@ -4,14 +4,33 @@ thresholds = cats.calibrate(model, batches, sparsity=0.5)
 cats.apply(model, thresholds)
 model.generate(...)
 cats.remove(model)
+
+Names are imported at their first use: `cats.files` and `cats.criteria` need no torch.
 """
 
-from cats.activation import CATSActivation, threshold_activation
-from cats.calibration import Thresholds, calibrate
-from cats.patching import apply, remove
-from cats.relufication import relufy
-from cats.sparsity import measure_sparsity
-from cats.structure import gated_mlps
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cats.activation import CATSActivation, threshold_activation
+    from cats.calibration import calibrate
+    from cats.patching import apply, remove
+    from cats.relufication import relufy
+    from cats.sparsity import measure_sparsity
+    from cats.structure import gated_mlps
+    from cats.thresholds import Thresholds
+
+_HOMES = {
+    "CATSActivation": "activation",
+    "Thresholds": "thresholds",
+    "apply": "patching",
+    "calibrate": "calibration",
+    "gated_mlps": "structure",
+    "measure_sparsity": "sparsity",
+    "relufy": "relufication",
+    "remove": "patching",
+    "threshold_activation": "activation",
+}
 
 __all__ = [
     "CATSActivation",
@@ -24,3 +43,15 @@ __all__ = [
     "remove",
     "threshold_activation",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cats' has no attribute {name!r}")
+    value = getattr(import_module(f"cats.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,161 +1,46 @@
-"""Calibration (equation 3): one pass over sample text gives one threshold a layer for each target sparsity.
+"""Calibration (equation 3): sample text gives thresholds per layer, for every criterion and target sparsity at once.
 
-Activations are streamed into histograms whose bins are the leading bits of the float32 pattern: 2048 bins to each power
-of two, so a bin is at most 0.05 % wide relative to its value whatever the scale, bfloat16 values fall on bin edges
-exactly, and memory (0.7 MB a layer) does not depend on how many tokens are seen.
+Scores are streamed into histograms (`cats.histogram`). Criteria whose score is weighted by a root mean square over the
+same text need a second pass: the first one streams the squares (and whatever needs no weights), the second the weighted
+scores, so that the quantile is that of the very score that is applied. The batches are kept for it, token ids only.
 """
 
-import json
 import math
-import os
-import tempfile
+import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, overload
+from dataclasses import dataclass, field
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
 
-from cats.observe import SITES, Batches, check_sites, observe
+from cats.criteria import BLOCK_INPUTS, Criterion, get
+from cats.devices import compute_dtype, execution_device
+from cats.files import write_text_atomically
+from cats.histogram import Histogram
+from cats.observe import Batches, check_sites, observe
+from cats.structure import attention_linears, gated_mlps, mlp_linears, parts_of, unwrapped
+from cats.thresholds import ByModule, Thresholds, Value, check_sparsity
 
-FORMAT = "cats-thresholds-1"
-_SHIFT = 23 - 11  # float32 has 23 mantissa bits; 11 are kept
-_LOWEST = (127 - 30) << 11  # |v| below 2^-30 shares the first bin
-_HIGHEST = (127 + 16) << 11  # |v| from 2^16 shares the last
+__all__ = [
+    "FEW_TOKENS",
+    "Histogram",
+    "Thresholds",
+    "calibrate",
+    "check_sparsity",
+    "column_norms",
+    "fingerprint",
+    "histograms",
+    "write_text_atomically",
+]
 
-
-class Histogram:
-    """Streaming histogram of |v| over bins of the leading float32 bits; ``counts`` is int64 on the data's device."""
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.counts = torch.zeros(_HIGHEST - _LOWEST + 1, dtype=torch.int64, device=device)
-
-    def add(self, values: Tensor) -> None:
-        """Count ``values`` (any shape, any floating dtype). Raises ValueError on NaN."""
-        magnitude = values.detach().float().abs().flatten()
-        if torch.isnan(magnitude).any():
-            raise ValueError("activations contain NaN: the model is broken or overflows in this dtype")
-        keys = (magnitude.contiguous().view(torch.int32) >> _SHIFT).clamp_(_LOWEST, _HIGHEST) - _LOWEST
-        self.counts += torch.bincount(keys, minlength=len(self.counts))
-
-    @staticmethod
-    def edges() -> Tensor:
-        """Lower edges of the bins, float32, exactly representable; the first is 0."""
-        edges = (torch.arange(_LOWEST, _HIGHEST + 2, dtype=torch.int32) << _SHIFT).view(torch.float32)
-        edges[0] = 0.0
-        return edges
-
-    @property
-    def total(self) -> int:
-        return int(self.counts.sum())
-
-    def threshold(self, sparsity: float) -> float:
-        """The bin edge t for which the fraction of values below t, those that CATS drops, is nearest to ``sparsity``.
-
-        Equation 3 takes the least t with F(t) >= ``sparsity``, where F counts the ties at t too, which CATS keeps. The
-        two differ by at most one bin. That shows where many values are equal, as in bfloat16: no threshold splits a
-        tie, so the sparsity may miss its target by half the tie's share, where equation 3 may miss it by the whole.
-        """
-        below = torch.cat([torch.zeros(1, dtype=torch.int64), self.counts.cpu().cumsum(0)]).double() / self.total
-        # `below` rises with the edge: the crossing bin's two edges are the candidates, the lower one on a tie
-        upper = int(torch.searchsorted(below, torch.tensor(sparsity, dtype=torch.float64)))
-        nearest = upper - 1 if upper and sparsity - below[upper - 1] <= below[upper] - sparsity else upper
-        return float(self.edges()[nearest])
-
-    def fraction_below(self, threshold: float) -> float:
-        """Fraction of values in bins that lie wholly below ``threshold`` (exact when it is a bin edge)."""
-        edges = self.edges()
-        return float(self.counts.cpu()[edges[1:] <= threshold].sum()) / self.total
-
-    def rebinned(self, edges: Tensor) -> Tensor:
-        """Counts in wider bins between ascending ``edges`` (n + 1), int64 (n); a bin goes where its centre is."""
-        fine = self.edges()
-        centre = (fine[:-1] + fine[1:]) / 2
-        index = torch.bucketize(centre.double(), edges.double(), right=True) - 1
-        inside = (index >= 0) & (index < len(edges) - 1)
-        coarse = torch.zeros(len(edges) - 1, dtype=torch.int64)
-        return coarse.index_add_(0, index[inside], self.counts.cpu()[inside])
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """One threshold a layer: what calibration makes, `cats.apply` uses, and JSON stores.
-
-    Attributes:
-        sparsity: the target k in [0, 1).
-        gate, attention_input, mlp_input: module path to threshold, for each calibrated site.
-        model: what the thresholds were made for: model_type, hidden_size, intermediate_size, num_hidden_layers.
-        tokens: how many tokens calibration saw.
-    """
-
-    sparsity: float
-    gate: dict[str, float]
-    attention_input: dict[str, float] = field(default_factory=dict)
-    mlp_input: dict[str, float] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
-    tokens: int = 0
-
-    def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
-        for site in SITES:
-            values = getattr(self, site)
-            valid = isinstance(values, dict) and all(
-                isinstance(name, str)
-                and isinstance(t, int | float)
-                and not isinstance(t, bool)
-                and math.isfinite(t)
-                and t >= 0
-                for name, t in values.items()
-            )
-            if not valid:
-                raise ValueError(f"thresholds of {site} must map module paths to finite non-negative numbers")
-        if not isinstance(self.model, dict):
-            raise ValueError(f"model must be a mapping of what the thresholds were made for, not {self.model!r}")
-        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 0:
-            raise ValueError(f"tokens must be a non-negative whole number, not {self.tokens!r}")
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, atomically."""
-        write_text_atomically(Path(path), json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Thresholds":
-        """Read what `save` wrote. Raises ValueError if the file is not a valid thresholds file."""
-        try:
-            data = json.loads(Path(path).read_text())
-            if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-                raise ValueError(f'its "format" is not "{FORMAT}"')
-            return cls(**data)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is not a CATS thresholds file: {error}") from error
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` so that a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def check_sparsity(sparsity: float) -> None:
-    """Raise ValueError unless ``sparsity`` is in [0, 1)."""
-    if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be a number in [0, 1), not {sparsity!r}")
+FEW_TOKENS = 256
+"""Fewer tokens than this are warned about: quantiles settle with a few thousand."""
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """What thresholds must agree on with a model: its type and its sizes."""
-    config = getattr(model, "config", None)
+    config = getattr(unwrapped(model), "config", None)
     config = getattr(config, "text_config", None) or config
     keys = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers")
     return {key: getattr(config, key) for key in keys if hasattr(config, key)}
@@ -165,59 +50,269 @@ def histograms(
     model: nn.Module, batches: Batches, sites: Iterable[str] = ("gate",)
 ) -> tuple[dict[tuple[str, str], Histogram], int]:
     """One `Histogram` per (site, module path), and the number of tokens seen. Raises as `cats.observe.observe`."""
-    found: dict[tuple[str, str], Histogram] = {}
+    statistics = _Statistics(plain=check_sites(sites))
+    tokens = observe(model, batches, statistics.record, statistics.sites())
+    return {key[1:]: histogram for key, histogram in statistics.histograms.items()}, tokens
 
-    def record(site: str, name: str, values: Tensor) -> None:
+
+@torch.no_grad()
+def column_norms(linear: nn.Module) -> Tensor:
+    """Euclidean norm of each column of a linear layer's weight, float32 (in_features,) on the CPU.
+
+    A layer of another kind than torch's (adapters, quantised weights, offloaded ones) is fed with unit vectors.
+    """
+    weight: Any = linear._parameters.get("weight")
+    if type(linear) is nn.Linear and type(weight) is nn.Parameter and not weight.is_meta:
+        return torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32).cpu()
+    width = int(cast(Any, linear).in_features)
+    options: dict[str, Any] = {"dtype": compute_dtype(linear), "device": execution_device(linear)}
+    # forward, and not the call: a mask that a patch has put on the input must not act
+    bias = linear.forward(torch.zeros(1, width, **options)).float()
+    norms = []
+    for start in range(0, width, 256):
+        unit = torch.zeros(min(256, width - start), width, **options)
+        unit[torch.arange(len(unit)), torch.arange(len(unit)) + start] = 1
+        norms.append((linear.forward(unit).float() - bias).norm(dim=-1).cpu())
+    return torch.cat(norms)
+
+
+@dataclass
+class _Statistics:
+    """What one pass streams.
+
+    Attributes:
+        plain: sites whose values get a histogram as they are.
+        squares_of: sites whose mean squares are wanted.
+        weights: (criterion, site, module path) to the weights of a score that gets a histogram.
+        histograms: (criterion, site, module path) to histogram, the criterion "" for plain values.
+        squares: (site, module path) to the sum of squares per neuron, float64.
+    """
+
+    plain: tuple[str, ...] = ()
+    squares_of: tuple[str, ...] = ()
+    weights: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
+    histograms: dict[tuple[str, str, str], Histogram] = field(default_factory=dict)
+    squares: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    counts: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def sites(self) -> tuple[str, ...]:
+        """What has to be watched."""
+        return tuple(dict.fromkeys((*self.plain, *self.squares_of, *(site for _, site, _ in self.weights))))
+
+    def record(self, site: str, name: str, values: Tensor) -> None:
+        if site in self.plain:
+            self._add(("", site, name), values)
+        for key, weights in self.weights.items():
+            if key[1:] == (site, name):
+                if weights.device != values.device:
+                    self.weights[key] = weights = weights.to(values.device)
+                self._add(key, values.float() * weights)
+        if site in self.squares_of:
+            total = values.float().square().sum(0, dtype=torch.float64)
+            self.squares[site, name] = self.squares[site, name] + total if (site, name) in self.squares else total
+            self.counts[site, name] = self.counts.get((site, name), 0) + len(values)
+
+    def _add(self, key: tuple[str, str, str], values: Tensor) -> None:
         try:
-            found.setdefault((site, name), Histogram(values.device)).add(values)
+            self.histograms.setdefault(key, Histogram(values.device)).add(values)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise ValueError(f"{key[2]}: {error}") from error
 
-    tokens = observe(model, batches, record, sites)
-    return found, tokens
+    def rms(self, site: str, name: str) -> Tensor:
+        return (self.squares[site, name] / self.counts[site, name]).sqrt().float().cpu()
+
+
+@dataclass
+class _Layer:
+    """`cats.criteria.Layer` of one module."""
+
+    name: str
+    linear: nn.Module
+    statistics: _Statistics
+
+    def rms(self, site: str) -> Tensor:
+        if (site, self.name) not in self.statistics.squares:
+            raise ValueError(f"the root mean square of {site} is not known: the criterion's rms_of lacks {site!r}")
+        return self.statistics.rms(site, self.name)
+
+    def norms(self) -> Tensor:
+        return column_norms(self.linear)
+
+
+def _modules(model: nn.Module, site: str) -> dict[str, nn.Module]:
+    """Path of each module that gets a value at ``site``, to the linear layer that multiplies what is scored there."""
+    if site == "mlp_linears":
+        return {path: mlp._modules[part] for path, (mlp, part) in mlp_linears(model).items()}
+    if site == "attention_linears":
+        return attention_linears(model)
+    return {path: mlp._modules[parts_of(mlp).down] for path, mlp in gated_mlps(model).items()}
+
+
+def _sites_of(criterion: Criterion, sites: Iterable[str] | None) -> tuple[str, ...]:
+    if sites is None:
+        return criterion.sites
+    sites = check_sites(sites)
+    allowed = (*criterion.sites, *criterion.other_sites)
+    wrong = [site for site in sites if site not in allowed]
+    if wrong:
+        raise ValueError(f"criterion {criterion.name!r} has no site {wrong[0]}: allowed are {', '.join(allowed)}")
+    return sites
+
+
+def _weights(
+    model: nn.Module, criterion: Criterion, sites: Iterable[str], statistics: _Statistics
+) -> dict[tuple[str, str, str], Tensor]:
+    weights = {}
+    for site in sites:
+        if site in BLOCK_INPUTS:
+            continue
+        for path, linear in _modules(model, site).items():
+            own = criterion.weights(_Layer(path, linear, statistics))
+            if own is not None:
+                weights[criterion.name, site, path] = own.detach().float().cpu()
+    return weights
+
+
+def _stream(
+    model: nn.Module, batches: Batches, criteria: Sequence[Criterion], sites: dict[str, tuple[str, ...]]
+) -> tuple[_Statistics, int]:
+    """Histograms of all scores and the weights in them, in one pass or two; and how many tokens were seen."""
+    gated_mlps(model)  # says what is wrong with the model first
+    rms_of = tuple(dict.fromkeys(site for criterion in criteria for site in criterion.rms_of))
+    statistics = _Statistics(squares_of=rms_of)
+    for criterion in criteria:
+        if not criterion.rms_of:
+            statistics.weights |= _weights(model, criterion, sites[criterion.name], statistics)
+    all_weights, scored = dict(statistics.weights), [c for c in criteria if c.scored]
+    statistics.weights = {k: w for k, w in all_weights.items() if get(k[0]).scored}
+    weighted = {(criterion, site) for criterion, site, _ in all_weights}
+    statistics.plain = tuple(
+        dict.fromkeys(
+            site
+            for c in scored
+            for site in sites[c.name]
+            if site in BLOCK_INPUTS or not (c.rms_of or (c.name, site) in weighted)
+        )
+    )
+    if not statistics.sites():
+        statistics.weights = all_weights
+        return statistics, 0
+    if rms_of:
+        batches = list(batches)
+    tokens = observe(model, batches, statistics.record, statistics.sites())
+    if rms_of:
+        second = _Statistics()
+        for criterion in criteria:
+            if criterion.rms_of:
+                second.weights |= _weights(model, criterion, sites[criterion.name], statistics)
+        if second.weights:
+            observe(model, batches, second.record, second.sites())
+        statistics.histograms |= second.histograms
+        all_weights |= second.weights
+    statistics.weights = all_weights
+    return statistics, tokens
+
+
+def _thresholds(
+    model: nn.Module,
+    criterion: Criterion,
+    sites: tuple[str, ...],
+    target: float,
+    statistics: _Statistics,
+    tokens: int,
+) -> Thresholds:
+    by_site: dict[str, ByModule] = {}
+    for site in sites:
+        if site in BLOCK_INPUTS:
+            plain = {name: h for (_, s, name), h in statistics.histograms.items() if s == site}
+            by_site[site] = {name: histogram.threshold(target) for name, histogram in plain.items()}
+            continue
+        by_site[site] = {}
+        for path in _modules(model, site):
+            key = (criterion.name, site, path)
+            weights = statistics.weights.get(key)
+            histogram = statistics.histograms.get(key if weights is not None else ("", site, path))
+            by_site[site][path] = _parameter(criterion, target, weights, histogram)
+    level = float(target) if criterion.has_level else 0.0
+    seen = tokens if criterion.scored or criterion.rms_of else 0
+    return Thresholds(level, model=fingerprint(model), tokens=seen, criterion=criterion.name, **by_site)
+
+
+def _parameter(criterion: Criterion, target: float, weights: Tensor | None, histogram: Histogram | None) -> Value:
+    return criterion.parameter(target, weights, histogram.threshold if histogram is not None else lambda _k: math.nan)
 
 
 @overload
 def calibrate(
-    model: nn.Module, batches: Batches, sparsity: float = 0.5, sites: Iterable[str] = ("gate",)
+    model: nn.Module,
+    batches: Batches,
+    sparsity: float = 0.5,
+    sites: Iterable[str] | None = None,
+    criterion: str = "cats",
 ) -> Thresholds: ...
 @overload
 def calibrate(
-    model: nn.Module, batches: Batches, sparsity: Sequence[float], sites: Iterable[str] = ("gate",)
+    model: nn.Module,
+    batches: Batches,
+    sparsity: Sequence[float],
+    sites: Iterable[str] | None = None,
+    criterion: str = "cats",
 ) -> dict[float, Thresholds]: ...
+@overload
 def calibrate(
-    model: nn.Module, batches: Batches, sparsity: float | Sequence[float] = 0.5, sites: Iterable[str] = ("gate",)
-) -> Thresholds | dict[float, Thresholds]:
-    """Thresholds at the ``sparsity``-quantile of each layer's |act(x W_gate)| over sample text (equation 3).
+    model: nn.Module,
+    batches: Batches,
+    sparsity: Any = 0.5,
+    sites: Iterable[str] | None = None,
+    criterion: Any = "cats",
+) -> Any: ...
+def calibrate(
+    model: nn.Module,
+    batches: Batches,
+    sparsity: Any = 0.5,
+    sites: Iterable[str] | None = None,
+    criterion: Any = "cats",
+) -> Any:
+    """Thresholds at the ``sparsity``-quantile of a criterion's score per layer over sample text (equation 3).
 
-    On a patched model the activations are those before its thresholds, formed with the thresholds of earlier layers in
+    On a patched model the values are those before its thresholds, formed with the thresholds of earlier layers in
     force: calibrating again and applying the result moves a fine-tuned model back onto its target.
 
     Args:
         model: a causal language model with gated MLPs, in any dtype.
         batches: mappings with ``input_ids`` and optionally ``attention_mask`` (padding is left out), as a tokenizer
-            returns them, or tensors of ids.
-        sparsity: the target k in [0, 1), or several, all served by the same pass.
-        sites: ``gate`` (the method), and for appendix B ``attention_input`` and ``mlp_input``.
+            returns them, or tensors of ids. Gone through once, however many targets and criteria there are; twice, over
+            a copy of the ids, where a criterion weighs its score with a root mean square (chess, gate-norm, up-norm);
+            not at all where none has a score (oracle, random, relufication).
+        sparsity: the target k in [0, 1), or several.
+        sites: where thresholds act: None for the criterion's own; for CATS ``gate``, and for appendix B
+            ``attention_input`` and ``mlp_input`` too; for teal and wina ``mlp_linears`` and ``attention_linears``.
+        criterion: name of a criterion (`cats.criteria.names`), or several.
 
     Returns:
-        Thresholds, or a dict from target to Thresholds when several were asked for.
+        Thresholds; a dict from target to Thresholds when several targets were asked for; and a dict from criterion to
+        these when several criteria were.
 
     Raises:
-        TypeError, ValueError: a target outside [0, 1), no gated MLP, NaN activations, an unknown site, and as
-            `cats.observe.observe`.
+        TypeError, ValueError: a target outside [0, 1), an unknown criterion or site, no gated MLP, NaN activations, and
+            as `cats.observe.observe`.
     """
-    targets = [sparsity] if isinstance(sparsity, int | float) else list(sparsity)
+    targets = list(sparsity) if isinstance(sparsity, Iterable) and not isinstance(sparsity, str) else [sparsity]
     if not targets:
         raise ValueError("no target sparsity given: sparsity must be a number in [0, 1) or a sequence of them")
     for target in targets:
         check_sparsity(target)
-    sites = check_sites(sites)
-    found, tokens = histograms(model, batches, sites)
-    made = {}
-    for target in targets:
-        by_site: dict[str, dict[str, float]] = {site: {} for site in SITES}
-        for (site, name), histogram in found.items():
-            by_site[site][name] = histogram.threshold(target)
-        made[target] = Thresholds(float(target), **by_site, model=fingerprint(model), tokens=tokens)
-    return made[targets[0]] if isinstance(sparsity, int | float) else made
+    criteria = [get(name) for name in ([criterion] if isinstance(criterion, str) else list(criterion))]
+    if not criteria:
+        raise ValueError("no criterion given: criterion must be a name or a sequence of names")
+    sites_of = {c.name: _sites_of(c, sites) for c in criteria}
+    statistics, tokens = _stream(model, batches, criteria, sites_of)
+    if 0 < tokens < FEW_TOKENS:
+        warnings.warn(
+            f"these thresholds come from {tokens} tokens only; quantiles settle with a few thousand", stacklevel=2
+        )
+    made: dict[str, Any] = {}
+    for c in criteria:
+        by_target = {t: _thresholds(model, c, sites_of[c.name], t, statistics, tokens) for t in targets}
+        made[c.name] = by_target if isinstance(sparsity, Iterable) else by_target[targets[0]]
+    return made[criterion] if isinstance(criterion, str) else made

@@ -23,11 +23,13 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from cats.calibration import Thresholds, calibrate, write_text_atomically
+from cats.calibration import calibrate
 from cats.extras import missing
+from cats.files import write_text_atomically
 from cats.observe import Batches
-from cats.patching import sites_in_force, swap_thresholds
+from cats.patching import criterion_in_force, sites_in_force, swap_thresholds
 from cats.structure import gated_mlps
+from cats.thresholds import Thresholds
 
 try:
     import accelerate
@@ -163,7 +165,7 @@ def recalibrate(model: nn.Module, batches: Batches, sparsity: float) -> Threshol
     Raises:
         ValueError: the model is not patched by `cats.apply`, and as `cats.calibrate`.
     """
-    thresholds = calibrate(model, batches, sparsity, sites_in_force(model))
+    thresholds = calibrate(model, batches, sparsity, sites_in_force(model), criterion_in_force(model))
     swap_thresholds(model, thresholds)
     return thresholds
 

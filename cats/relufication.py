@@ -2,8 +2,9 @@
 
 from torch import nn
 
-from cats.patching import State
-from cats.structure import activation_name, check_equation_1, gated_mlps
+from cats.patching import apply
+from cats.structure import gated_mlps
+from cats.thresholds import Thresholds
 
 
 def relufy(model: nn.Module) -> None:
@@ -16,9 +17,4 @@ def relufy(model: nn.Module) -> None:
     patched = [name for name, mlp in mlps.items() if hasattr(mlp, "cats_state")]
     if patched:
         raise ValueError(f"{patched[0]} is patched already: call cats.remove(model) first")
-    for name, mlp in mlps.items():
-        check_equation_1(name, mlp)
-    for mlp in mlps.values():
-        attribute = activation_name(mlp)
-        mlp.cats_state = State(getattr(mlp, attribute))
-        setattr(mlp, attribute, nn.ReLU())
+    apply(model, Thresholds(0.0, dict.fromkeys(mlps, 0.0), criterion="relufication"), kernel="reference")

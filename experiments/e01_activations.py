@@ -84,7 +84,7 @@ def measure(config: Config, name: str) -> list[Row]:
             bars = zip(edges[:-1].tolist(), edges[1:].tolist(), counts, strict=True)
             rows += [HistogramRow(name, layer, index, left, right, count) for left, right, count in bars]
         for target, thresholds in made.items():
-            threshold = thresholds.gate[layer]
+            threshold = float(thresholds.gate[layer])
             calibration = histogram.fraction_below(threshold)
             rows.append(ThresholdRow(name, layer, index, target, threshold, calibration, below[target, "gate", layer]))
     config.notes["calibration_tokens"] = tokens

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cats_kernels.cpu import sparse_gated_mlp_cpu
+from cats_kernels.cpu.launch import sparse_gated_mlp_cpu
+from cats_kernels.problem import inputs, weights
 from torch import Tensor
 
-from experiments.framework.results import machine_name
+from experiments.framework.provenance import machine_name
 from experiments.framework.timing import last_level_cache_bytes, measure
-from tests.mlp_cases import clear_threshold, inputs, weights
+from tests.mlp_cases import gate_threshold
 
 BASELINE = Path(__file__).with_name("bench_baseline.json")
 BAND = 0.25
@@ -45,7 +46,7 @@ def ratios(dtype_name: str, kernel: Kernel = sparse_gated_mlp_cpu, rounds: int =
         "dense": lambda: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
     }
     for sparsity in SPARSITIES:
-        threshold = clear_threshold(x, gate, sparsity) if sparsity else 0.0
+        threshold = gate_threshold(x, gate, sparsity) if sparsity else 0.0
         calls[str(sparsity)] = lambda threshold=threshold: kernel(x, gate, up, down_t, threshold)
     times = {name: timing.p50_ms for name, timing in measure(calls, warmups=3, rounds=rounds).items()}
     found = {f"dense/{s}": times["dense"] / times[str(s)] for s in SPARSITIES}

@@ -5,13 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from cats_kernels import cpu_kernels, sparse_gated_mlp, sparse_gated_mlp_reference
-from cats_kernels.cpu import DENSE_ROWS, sparse_gated_mlp_cpu
-from cats_kernels.cpu_variants import VARIANTS
+from cats_kernels import sparse_gated_mlp, sparse_gated_mlp_reference
+from cats_kernels.ablation.cpu import VARIANTS
+from cats_kernels.cpu import kernels
+from cats_kernels.cpu.launch import sparse_gated_mlp_cpu
+from cats_kernels.dispatch import SPARSE_ROWS
+from cats_kernels.problem import TOLERANCE, Problem, inputs, oracle, relative_error, weights
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.mlp_cases import TOLERANCE, clear_threshold, error, inputs, oracle, same_pattern, weights
+from tests.mlp_cases import gate_threshold, same_pattern, threshold_of_kind
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -31,16 +34,44 @@ def restore_threads():
     sparsity=st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
     dtype=st.sampled_from(DTYPES),
     activation=st.sampled_from(["silu", "gelu_tanh"]),
+    kind=st.sampled_from(["number", "one", "vector"]),
+    decider=st.sampled_from(["gate", "up"]),
     seed=st.integers(0, 1000),
 )
-@example(d=1, m=1, rows=1, sparsity=0.0, dtype=torch.bfloat16, activation="silu", seed=0)
-@example(d=1, m=257, rows=8, sparsity=0.5, dtype=torch.float32, activation="silu", seed=0)
-def test_any_shape(d, m, rows, sparsity, dtype, activation, seed):
-    x, parameters = inputs(rows, d, dtype, seed), weights(d, m, dtype, seed + 1)
-    threshold = 0.0 if sparsity == 0 else clear_threshold(x, parameters[0], sparsity, activation)
-    y = sparse_gated_mlp_cpu(x, *parameters, threshold, activation)
-    assert y.shape == x.shape and y.dtype == dtype
-    assert error(y, oracle(x, *parameters, threshold, activation)) < TOLERANCE[dtype]
+@example(1, 1, 1, 0.0, torch.bfloat16, "silu", "number", "gate", 0)
+@example(1, 257, 8, 0.5, torch.float32, "silu", "number", "gate", 0)
+@example(1, 1, 1, 0.5, torch.float32, "gelu_tanh", "vector", "up", 0)
+@example(33, 257, 3, 0.5, torch.bfloat16, "gelu_tanh", "vector", "up", 0)
+def test_any_shape(d, m, rows, sparsity, dtype, activation, kind, decider, seed):
+    made = Problem(d, m, rows, dtype, seed=seed, activation=activation, decider=decider)
+    threshold = threshold_of_kind(made, kind, sparsity)
+    y = sparse_gated_mlp_cpu(*made.arguments(threshold))
+    assert y.shape == made.x.shape and y.dtype == dtype
+    assert made.error(y, threshold) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("decider", ["gate", "up"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_vector_is_one_threshold_per_neuron(decider, rows):
+    """Neuron j has threshold 0 or infinity: what is kept is known from the vector alone."""
+    made = Problem(32, 300, rows, decider=decider)
+    vector = torch.zeros(300)
+    vector[::3] = math.inf
+    keep = vector == 0
+    dense = oracle(made.x, made.gate[keep], made.up[keep], made.down_t[keep], 0.0)
+    assert relative_error(sparse_gated_mlp_cpu(*made.arguments(vector)), dense) < 1e-5
+    number = made.threshold(0.5)
+    outputs = [made.arguments(t) for t in (number, torch.tensor(number), torch.full((300,), number))]
+    first, *others = (sparse_gated_mlp_cpu(*arguments) for arguments in outputs)
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_the_papers_kernels_say_what_they_do_not_take():
+    made = Problem(8, 16, 1)
+    for name in VARIANTS.keys() - {"cats"}:
+        for arguments in (made.arguments(torch.tensor(0.1)), (*made.arguments(0.1)[:6], "up")):
+            with pytest.raises(ValueError, match="take one number as threshold and decider 'gate'"):
+                VARIANTS[name](*arguments)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -48,31 +79,32 @@ def test_any_shape(d, m, rows, sparsity, dtype, activation, seed):
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.97, 1.0])
 def test_variants_agree_with_the_oracle(name, rows, sparsity):
     x, parameters = inputs(rows, 70), weights(70, 300)
-    threshold = clear_threshold(x, parameters[0], sparsity)
-    assert error(VARIANTS[name](x, *parameters, threshold), oracle(x, *parameters, threshold)) < 1e-5
+    threshold = gate_threshold(x, parameters[0], sparsity)
+    assert relative_error(VARIANTS[name](x, *parameters, threshold), oracle(x, *parameters, threshold)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_wide_rows_are_taken_in_pieces(dtype):
     x, parameters = inputs(8, 2500, dtype), weights(2500, 20, dtype)
-    threshold = clear_threshold(x, parameters[0], 0.5)
+    threshold = gate_threshold(x, parameters[0], 0.5)
     y = sparse_gated_mlp_cpu(x, *parameters, threshold)
-    assert error(y, oracle(x, *parameters, threshold)) < TOLERANCE[dtype]
+    assert relative_error(y, oracle(x, *parameters, threshold)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [9, 20, 70])
 def test_many_rows(dtype, rows):
     x, parameters = inputs(rows, 32, dtype), weights(32, 48, dtype)
-    threshold = clear_threshold(x, parameters[0], 0.5)
+    threshold = gate_threshold(x, parameters[0], 0.5)
     y = sparse_gated_mlp_cpu(x, *parameters, threshold)
-    assert error(y, oracle(x, *parameters, threshold)) < TOLERANCE[dtype]
+    assert relative_error(y, oracle(x, *parameters, threshold)) < TOLERANCE[dtype]
 
 
 def test_above_the_crossover_the_dense_path_runs(monkeypatch):
-    x, parameters = inputs(DENSE_ROWS[torch.float32] + 1, 8), weights(8, 8)
-    monkeypatch.setattr("cats_kernels.cpu.cats_kernel", None)
-    assert torch.equal(sparse_gated_mlp_cpu(x, *parameters, 0.1), sparse_gated_mlp_reference(x, *parameters, 0.1))
+    rows = int(SPARSE_ROWS["cpu", torch.float32]) + 1
+    x, parameters = inputs(rows, 8), weights(8, 8)
+    monkeypatch.setattr("cats_kernels.cpu.launch.serial_kernel", None)
+    assert torch.equal(VARIANTS["cats"](x, *parameters, 0.1), sparse_gated_mlp_reference(x, *parameters, 0.1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,7 +115,7 @@ def test_ties_are_kept(name, dtype):
     gate = torch.tensor([[2.0, 1.0, 0.0], [2.0, 0.5, 0.5]]).to(dtype)
     up = torch.ones(2, 3).to(dtype)
     down_t = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).to(dtype)
-    tie = float(cpu_kernels.activate(np.float32(4), False))  # the kernel's own float32 value of SiLU(4)
+    tie = float(kernels.activate(np.float32(4), False))  # the kernel's own float32 value of SiLU(4)
     if name == "gather":
         tie = torch.nn.functional.silu(torch.tensor(4.0, dtype=dtype)).item()
     kept = VARIANTS[name](x, gate, up, down_t, tie)
@@ -93,15 +125,33 @@ def test_ties_are_kept(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("decider", ["gate", "up"])
+@pytest.mark.parametrize("vector", [False, True])
+def test_ties_are_kept_by_both_deciders(decider, vector, dtype):
+    x = torch.tensor([[1.0, 2.0, 1.0]]).to(dtype)
+    deciding, other = torch.tensor([[2.0, 1.0, 0.0], [2.0, 0.5, 0.5]]).to(dtype), torch.ones(2, 3).to(dtype)
+    gate, up = (deciding, other) if decider == "gate" else (other, deciding)
+    down_t = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).to(dtype)
+    tie = np.float32(kernels.activate(np.float32(4), False) if decider == "gate" else 4)
+    for number, kept in ((tie, True), (np.nextafter(tie, np.float32(math.inf)), False)):
+        threshold = torch.tensor([number, 0.0]) if vector else float(number)
+        y = sparse_gated_mlp_cpu(x, gate, up, down_t, threshold, "silu", decider)
+        assert (y[0, 0] != 0) == kept and (y[0, 1] != 0) == vector
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("decider", ["gate", "up"])
 @pytest.mark.parametrize("values", [[math.nan], [math.inf], [-math.inf], [math.inf, -math.inf], [math.nan, math.inf]])
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1e30])
-def test_nan_and_infinity_as_the_reference(dtype, activation, values, threshold):
+def test_nan_and_infinity_as_the_reference(dtype, activation, decider, values, threshold):
     x, parameters = inputs(3, 40, dtype), weights(40, 50, dtype)
-    healthy = sparse_gated_mlp_cpu(x, *parameters, threshold, activation)
+    options = (threshold, activation, decider)
+    healthy = sparse_gated_mlp_cpu(x, *parameters, *options)
     x[1, : len(values)] = torch.tensor(values, dtype=dtype)
-    y = sparse_gated_mlp_cpu(x, *parameters, threshold, activation)
-    assert same_pattern(y, sparse_gated_mlp_reference(x, *parameters, threshold, activation))
+    y = sparse_gated_mlp_cpu(x, *parameters, *options)
+    assert same_pattern(y, sparse_gated_mlp_reference(x, *parameters, *options))
+    assert same_pattern(y, oracle(x, *parameters, *options))
     assert not y[1].isfinite().all()
     assert torch.equal(y[[0, 2]], healthy[[0, 2]])  # the other rows are untouched
 
@@ -128,7 +178,7 @@ def test_broken_weights(value, rows):
     up[:, 0] = value  # dropped neurons must not bring it in, kept ones must
     dropped = sparse_gated_mlp_cpu(x, gate, up, down_t, 1e9)
     assert dropped.eq(0).all()
-    arguments = (x, gate, up, down_t, clear_threshold(x, gate, 0.5))
+    arguments = (x, gate, up, down_t, gate_threshold(x, gate, 0.5))
     assert same_pattern(sparse_gated_mlp_cpu(*arguments), sparse_gated_mlp_reference(*arguments))
 
 
@@ -143,28 +193,18 @@ def test_bit_identical_from_run_to_run_at_any_number_of_threads(dtype, rows):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_uses_as_many_threads_as_torch_and_fewer_for_little_work():
-    import numba
-    from cats_kernels.cpu import WEIGHTS_PER_THREAD, set_threads
-
-    torch.set_num_threads(2)
-    many = min(2, numba.config.NUMBA_NUM_THREADS)
-    assert set_threads(100 * WEIGHTS_PER_THREAD) == numba.get_num_threads() == many
-    assert set_threads(100) == numba.get_num_threads() == 1
-    torch.set_num_threads(1)
-    assert set_threads(100 * WEIGHTS_PER_THREAD) == 1
-
-
-def test_unused_rows_are_not_read():
-    """Rows of up and down that are dropped may hold anything: the point of the kernel, seen without a clock."""
-    x, (gate, up, down_t) = inputs(1, 32), weights(32, 600)
-    threshold = clear_threshold(x, gate, 0.7)
-    before = sparse_gated_mlp_cpu(x, gate, up, down_t, threshold)
-    dropped = torch.nn.functional.silu(x @ gate.T)[0].abs() < threshold
+@pytest.mark.parametrize("decider", ["gate", "up"])
+def test_unused_rows_are_not_read(decider):
+    """Rows of the other two weights that are dropped may hold anything: the point of the kernel, seen without a
+    clock."""
+    made = Problem(32, 600, 1, decider=decider)
+    threshold = made.threshold(0.7)
+    before = sparse_gated_mlp_cpu(*made.arguments(threshold))
+    dropped = ~made.kept(threshold)[0]
     assert 0.6 < dropped.float().mean() < 0.8
-    up[dropped] = math.nan
-    down_t[dropped] = math.nan
-    assert torch.equal(sparse_gated_mlp_cpu(x, gate, up, down_t, threshold), before)
+    (made.up if decider == "gate" else made.gate)[dropped] = math.nan
+    made.down_t[dropped] = math.nan
+    assert torch.equal(sparse_gated_mlp_cpu(*made.arguments(threshold)), before)
 
 
 def test_parameters_that_require_gradients_work_without_them():
@@ -181,5 +221,5 @@ def test_compiles_without_a_cache_where_none_can_be_written(monkeypatch):
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(cpu_kernels, "njit", no_cache)
-    assert cpu_kernels.jit()(len) is len
+    monkeypatch.setattr(kernels, "njit", no_cache)
+    assert kernels.jit()(len) is len

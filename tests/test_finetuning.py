@@ -225,9 +225,9 @@ def test_recalibrate_keeps_the_sites_and_the_kernel():
     assert (mlp.cats_state.sparse, mlp.cats_state.kernel) == (True, "cpu")
     first = "model.layers.0"
     assert mlp.act_fn.threshold == thresholds.gate[f"{first}.mlp"] > low.gate[f"{first}.mlp"]
-    assert mlp.cats_input_threshold == thresholds.mlp_input[f"{first}.mlp"] > low.mlp_input[f"{first}.mlp"]
+    assert mlp.cats_input.threshold == thresholds.mlp_input[f"{first}.mlp"] > low.mlp_input[f"{first}.mlp"]
     # nothing lies before the first attention block, so that its input is that of the dense model
-    assert attention.cats_input_threshold == high.attention_input[f"{first}.self_attn"]
+    assert attention.cats_input.threshold == high.attention_input[f"{first}.self_attn"]
     with pytest.raises(ValueError, match=r"has no threshold: call cats\.apply"):
         recalibrate(tiny_model(), batches, 0.7)
 

@@ -1,4 +1,4 @@
-"""The operator: validation, choice of backend, registration with torch.library."""
+"""The operator in eager mode: validation, the choice of backend and path, autocast."""
 
 import math
 import os
@@ -7,10 +7,8 @@ import sys
 
 import pytest
 import torch
-from cats_kernels import operator, sparse_gated_mlp, sparse_gated_mlp_reference
-from cats_kernels.cpu import sparse_gated_mlp_cpu
-
-from tests.mlp_cases import error, inputs, oracle, weights
+from cats_kernels import dispatch, path_of, sparse_gated_mlp, sparse_gated_mlp_reference
+from cats_kernels.problem import TOLERANCE, Problem, inputs, oracle, relative_error, weights
 
 
 @pytest.fixture
@@ -23,7 +21,7 @@ def test_keeps_leading_dimensions_and_takes_non_contiguous_x(problem):
     x = inputs(6, 32).reshape(3, 2, 32)[..., ::2]
     y = sparse_gated_mlp(x, *parameters)
     assert y.shape == x.shape and y.is_contiguous()
-    assert error(y.reshape(6, 16), oracle(x.reshape(6, 16), *parameters)) < 1e-5
+    assert relative_error(y.reshape(6, 16), oracle(x.reshape(6, 16), *parameters)) < 1e-5
     assert sparse_gated_mlp(x[0, 0], *parameters).shape == (16,)
     assert sparse_gated_mlp(x[:0], *parameters).shape == (0, 2, 16)
 
@@ -42,7 +40,12 @@ def test_keeps_leading_dimensions_and_takes_non_contiguous_x(problem):
         (3, torch.randn(16, 24).T, ValueError, "down_weight_t is not contiguous"),
         (1, torch.randn(24, 16, device="meta"), ValueError, "gate_weight is on meta; it must be on cpu"),
         (4, math.nan, ValueError, "threshold is NaN"),
-        (4, torch.tensor(0.1), TypeError, "threshold is a Tensor; it must be a Python number"),
+        (4, "0.1", TypeError, "threshold is a str; it must be a number or a float32 tensor"),
+        (4, True, TypeError, "threshold is a bool; it must be a number"),
+        (4, torch.tensor(0.1).double(), TypeError, "tensor of torch.float64; a tensor must be torch.float32"),
+        (4, torch.ones(16), ValueError, r"threshold is \(16,\); a tensor must be \(m,\) = \(24,\) or \(\)"),
+        (4, torch.ones(1, 24), ValueError, r"threshold is \(1, 24\)"),
+        (4, torch.ones((), device="meta"), ValueError, "threshold is on meta; a tensor must be on cpu"),
     ],
 )
 def test_says_what_is_wrong(problem, index, value, error_type, message):
@@ -56,6 +59,8 @@ def test_unknown_names(problem):
         sparse_gated_mlp(*problem, activation="relu")
     with pytest.raises(ValueError, match="backend is 'cuda'; allowed: 'auto', 'reference', 'cpu', 'triton'"):
         sparse_gated_mlp(*problem, backend="cuda")
+    with pytest.raises(ValueError, match="decider is 'down'; allowed: 'gate', 'up'"):
+        sparse_gated_mlp(*problem, decider="down")
 
 
 def test_refuses_gradients(problem):
@@ -64,56 +69,101 @@ def test_refuses_gradients(problem):
         sparse_gated_mlp(*problem)
     with torch.no_grad():
         sparse_gated_mlp(*problem)
+    problem[0], problem[4] = problem[0].detach(), torch.full((24,), 0.1, requires_grad=True)
+    with pytest.raises(RuntimeError, match="for inference and has no gradient"):
+        sparse_gated_mlp(*problem)
 
 
 @pytest.mark.parametrize(
     ("backend", "device", "dtype", "expected"),
     [
-        ("auto", "cpu", torch.float32, sparse_gated_mlp_cpu),
-        ("auto", "cpu", torch.bfloat16, sparse_gated_mlp_cpu),
-        ("auto", "cpu", torch.float64, sparse_gated_mlp_reference),
-        ("auto", "cpu", torch.float16, sparse_gated_mlp_reference),
-        ("auto", "mps", torch.float32, sparse_gated_mlp_reference),
-        ("auto", "cuda", torch.float64, sparse_gated_mlp_reference),
-        ("cpu", "cpu", torch.bfloat16, sparse_gated_mlp_cpu),
-        ("reference", "cuda", torch.float32, sparse_gated_mlp_reference),
+        ("auto", "cpu", torch.float32, "cpu"),
+        ("auto", "cpu", torch.bfloat16, "cpu"),
+        ("auto", "cpu", torch.float64, "reference"),
+        ("auto", "cpu", torch.float16, "reference"),
+        ("auto", "mps", torch.float32, "reference"),
+        ("auto", "cuda", torch.float64, "reference"),
+        ("cpu", "cpu", torch.bfloat16, "cpu"),
+        ("reference", "cuda", torch.float32, "reference"),
     ],
 )
 def test_chosen_backend(backend, device, dtype, expected):
-    assert operator.choose_backend(backend, device, dtype) is expected
+    assert dispatch.choose_backend(backend, device, dtype) == expected
 
 
-def test_backends_that_cannot_run(problem, monkeypatch):
+@pytest.fixture
+def fresh_choice():
+    """`choose_backend` decides once per combination: here again, and again after the test."""
+    caches = (dispatch.choose_backend, dispatch._cpu, dispatch._triton)
+    for function in caches:
+        function.cache_clear()
+    yield
+    dispatch.choose_backend.cache_clear()
+
+
+def test_backends_that_cannot_run(problem, monkeypatch, fresh_choice):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    operator.choose_backend.cache_clear()
     with pytest.raises(ValueError, match="takes float32 or bfloat16 on the CPU, not torch"):
         sparse_gated_mlp(*(t.double() if torch.is_tensor(t) else t for t in problem), backend="cpu")
     with pytest.raises(ValueError, match="needs CUDA tensors"):
         sparse_gated_mlp(*problem, backend="triton")
-    operator.choose_backend.cache_clear()
 
 
-def test_without_triton(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cats_kernels.triton_mlp", None)
-    operator.choose_backend.cache_clear()
+def test_without_triton(monkeypatch, fresh_choice):
+    monkeypatch.setitem(sys.modules, "cats_kernels.triton.mlp", None)
     with pytest.raises(RuntimeError, match="backend 'triton' cannot be imported"):
-        operator.choose_backend("triton", "cuda", torch.float32)
+        dispatch.choose_backend("triton", "cuda", torch.float32)
     with pytest.warns(UserWarning, match="No Triton kernel"):
-        assert operator.choose_backend("auto", "cuda", torch.float32) is sparse_gated_mlp_reference
-    operator.choose_backend.cache_clear()
+        assert dispatch.choose_backend("auto", "cuda", torch.float32) == "reference"
 
 
 def test_triton_is_chosen_on_cuda():
-    triton_mlp = pytest.importorskip("cats_kernels.triton_mlp")
-    assert operator.choose_backend("auto", "cuda", torch.bfloat16) is triton_mlp.VARIANTS["cats"]
+    pytest.importorskip("triton")
+    assert dispatch.choose_backend("auto", "cuda", torch.bfloat16) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "backend", "expected"),
+    [
+        (1, torch.float32, "auto", "sparse kernel"),
+        (64, torch.float32, "auto", "sparse kernel"),
+        (65, torch.float32, "cpu", "dense masked"),
+        (10**6, torch.bfloat16, "auto", "sparse kernel"),
+        (1, torch.float16, "auto", "dense masked"),
+        (1, torch.float32, "reference", "dense masked"),
+    ],
+)
+def test_path_of_says_what_runs(rows, dtype, backend, expected, monkeypatch):
+    assert path_of(rows, dtype, "cpu", backend) == path_of(rows, dtype, torch.device("cpu"), backend, "up") == expected
+    if rows > 100:
+        return
+    paths = []
+    real = dispatch._cpu()
+
+    def watched(path, function):
+        return lambda *arguments: (paths.append(path), function(*arguments))[1]
+
+    monkeypatch.setattr(
+        dispatch, "_cpu", lambda: [watched(*pair) for pair in zip(("sparse kernel", "dense masked"), real, strict=True)]
+    )
+    sparse_gated_mlp(inputs(rows, 16, dtype), *weights(16, 24, dtype), 0.1, backend=backend)
+    assert (paths or ["dense masked"]) == [expected]
+
+
+def test_path_of_refuses_what_the_call_refuses(monkeypatch):
+    with pytest.raises(ValueError, match="takes float32 or bfloat16 on the CPU"):
+        path_of(1, torch.float16, "cpu", "cpu")
+    with pytest.raises(ValueError, match="decider is 'down'; allowed: 'gate', 'up'"):
+        path_of(1, torch.float32, "cpu", decider="down")
+    monkeypatch.setenv("CATS_BACKEND", "reference")
+    assert path_of(1, torch.float32, "cpu") == "dense masked"
 
 
 def test_environment_overrides_auto(problem, monkeypatch):
     def fail(*_):
         raise AssertionError("the kernel was called")
 
-    monkeypatch.setattr(operator, "_cpu", lambda: fail)
-    operator.choose_backend.cache_clear()
+    monkeypatch.setattr(dispatch, "_cpu", lambda: (fail, fail))
     with pytest.raises(AssertionError, match="kernel was called"):
         sparse_gated_mlp(*problem)
     monkeypatch.setenv("CATS_BACKEND", "reference")
@@ -121,29 +171,30 @@ def test_environment_overrides_auto(problem, monkeypatch):
     monkeypatch.setenv("CATS_BACKEND", "fastest")
     with pytest.raises(ValueError, match="CATS_BACKEND is 'fastest'; allowed"):
         sparse_gated_mlp(*problem)
-    operator.choose_backend.cache_clear()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_opcheck(dtype):
-    x = inputs(6, 32, dtype).reshape(3, 2, 32)[..., ::2]
-    torch.library.opcheck(torch.ops.cats.sparse_gated_mlp, (x, *weights(16, 24, dtype), 0.1, "silu", "auto"))
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_gives_the_dtype_of_the_dense_block(backend, x_dtype):
+    made = Problem(64, 96, 3)
+    threshold = made.threshold(0.5)
+    x = made.x.to(x_dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = made.dense()()
+        y = sparse_gated_mlp(x, made.gate, made.up, made.down_t, threshold, backend=backend)
+        zero = sparse_gated_mlp(x, made.gate, made.up, made.down_t, 0.0, backend=backend)
+    assert y.dtype == dense.dtype == torch.bfloat16
+    assert made.error(y, threshold) < TOLERANCE[torch.bfloat16]
+    assert relative_error(zero, dense.double()) < 2 * TOLERANCE[torch.bfloat16]
+    if x_dtype == torch.float32:
+        assert sparse_gated_mlp(x, made.gate, made.up, made.down_t, threshold, backend=backend).dtype == torch.float32
 
 
-def test_compiles_without_a_graph_break(problem):
-    def layer(x, gate, up, down_t, threshold):
-        return sparse_gated_mlp(x * 2, gate, up, down_t, threshold) + x
-
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for rows in (2, 3):
-        problem[0] = inputs(rows, 16)
-        assert torch.allclose(compiled(*problem), layer(*problem), rtol=1e-6, atol=1e-6)
-
-
-def test_fake_tensors(problem):
-    with torch._subclasses.FakeTensorMode() as mode:
-        x, *parameters = [mode.from_tensor(t) if torch.is_tensor(t) else t for t in problem]
-        assert sparse_gated_mlp(x, *parameters).shape == (2, 16)
+def test_autocast_leaves_float64_alone():
+    made = Problem(16, 24, 2, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert made.dense()().dtype == torch.float64
+        assert sparse_gated_mlp(*made.arguments(0.1)[:6]).dtype == torch.float64
 
 
 def test_importing_the_package_loads_no_compiler():

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
-from cats_kernels.operator import choose_backend
+from cats_kernels.dispatch import choose_backend
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel

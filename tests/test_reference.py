@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from cats_kernels import gate_activation, sparse_gated_mlp_reference
+from cats_kernels.problem import TOLERANCE, inputs, oracle, relative_error, weights
 
-from tests.mlp_cases import TOLERANCE, clear_threshold, error, inputs, oracle, weights
+from tests.mlp_cases import gate_threshold
 
 
 def silu(value: float) -> float:
@@ -29,10 +30,10 @@ def test_hand_worked_numbers():
 @pytest.mark.parametrize("rows", [1, 5])
 def test_matches_the_oracle(activation, dtype, rows):
     x, parameters = inputs(rows, 24, dtype), weights(24, 40, dtype)
-    threshold = clear_threshold(x, parameters[0], 0.5, activation)
+    threshold = gate_threshold(x, parameters[0], 0.5, activation)
     y = sparse_gated_mlp_reference(x, *parameters, threshold, activation)
     assert y.dtype == dtype
-    assert error(y, oracle(x, *parameters, threshold, activation)) < TOLERANCE[dtype]
+    assert relative_error(y, oracle(x, *parameters, threshold, activation)) < TOLERANCE[dtype]
 
 
 def test_gelu_is_the_tanh_approximation():

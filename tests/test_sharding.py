@@ -27,7 +27,7 @@ class Passed(AlignDevicesHook):
 @pytest.mark.parametrize("kernel", ["auto", "reference"])
 def test_a_sharded_model_is_patched_like_any_other(tmp_path: Path, kernel: str, monkeypatch) -> None:
     operator, operator_calls = cats_kernels.sparse_gated_mlp, []
-    monkeypatch.setattr(cats_kernels, "sparse_gated_mlp", lambda *a: (operator_calls.append(a[-1]), operator(*a))[1])
+    monkeypatch.setattr(cats_kernels, "sparse_gated_mlp", lambda *a: (operator_calls.append(a[6]), operator(*a))[1])
     model, tokenizer = load_model(str(save_model(tmp_path, "Llama")), "float32", "sharded")
     plain, _ = load_model(str(tmp_path), "float32", "cpu")
     device = str(model.device)

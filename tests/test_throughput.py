@@ -15,9 +15,10 @@ from transformers import CompileConfig, GenerationConfig
 
 import cats
 from experiments import e06_throughput as e06
-from experiments.e06_throughput import amdahl, cases, decoding
+from experiments.e06_throughput import amdahl, bench, cases, decoding, memory
 from experiments.e06_throughput.decoding import Decoder, make_greedy
 from experiments.framework.config import Config
+from experiments.framework.options import parse
 
 from .conftest import tiny_model
 
@@ -52,7 +53,9 @@ def greedy(model: nn.Module, ids: Tensor, new: int) -> Tensor:
     return ids
 
 
-@pytest.mark.parametrize(("loop", "batch"), [("eager", 1), ("eager", 3), ("compiled", 1), ("graph", 1), ("graph", 3)])
+@pytest.mark.parametrize(
+    ("loop", "batch"), [("eager", 1), ("eager", 3), ("compiled", 1), ("graph", 1), ("graph", 3), ("graph-tuned", 1)]
+)
 def test_every_loop_decodes_greedily(loop: str, batch: int, model: nn.Module, dynamo_only: None) -> None:
     ids = torch.randint(0, 64, (batch, PROMPT), generator=torch.Generator().manual_seed(batch))
     thresholds = cats.calibrate(model, [torch.arange(64)[None]], [0.0, 0.5])
@@ -121,17 +124,47 @@ def test_decode_time_runs_from_the_first_token(loop: str, model: nn.Module, ids:
     assert set(found.decode_s) == {5, NEW}
 
 
-def test_a_cuda_graph_is_refused_without_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r'"graph" is a CUDA graph, for which cpu is no device: use "eager"'):
-        list(e06.run(config(tmp_path, lengths={"graph": [2]})))
+@pytest.mark.parametrize("loop", ["graph", "graph-tuned"])
+def test_a_cuda_graph_is_refused_without_a_gpu(loop: str, tmp_path: Path) -> None:
+    for options in ({"lengths": {loop: [2]}}, {"growth": {"loop": loop, "batches": [2]}}):
+        with pytest.raises(ValueError, match=rf'"{loop}" is a CUDA graph, for which cpu is no device: use "eager"'):
+            list(e06.run(config(tmp_path, **options)))
 
 
 def test_the_attention_asked_for_is_the_one_timed(tmp_path: Path) -> None:
-    settings = config(tmp_path, attention={"float32": "eager"}, lengths={"eager": [2]}, rounds=0, check_tokens=0)
-    bench = e06.Bench(
-        settings, cases.options_of(settings), "shape:small", "float32", 1, cases.cases_of(cases.options_of(settings))
+    settings = config(
+        tmp_path, attention={"float32": "eager"}, lengths={"eager": [2]}, rounds=0, check_tokens=0, prompts=1
     )
-    assert bench.model.config._attn_implementation == "eager"
+    made = bench.Bench(settings, "shape:small", "float32", 1, cases.cases_of(settings.options))
+    seen = []
+    generate = made.model.generate
+    made.model.generate = lambda *a, **k: seen.append(made.model.config._attn_implementation) or generate(*a, **k)
+    rows = made.time(cases.cases_of(settings.options)[0])
+    assert set(seen) == {row.attention for row in rows} == {"eager"}
+
+
+def test_attention_by_loop_goes_before_attention_by_dtype() -> None:
+    options = parse(cases.Options, {"attention": {"float32": "eager", "graph": "flash_attention_2"}}, "e06")
+    assert options.attention_in("eager", "float32") == "eager"
+    assert options.attention_in("eager", "bfloat16") == "sdpa"
+    assert options.attention_in("graph", "float32") == "flash_attention_2"
+    assert options.attention_in("graph-tuned", "bfloat16") == "eager"
+    assert (
+        parse(cases.Options, {"attention": {"graph-tuned": "sdpa"}}, "e06").attention_in("graph-tuned", "x") == "sdpa"
+    )
+
+
+@pytest.mark.parametrize(("loop", "tuned"), [("compiled", False), ("graph", False), ("graph-tuned", True)])
+def test_only_the_tuned_loop_compiles_with_tuning(loop: str, tuned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches torch.compile on a GPU, without one."""
+    asked = {}
+    monkeypatch.setattr(torch, "compile", lambda module, options: asked.update(options) or module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    module = nn.Linear(2, 2)
+    monkeypatch.setattr(module, "parameters", lambda: iter([type("P", (), {"device": torch.device("cuda")})]))
+    decoding.compile_step(module, loop)
+    assert asked == {"triton.enable_pdl": loop != "compiled", "coordinate_descent_tuning": tuned}
+    assert decoding.compile_step(module, "eager") is module
 
 
 def test_make_greedy_overrides_the_models_own_settings(ids: Tensor) -> None:
@@ -149,7 +182,7 @@ def test_make_greedy_overrides_the_models_own_settings(ids: Tensor) -> None:
 
 
 def test_bad_loops(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="allowed are eager, compiled, graph"):
+    with pytest.raises(ValueError, match="allowed are eager, compiled, graph, graph-tuned"):
         Decoder(model, "fast", 8)
     with pytest.raises(ValueError, match="cannot follow a sliding window"):
         Decoder(tiny_model("Mistral", sliding_window=4), "graph", 8)
@@ -160,16 +193,16 @@ def test_bad_loops(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_peak_memory_sees_what_has_been_freed() -> None:
     device = torch.device("cpu")
-    if not decoding.reset_peak_memory(device):
+    if not memory.reset_peak_memory(device):
         pytest.skip("the kernel does not let a process reset its peak")
-    before = decoding.peak_memory(device)
+    before = memory.peak_memory(device)
     assert before is not None and abs(before / psutil.Process().memory_info().rss - 1) < 0.1
     block = torch.ones(2**26)  # 256 MiB
     del block
-    peak = decoding.peak_memory(device)
+    peak = memory.peak_memory(device)
     assert peak is not None and 0.9 * 2**28 < peak - before < 1.5 * 2**28
-    decoding.reset_peak_memory(device)
-    assert decoding.peak_memory(device) < peak - 2**27
+    memory.reset_peak_memory(device)
+    assert memory.peak_memory(device) < peak - 2**27
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -188,7 +221,7 @@ def test_sparsity_is_that_of_the_timed_steps(batch: int, model: nn.Module) -> No
     steps = torch.tensor(zeros).view(NEW - 1, LAYERS)
     for mlp in cats.gated_mlps(model).values():
         mlp.act_fn._forward_hooks.clear()
-    measured = e06.decoded_sparsity(model, tokens, case)
+    measured = bench.decoded_sparsity(model, tokens, case)
     assert measured == pytest.approx({4: float(steps[:3].mean()), NEW: float(steps.mean())}, abs=2e-3)
 
 
@@ -206,19 +239,20 @@ def test_amdahl_by_hand(loop: str, model: nn.Module, ids: Tensor, monkeypatch: p
 
     monkeypatch.setattr(amdahl, "measure_calls", timings)
     compiled = []
-    monkeypatch.setattr(amdahl, "compile_for_graph", lambda module, _: compiled.append(module) or module)
+    compiling = None if loop == "eager" else lambda module: compiled.append(module) or module
     thresholds = cats.calibrate(model, [torch.arange(64)[None]], 0.5)
 
     def switch(sparsity: float | None) -> None:
         cats.remove(model) if sparsity is None else cats.apply(model, thresholds)
 
     common = {"machine": "m", "model": "n", "layers": LAYERS, "dtype": "float32", "loop": loop}
-    *shares, row = amdahl.shares_and_amdahl(model, switch, 0.5, ids, {None: 20.0, 0.5: 17.5}, common, 1)
+    *shares, row = amdahl.shares_and_amdahl(model, switch, 0.5, ids, {None: 20.0, 0.5: 17.5}, common, 1, compiling)
     assert {s.component: s.milliseconds for s in shares} == {"mlp": 9.0, "attention": 3.0, "head": 4.0, "other": 4.0}
     assert sum(s.share for s in shares) == pytest.approx(1)
     assert (row.kernel_speedup, row.mlp_share) == (1.5, 0.45)
     assert row.predicted_speedup == pytest.approx(20 / 17)  # 9 ms of MLP become 6
     assert row.measured_speedup == pytest.approx(20 / 17.5)
+    assert (row.criterion, row.variant, row.sparsity_target) == ("cats", "cats-50", 0.5)
     assert row.fraction_of_predicted == pytest.approx(17 / 17.5)
     assert not hasattr(model.model.layers[0].mlp, "cats_state")
     assert len(compiled) == (0 if loop == "eager" else 4)
@@ -243,7 +277,7 @@ def test_components_are_fed_what_they_get_while_decoding(model: nn.Module, ids: 
 
 
 def config(tmp_path: Path, **options: object) -> Config:
-    return Config("e06", "test", tmp_path, models=["shape:small"], options=options)
+    return Config("e06", "test", tmp_path, models=["shape:small"], options=parse(cases.Options, options, "e06"))
 
 
 def test_fitting_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,60 +286,56 @@ def test_fitting_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = 4 * (2 * 256 * 64 + 64)
 
     def free(available: float) -> None:
-        memory = type("Memory", (), {"available": available / e06.MEMORY_SHARE})
+        memory = type("Memory", (), {"available": available / bench.MEMORY_SHARE})
         monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
 
     for layers in (1, 3, 30):
         free(fixed + layers * layer + 100)
-        assert e06.fitting_layers("shape:small", "float32", "cpu", 99) == layers
-        assert e06.fitting_layers("shape:small", "bfloat16", "cpu", 99) >= 2 * layers
-    assert e06.fitting_layers("shape:small", "float32", "cpu", 2) == 2
+        assert bench.fitting_layers("shape:small", "float32", "cpu", 99) == layers
+        assert bench.fitting_layers("shape:small", "bfloat16", "cpu", 99) >= 2 * layers
+    assert bench.fitting_layers("shape:small", "float32", "cpu", 2) == 2
     free(fixed)
     with pytest.raises(ValueError, match="does not fit"):
-        e06.fitting_layers("shape:small", "float32", "cpu", 1)
+        bench.fitting_layers("shape:small", "float32", "cpu", 1)
 
 
-def test_options(tmp_path: Path) -> None:
-    for options, message in (
-        ({"length": [8]}, "has no option length"),
-        ({"lengths": {"fast": [8]}}, "e06.lengths cannot be fast: allowed are eager, compiled"),
-        ({"growth": {"batchs": [2]}}, "e06.growth cannot be batchs: allowed are loop, batches"),
-        ({"attention": {"float": "eager"}}, "e06.attention cannot be float: allowed are float32, float16, bfloat16"),
-        ({"attention": "eager"}, "e06.attention must be a table, such as {KEY = VALUE}: 'eager'"),
+def test_options() -> None:
+    for table, message in (
+        ({"length": [8]}, "e06 has no option length"),
+        ({"lengths": {"fast": [8]}}, "a key of e06.lengths must be one of eager, compiled, graph, graph-tuned"),
+        ({"growth": {"batchs": [2]}}, "e06.growth has no option batchs"),
+        ({"attention": {"float": "eager"}}, "a key of e06.attention must be one of eager, .*, float32, float16"),
+        ({"attention": "eager"}, "e06.attention must be a table"),
         ({"lengths": [8]}, "e06.lengths must be a table"),
-        ({"kernel": "nope"}, "e06.kernel cannot be nope: allowed are auto"),
-        ({"attention": {"float32": "flash"}}, "e06.attention cannot be flash: allowed are eager, sdpa"),
-        ({"dtypes": []}, "e06.dtypes must be a list of at least one"),
-        ({"dtypes": ["int8"]}, "e06.dtypes cannot be int8: allowed are auto, float32"),
-        ({"sparsities": 0.5}, "e06.sparsities must be a list of at least one: 0.5"),
-        ({"sparsities": [1.5]}, "sparsity must be a number"),
-        ({"lengths": {"eager": [1]}}, "e06.lengths.eager must be a whole number, 2 or more: 1"),
-        ({"lengths": {"eager": 64}}, "e06.lengths.eager must be a list of at least one: 64"),
-        ({"lengths": {"eager": [2], "compiled": []}}, "e06.lengths.compiled must be a list of at least one"),
-        ({"lengths": {}}, "e06.lengths must give at least one loop"),
-        ({"growth": {"batches": 4}}, "e06.growth.batches must be a list of at least one: 4"),
-        ({"growth": {"prompts": 0}}, "e06.growth.prompts must be a whole number, 1 or more: 0"),
-        ({"growth": {"loop": "fast"}}, "e06.growth.loop cannot be fast"),
-        ({"prompts": 0}, "e06.prompts must be a whole number, 1 or more: 0"),
-        ({"prompts": [3]}, r"e06.prompts must be a whole number, 1 or more: \[3\]"),
-        ({"growth": {"batches": [0]}}, "e06.growth.batches must be a whole number, 1 or more: 0"),
-        ({"prompts": "3"}, "e06.prompts must be a whole number, 1 or more: '3'"),
-        ({"calibration_tokens": 0}, "e06.calibration_tokens must be a whole number, 1 or more"),
-        ({"layers": -1}, "e06.layers must be a whole number, 0 or more: -1"),
-        ({"separate_lengths": "no"}, "e06.separate_lengths must be true or false: 'no'"),
-        ({"calibration": "book"}, "e06.calibration cannot be book: allowed are text, generated"),
+        ({"kernel": "nope"}, "e06.kernel must be one of auto"),
+        ({"attention": {"float32": "flash"}}, "e06.attention.float32 must be one of eager, sdpa"),
+        ({"dtypes": ["int8"]}, "e06.dtypes must be a list"),
+        ({"sparsities": 0.5}, "e06.sparsities must be a list of at least one"),
+        ({"sparsities": [1.5]}, r"e06.sparsities must be .* in \[0, 1\)"),
+        ({"lengths": {"eager": [1]}}, "e06.lengths.eager must be .* a whole number, 2 or more"),
+        ({"lengths": {}}, "e06.lengths must be a table of at least one"),
+        ({"growth": {"batches": 4}}, "e06.growth.batches must be a list"),
+        ({"growth": {"batches": [1]}}, "e06.growth.batches must be .* 2 or more"),
+        ({"growth": {"contexts": [16]}, "prompt_tokens": 16}, "e06.growth.contexts must differ from prompt_tokens"),
+        ({"growth": {"loop": "fast"}}, "e06.growth.loop must be one of"),
+        ({"prompts": 0}, "e06.prompts must be a whole number, 1 or more"),
+        ({"repeats": 0}, "e06.repeats must be a whole number, 1 or more"),
+        ({"calibration": "book"}, "e06.calibration must be one of text, generated"),
     ):
         with pytest.raises(ValueError, match=message):
-            cases.options_of(config(tmp_path, **options))
-    options = cases.options_of(config(tmp_path, lengths={"eager": [8, 4], "compiled": [6]}, separate_lengths=True))
-    assert [(c.loop, c.lengths) for c in cases.cases_of(options)] == [
+            parse(cases.Options, table, "e06")
+
+
+def test_cases() -> None:
+    table = {"lengths": {"eager": [8, 4], "compiled": [6]}, "separate_lengths": True}
+    assert [(c.loop, c.lengths) for c in cases.cases_of(parse(cases.Options, table, "e06"))] == [
         ("eager", (4,)),
         ("eager", (8,)),
         ("compiled", (6,)),
     ]
     growth = {"batches": [4], "contexts": [64], "sparsities": [0.0, 0.9], "layers": [1], "loop": "compiled"}
-    grown, deeper = cases.growth_of({**options, "growth": growth})
-    base = cases.Case("compiled", (6,), (0.5,), 1, 32, first_prompt=2)
+    grown, deeper = cases.growth_of(parse(cases.Options, {**table, "growth": growth}, "e06"))
+    base = cases.Case("compiled", (6,), (0.5,), 1, 32, condition="growth")
     assert grown == [replace(base, batch=4), replace(base, prompt_tokens=64), replace(base, sparsities=(0.0, 0.9))]
     assert deeper == [(1, base)]
 
@@ -320,16 +350,42 @@ def test_every_row_is_measured_and_comparable(tmp_path: Path, monkeypatch: pytes
     by_table: dict[str, list] = {}
     for row in rows:
         by_table.setdefault(row.table, []).append(row)
+    for table in by_table.values():
+        assert len({tuple(getattr(row, key) for key in row.key) for row in table}) == len(table)
     timed = by_table["e06_throughput"]
     assert all(r.decode_s > 0 and r.prefill_s > 0 and r.compile_s == 0 for r in timed)
     assert all(math.isclose(r.tokens_per_second, r.batch * (r.generated_tokens - 1) / r.decode_s) for r in timed)
     assert all((r.sparsity_measured is None) == (r.variant == "dense") for r in timed)
     assert all(abs(r.sparsity_measured - r.sparsity_target) < 0.1 for r in timed if r.variant != "dense")
-    key = ("layers", "batch", "prompt_tokens", "generated_tokens", "prompt", "variant")
-    assert len({tuple(getattr(r, k) for k in key) for r in timed}) == len(timed)  # dense and CATS pair up one to one
+    assert {(r.criterion, r.path) for r in timed} == {("dense", "dense"), ("cats", "sparse kernel")}
+    assert {(r.weights, r.model_layers, r.attention) for r in timed} == {("random", 2, "sdpa")}
+    figure = [r for r in timed if r.condition == "figure"]
+    assert len(figure) == 2 * 2 * 2 * 2  # prompts, repeats, variants, lengths
+    assert {(r.batch, r.prompt_tokens, r.layers) for r in timed if r.condition == "growth"} == {
+        (3, 16, 2), (1, 40, 2), (1, 16, 2), (1, 16, 1)
+    }  # fmt: skip
     assert [r.identical_tokens for r in by_table["e06_greedy"]] == [8, 8]
     assert len(by_table["e06_shares"]) == 4 and len(by_table["e06_amdahl"]) == 1
     assert list(e06.run(settings)) == rows  # stored
+
+
+def test_every_prompt_is_taken_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense, CATS, CATS, dense: a machine that slows down steadily leaves their mean ratio alone."""
+    settings = config(tmp_path, lengths={"eager": [4]}, prompts=2, sparsities=[0.5, 0.7], rounds=0, check_tokens=0)
+    made = bench.Bench(settings, "shape:small", "float32", 1, cases.cases_of(settings.options))
+    order: list[float | None] = []
+    timed, now = Decoder.timed, []
+    switch = bench.Bench.switch
+    monkeypatch.setattr(bench.Bench, "switch", lambda self, s, kernel=None: now.append(s) or switch(self, s, kernel))
+    monkeypatch.setattr(Decoder, "timed", lambda *arguments: order.append(now[-1]) or timed(*arguments))
+    rows = made.time(cases.cases_of(settings.options)[0])
+    assert order == [None, 0.5, 0.7, 0.7, 0.5, None] * 2
+    assert {(r.prompt, r.repeat) for r in rows} == {(p, r) for p in (0, 1) for r in (0, 1)}
+
+
+def test_kernel_by_name_decides_the_path(tmp_path: Path) -> None:
+    settings = config(tmp_path, lengths={"eager": [4]}, prompts=1, rounds=0, check_tokens=0, kernel="reference")
+    assert {(r.variant, r.path) for r in e06.run(settings)} == {("dense", "dense"), ("cats-50", "dense masked")}
 
 
 def test_a_model_with_a_tokenizer_reads_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,17 +395,18 @@ def test_a_model_with_a_tokenizer_reads_text(tmp_path: Path, monkeypatch: pytest
     data.texts = lambda _data, purpose, _seed: asked.append(purpose) or purpose
     data.blocks = lambda _documents, _tokenizer, count, length: torch.arange(count * length).view(count, length) % 64
     monkeypatch.setitem(sys.modules, "experiments.data", data)
-    monkeypatch.setattr(e06, "load_model", lambda *_: (model, object()))
-    monkeypatch.setattr(e06, "load_config", lambda *_: model.config)
-    monkeypatch.setattr(e06, "fitting_layers", lambda *_: 1)
+    monkeypatch.setattr(bench, "load_model", lambda *_: (model, object()))
+    monkeypatch.setattr(bench, "load_config", lambda *_: model.config)
+    monkeypatch.setattr(bench, "fitting_layers", lambda *_: 1)
     settings = config(tmp_path, lengths={"eager": [4]}, prompts=1, rounds=0, check_tokens=0)
-    assert {row.table for row in e06.run(settings)} == {"e06_throughput"}
+    rows = list(e06.run(settings))
+    assert {(row.table, row.weights) for row in rows} == {("e06_throughput", "pretrained")}
     assert sorted(asked) == ["heldout", "train"]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("loop", ["compiled", "graph"])
+@pytest.mark.parametrize("loop", ["compiled", "graph", "graph-tuned"])
 def test_compiled_loops_on_a_gpu(loop: str) -> None:
     """CUDA graphs with CATS inside: the tokens of the eager loop, and nothing compiled or recorded while timing."""
     torch.manual_seed(0)

@@ -25,8 +25,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 import triton.language as tl
-from cats_kernels.triton_launch import Call, Launch, Target
-from cats_kernels.triton_mlp import CONFIGS, VARIANTS, Config, choose_config, launch, plan
+from cats_kernels.ablation.triton import VARIANTS, launch, plan
+from cats_kernels.triton.configs import CONFIGS, Config, choose_config
+from cats_kernels.triton.launch import Call, Launch, Target
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -37,7 +38,13 @@ SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a block,
 PROCESSORS = {80: 108, 89: 142, 90: 132}  # A100, L40S, H200
 D, M = 4096, 14336  # Mistral-7B
 WIDE = 5120  # Llama2-13B: padded to 8192, where a pipeline of three stages does not fit
-WEIGHT_KERNELS = ("fused_kernel", "gate_kernel", "up_kernel", "gated_up_kernel", "down_kernel")
+WEIGHT_KERNELS = (
+    *("fused_kernel", "deciding_kernel", "other_kernel", "down_kernel"),
+    *("gate_kernel", "gated_up_kernel", "masked_down_kernel"),
+)
+KINDS = [("number", "gate"), ("number", "up"), ("one", "gate"), ("vector", "gate"), ("vector", "up")]
+"""Kinds of threshold and deciders; the first with every variant, width and number of rows, the others where they
+differ."""
 
 
 def compile_ahead(step: Launch, arch: int) -> triton.compiler.CompiledKernel:
@@ -87,19 +94,29 @@ def complaints(
 def launches(arch: int) -> dict[str, Launch]:
     """Every distinct kernel that the variants launch at the widths of Mistral-7B and Llama2-13B, over dtypes, rows and
     configurations."""
-    target = Target(arch, PROCESSORS[arch], dependent_launch=arch >= 90)
     found: dict[str, Launch] = {}
-    for dtype, rows in itertools.product(DTYPES, (1, 2, 4, 8)):
-        for name in VARIANTS if rows == 1 else ("cats",):
-            for width in (D, WIDE):
-                x, weight = (torch.empty(n, width, dtype=dtype, device="meta") for n in (rows, M))
-                call = Call(x, weight, weight, weight, 0.5, "silu", x, target)
-                for step in plan(name, call):
+    for dtype, rows, (kind, decider) in itertools.product(DTYPES, (1, 2, 4, 8), KINDS):
+        usual = (kind, decider) == KINDS[0]
+        if not usual and rows not in (1, 4):
+            continue
+        for name in VARIANTS if usual and rows == 1 else ("cats",):
+            for width in (D, WIDE) if usual else (D,):
+                for step in plan(name, meta_call(arch, dtype, rows, width, kind, decider)):
                     constants = {key: value for key, value in step.constants.items() if key not in ("D", "ACTIVATION")}
                     words = " ".join(f"{key}={value}" for key, value in constants.items())
                     label = f"{step.kernel.__name__} {dtype} warps={step.warps} {words}"
                     found.setdefault(label.replace("torch.", ""), step)
     return found
+
+
+def meta_call(
+    arch: int, dtype: torch.dtype, rows: int, width: int = D, kind: str = "number", decider: str = "gate"
+) -> Call:
+    """A call on a chip that is not there, with tensors that hold nothing."""
+    x, weight = (torch.empty(n, width, dtype=dtype, device="meta") for n in (rows, M))
+    threshold = 0.5 if kind == "number" else torch.empty((M,) if kind == "vector" else (), device="meta")
+    target = Target(arch, PROCESSORS[arch], dependent_launch=arch >= 90)
+    return Call(x, weight, weight, weight, threshold, "silu", x, target, decider)
 
 
 def examine(arch: int, label: str) -> tuple[str, list[str]]:
@@ -141,25 +158,23 @@ def narrow_kernel(w_ptr, y_ptr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
 
 def test_the_check_catches_2_byte_loads():
     weight, y = torch.empty(M, D, dtype=torch.bfloat16, device="meta"), torch.empty(M, device="meta")
-    step = Launch(narrow_kernel, (M // 128,), {"w_ptr": weight, "y_ptr": y}, {"COLUMNS": D, "BLOCK": 128}, warps=4)
+    call, buffers = meta_call(90, torch.bfloat16, 1), {"w_ptr": weight, "y_ptr": y}
+    step = Launch(narrow_kernel, (M // 128,), call, {}, buffers, {"COLUMNS": D, "BLOCK": 128}, warps=4)
     kernel = compile_ahead(step, 90)
     found = complaints(kernel, resources(kernel), 90, reads_weights=True)
     assert len(found) == 1 and "not 16 bytes wide" in found[0]
 
 
 def test_the_check_catches_spills():
-    x, weight = (torch.empty(n, D, dtype=torch.float32, device="meta") for n in (2, M))
     greedy = Config(16, 16, warps=4, programs=1)
-    steps = plan("cats", Call(x, weight, weight, weight, 0.5, "silu", x, Target(90, 132, True)), greedy)
+    steps = plan("cats", meta_call(90, torch.float32, 2), greedy)
     kernel = compile_ahead(steps[0], 90)
     assert any("spills" in text for text in complaints(kernel, resources(kernel), 90, reads_weights=True))
 
 
 def test_dependent_launch_only_where_the_chip_has_it():
-    x, weight = (torch.empty(n, D, dtype=torch.bfloat16, device="meta") for n in (1, M))
     for arch in (80, 90):
-        target = Target(arch, PROCESSORS[arch], dependent_launch=arch >= 90)
-        steps = plan("cats", Call(x, weight, weight, weight, 0.5, "silu", x, target))
+        steps = plan("cats", meta_call(arch, torch.bfloat16, 1))
         waits = ["griddepcontrol" in compile_ahead(step, arch).asm["ptx"] for step in steps]
         assert waits == [arch >= 90] * 2
 

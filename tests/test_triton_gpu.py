@@ -13,12 +13,18 @@ import torch
 if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from cats_kernels.triton_mlp import MAX_ROWS, TENSOR_CORES, VARIANTS, Config, dense_masked, launch
+from cats_kernels import MAX_ROWS, sparse_gated_mlp
+from cats_kernels.ablation.triton import VARIANTS, launch
+from cats_kernels.problem import TOLERANCE, Problem, oracle, relative_error
+from cats_kernels.triton.configs import TENSOR_CORES, Config
+from cats_kernels.triton.mlp import dense_masked
 from torch import nn
 
-from tests.triton_cases import ACTIVATIONS, DTYPES, TOLERANCE, case, expected, relative_error, tie_case
+from tests.triton_cases import ACTIVATIONS, DTYPES, case, tie_case
 
 pytestmark = pytest.mark.gpu
+
+KINDS = [(kind, decider) for kind in ("number", "one", "vector") for decider in ("gate", "up")]
 
 SHAPES = ((4096, 14336), (4096, 11008), (5120, 13824), (40, 77), (33, 1), (1000, 1003))
 
@@ -31,14 +37,73 @@ def test_matches_the_float64_reference(variant: str, dtype: torch.dtype, rows: i
         for sparsity in (0.0, 0.5, 0.9, 1.0):
             for activation in ACTIVATIONS if d < 4096 else ("silu",):
                 problem = case(rows, d, m, dtype, sparsity, activation, device="cuda")
-                error = relative_error(launch(variant, *problem), expected(*problem))
+                error = relative_error(launch(variant, *problem), oracle(*problem))
                 assert error < TOLERANCE[dtype], f"{variant} rows={rows} d={d} m={m} s={sparsity}: {error:.2e}"
+
+
+@pytest.mark.parametrize(("kind", "decider"), KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_thresholds_of_every_kind_and_both_deciders(kind: str, decider: str, dtype: torch.dtype, rows: int):
+    for d, m in ((4096, 4000), (1000, 1003), (33, 1)):
+        for activation in ACTIVATIONS:
+            problem = case(rows, d, m, dtype, 0.5, activation, device="cuda", kind=kind, decider=decider)
+            expected = oracle(*problem)
+            for _ in range(2):  # the second call is a recorded launch
+                assert relative_error(launch("cats", *problem), expected) < TOLERANCE[dtype]
+            if dtype == torch.float32:
+                assert relative_error(dense_masked(*problem), expected) < 1e-5
+
+
+@pytest.mark.parametrize("decider", ["gate", "up"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_recorded_launches_follow_the_threshold(decider: str, rows: int):
+    """Other values, other tensors, and ones that start at any multiple of 4 bytes."""
+    made = Problem(1024, 3000, rows, torch.bfloat16, "cuda", decider=decider)
+    room = torch.empty(4000, device="cuda")
+    for sparsity in (0.3, 0.5, 0.9, 0.0, 1.0):
+        number, vector = made.threshold(sparsity), made.thresholds(sparsity)
+        one, odd = room[1:2].fill_(number)[0], room[3:3003].copy_(vector)
+        for threshold in (number, torch.tensor(number, device="cuda"), one, vector, odd):
+            y = launch("cats", *made.arguments(threshold))
+            assert made.error(y, threshold) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("kind", ["number", "one", "vector"])
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_no_threshold_makes_the_host_wait(kind: str, rows: int):
+    x, *weights, threshold, activation, decider = case(rows, 1024, 3000, torch.bfloat16, 0.5, device="cuda", kind=kind)
+    for backend in ("triton", "reference"):
+        sparse_gated_mlp(x, *weights, threshold, activation, backend, decider)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            sparse_gated_mlp(x, *weights, threshold, activation, backend, decider)
+            tensor = torch.full((), 0.1, device="cuda")
+            torch.ops.cats.sparse_gated_mlp(x, *weights, tensor, activation, backend, decider)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("decider", ["gate", "up"])
+def test_cuda_graph_replays_follow_new_thresholds(decider: str):
+    made = Problem(1024, 3000, 1, torch.float16, "cuda", decider=decider)
+    vector = made.thresholds(0.5)
+    arguments = made.arguments(vector)
+    launch("cats", *arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = launch("cats", *arguments)
+    for sparsity in (0.9, 0.2):
+        vector.copy_(made.thresholds(sparsity, seed=3))
+        graph.replay()
+        assert made.error(y, vector) < TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize("rows", range(1, MAX_ROWS + 1))
 def test_every_number_of_rows(rows: int):
     problem = case(rows, 4096, 4000, torch.bfloat16, 0.6, device="cuda")
-    assert relative_error(launch("cats", *problem), expected(*problem)) < TOLERANCE[torch.bfloat16]
+    assert relative_error(launch("cats", *problem), oracle(*problem)) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -54,7 +119,7 @@ def test_ties_are_kept_and_the_next_float_drops_them(variant: str):
 def test_non_finite_inputs_come_out_as_in_the_reference(variant: str, value: float, rows: int):
     x, *rest = case(rows, 512, 600, torch.float32, 0.5, device="cuda")
     x[0, 3] = value
-    y, reference = launch(variant, x, *rest), expected(x, *rest)
+    y, reference = launch(variant, x, *rest), oracle(x, *rest)
     assert torch.equal(y.isnan(), reference.isnan())
     assert torch.equal(y.isinf(), reference.isinf())
     if rows > 1:
@@ -86,7 +151,7 @@ def test_cuda_graph_replays_follow_new_inputs(variant: str, rows: int):
         x.copy_(fresh)
         y.fill_(float("nan"))
         graph.replay()
-        assert relative_error(y, expected(fresh, *rest)) < TOLERANCE[torch.float16]
+        assert relative_error(y, oracle(fresh, *rest)) < TOLERANCE[torch.float16]
 
 
 def test_back_to_back_calls_do_not_overtake_each_other():
@@ -107,7 +172,7 @@ def test_back_to_back_calls_do_not_overtake_each_other():
 def test_other_configurations_agree(stages: int, parts: int):
     problem = case(2, 2048, 5000, torch.bfloat16, 0.5, device="cuda")
     config = Config(4, 2, warps=4, programs=3, gate_stages=stages, stages=stages, parts=parts, dependent=parts == 1)
-    error = relative_error(launch("cats", *problem, config=config), expected(*problem))
+    error = relative_error(launch("cats", *problem, config=config), oracle(*problem))
     assert error < TOLERANCE[torch.bfloat16]
 
 
@@ -120,7 +185,7 @@ def test_a_second_launch_serves_other_tensors(rows: int):
     for seed in range(3):
         problem = case(rows, d, m, torch.bfloat16, 0.5, seed=seed, device="cuda")
         for given in (problem, tuple(shifted(t) if isinstance(t, torch.Tensor) else t for t in problem)):
-            assert relative_error(launch("cats", *given), expected(*problem)) < TOLERANCE[torch.bfloat16]
+            assert relative_error(launch("cats", *given), oracle(*problem)) < TOLERANCE[torch.bfloat16]
 
 
 def shifted(tensor: torch.Tensor) -> torch.Tensor:
@@ -133,7 +198,7 @@ def shifted(tensor: torch.Tensor) -> torch.Tensor:
 def test_tensor_cores_for_any_number_of_rows(dtype: torch.dtype):
     for rows, d, m in ((1, 2048, 5000), (2, 130, 77), (5, 1000, 1003)):
         problem = case(rows, d, m, dtype, 0.5, device="cuda")
-        error = relative_error(launch("cats", *problem, config=TENSOR_CORES), expected(*problem))
+        error = relative_error(launch("cats", *problem, config=TENSOR_CORES), oracle(*problem))
         assert error < TOLERANCE[dtype], f"rows={rows} d={d} m={m}: {error:.2e}"
 
 
@@ -141,7 +206,7 @@ def test_tensor_cores_for_any_number_of_rows(dtype: torch.dtype):
 def test_the_entry_point_takes_any_number_of_rows(rows: int):
     problem = case(rows, 1024, 3000, torch.float32, 0.5, device="cuda")
     for call in (VARIANTS["cats"], dense_masked):
-        assert relative_error(call(*problem), expected(*problem)) < 1e-5
+        assert relative_error(call(*problem), oracle(*problem)) < 1e-5
 
 
 def test_dependent_launch_waits_for_a_copy_and_for_another_stream():
@@ -167,21 +232,20 @@ def test_dependent_launch_waits_for_a_copy_and_for_another_stream():
         source.copy_(case(1, 2048, 6000, torch.bfloat16, 0.5, seed=7, device="cuda")[0] * factor)
         graph.replay()
         for y, scale in zip(outputs, (1.0, 2.0), strict=True):
-            assert relative_error(y, expected(source * scale, *rest)) < TOLERANCE[torch.bfloat16]
+            assert relative_error(y, oracle(source * scale, *rest)) < TOLERANCE[torch.bfloat16]
 
 
-def test_torch_compile_without_graph_break():
-    from cats_kernels import sparse_gated_mlp
-
-    problem = case(1, 1024, 2816, torch.bfloat16, 0.5, device="cuda")
+@pytest.mark.parametrize(("kind", "decider"), KINDS)
+def test_torch_compile_without_graph_break(kind: str, decider: str):
+    problem = case(1, 1024, 2816, torch.bfloat16, 0.5, device="cuda", kind=kind, decider=decider)
 
     class Layer(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + sparse_gated_mlp(x * 1.0, *problem[1:], backend="triton")
+            return x + sparse_gated_mlp(x * 1.0, *problem[1:6], backend="triton", decider=decider)
 
     with torch.no_grad():
         y = torch.compile(Layer(), fullgraph=True, mode="reduce-overhead")(problem[0])
-    assert relative_error(y - problem[0], expected(*problem)) < 2e-2
+    assert relative_error(y - problem[0], oracle(*problem)) < 2e-2
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -189,5 +253,6 @@ def test_memcheck(variant: str):
     """Small and odd sizes of every kernel, for compute-sanitizer."""
     for dtype in DTYPES:
         for rows, d, m in ((1, 64, 96), (1, 33, 37), (2, 72, 130), (3, 130, 50), (8, 1, 1)):
-            problem = case(rows, d, m, dtype, 0.5, device="cuda")
-            assert relative_error(launch(variant, *problem), expected(*problem)) < TOLERANCE[dtype]
+            for kind, decider in KINDS if variant == "cats" else KINDS[:1]:
+                problem = case(rows, d, m, dtype, 0.5, device="cuda", kind=kind, decider=decider)
+                assert relative_error(launch(variant, *problem), oracle(*problem)) < TOLERANCE[dtype]

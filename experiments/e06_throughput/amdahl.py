@@ -10,10 +10,9 @@ With f the MLP's share of the dense token and g the gain of CATS over dense on t
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,46 +20,13 @@ from transformers import PreTrainedModel, StaticCache
 
 import cats
 from cats.structure import attention_blocks
-from experiments.e06_throughput.decoding import compile_for_graph
-from experiments.framework.results import Row
+from experiments.framework.tables import AmdahlRow, Row, ShareRow
 from experiments.framework.timing import Timing
 from experiments.framework.timing import measure as measure_calls
 
+Compile = Callable[[Any], Any]
 STEPS = 4
 """Decode steps whose inputs the MLP is timed on."""
-
-
-@dataclass(frozen=True)
-class ShareRow(Row):
-    """One component's part of a decoded token's time in the dense model, all layers together."""
-
-    table: ClassVar[str] = "e06_shares"
-    machine: str
-    model: str
-    layers: int
-    dtype: str
-    component: str
-    milliseconds: float
-    share: float
-    loop: str
-
-
-@dataclass(frozen=True)
-class AmdahlRow(Row):
-    """What the MLP's share and the kernel's gain allow, and what was measured end to end, as ratios to dense."""
-
-    table: ClassVar[str] = "e06_amdahl"
-    machine: str
-    model: str
-    layers: int
-    dtype: str
-    kernel_speedup: float
-    mlp_share: float
-    predicted_speedup: float
-    measured_speedup: float
-    loop: str
-    sparsity_target: float
-    fraction_of_predicted: float
 
 
 def amdahl(share: float, gain: float) -> float:
@@ -76,7 +42,7 @@ def shares_and_amdahl(
     token_ms: dict[float | None, float],
     common: dict[str, Any],
     rounds: int,
-    dependent_launch: bool = False,
+    compile_module: Compile | None = None,
 ) -> list[Row]:
     """Rows of both tables for one model.
 
@@ -85,12 +51,12 @@ def shares_and_amdahl(
         switch: makes the model CATS at a sparsity, or dense (None).
         sparsity: the CATS variant that the law is applied to.
         ids: (1, context) tokens; the inputs of the components are taken from decode steps that follow them.
-        token_ms: measured milliseconds a token of the dense model (None) and of CATS (``sparsity``) in the loop.
+        token_ms: measured milliseconds per token of the dense model (None) and of CATS (``sparsity``) in the loop.
         common: the columns that all rows share.
         rounds: timed rounds.
-        dependent_launch: whether the loop has it, see `experiments.e06_throughput.decoding.compile_for_graph`.
+        compile_module: how the loop compiles a module; None for a loop that does not.
     """
-    timings = time_components(model, switch, sparsity, ids, rounds, common["loop"] != "eager", dependent_launch)
+    timings = time_components(model, switch, sparsity, ids, rounds, compile_module)
     layers = len(cats.gated_mlps(model))
     dense = token_ms[None]
     milliseconds = {
@@ -107,11 +73,13 @@ def shares_and_amdahl(
     predicted, measured = amdahl(share, gain), dense / token_ms[sparsity]
     row = AmdahlRow(
         **common,
+        criterion="cats",
+        variant=f"cats-{100 * sparsity:g}",
+        sparsity_target=sparsity,
         kernel_speedup=gain,
         mlp_share=share,
         predicted_speedup=predicted,
         measured_speedup=measured,
-        sparsity_target=sparsity,
         fraction_of_predicted=measured / predicted,
     )
     return [*rows, row]
@@ -123,24 +91,23 @@ def time_components(
     sparsity: float,
     ids: Tensor,
     rounds: int,
-    compiled: bool = False,
-    dependent_launch: bool = False,
+    compile_module: Compile | None = None,
 ) -> dict[str, Timing]:
     """Time one call of the middle layer's MLP (dense: ``mlp``, sparse: ``cats``), its attention block and the head.
 
-    Attention and head are one call a graph on a GPU, and bear its start and the copy of the cache's counter: each of
+    Attention and head are one call per graph on a GPU, and bear its start and the copy of the cache's counter: each of
     them is overstated by a few microseconds, the MLP by a `STEPS`-th of that.
     """
     name, mlp = list(cats.gated_mlps(model).items())[len(cats.gated_mlps(model)) // 2]
     attention = attention_blocks(model)[f"{name.rpartition('.')[0]}.self_attn"]
     head = model.get_output_embeddings()
-    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + 2 * STEPS) if compiled else None
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + 2 * STEPS) if compile_module else None
     inputs = decode_inputs(model, ids, {"mlp": mlp, "attention": attention, "head": head}, cache)
     switch(sparsity)
     sparse = copy.deepcopy(mlp)
     switch(None)
     modules: Any = (mlp, sparse, attention, head)
-    dense, sparse, attend, head = (compile_for_graph(m, dependent_launch) for m in modules) if compiled else modules
+    dense, sparse, attend, head = map(compile_module, modules) if compile_module else modules
     index: Any = attention.layer_idx
     calls = {
         "mlp": [partial(dense, *args, **kwargs) for args, kwargs in inputs["mlp"]],

@@ -1,22 +1,98 @@
 """What e06 times: the profile's options, and the conditions that follow from them."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated
 
-from cats_kernels.operator import BACKENDS
+from cats_kernels import BACKENDS
 
-from cats.calibration import check_sparsity
 from cats.models import DTYPES
 from experiments.e06_throughput.decoding import LOOPS
-from experiments.framework.config import Config
+from experiments.framework.options import Count, MayBeEmpty, OneOf, Range, Sparsity, Whole
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
-GROWTH = ("loop", "batches", "contexts", "sparsities", "layers", "prompts")
-LEAST = {
-    "prompts": 1, "prompt_tokens": 1, "layers": 0, "calibration_tokens": 1, "check_tokens": 0, "rounds": 0,
-    "growth.prompts": 1,
-}  # fmt: skip
-"""Options that are whole numbers, and the least that each may be."""
+LoopName = Annotated[str, OneOf(tuple(LOOPS))]
+Several = Annotated[int, Range(2)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """Conditions to vary one at a time, from the figure's shortest.
+
+    Attributes:
+        loop: the one they are generated in.
+        batches: sequences at once.
+        contexts: tokens of the prompt.
+        sparsities: targets, in place of the figure's first.
+        layers: decoder layers.
+        prompts: how many (batches of) prompts.
+    """
+
+    loop: LoopName = "eager"
+    batches: Annotated[tuple[Several, ...], MayBeEmpty()] = ()
+    contexts: Annotated[tuple[Count, ...], MayBeEmpty()] = ()
+    sparsities: Annotated[tuple[Sparsity, ...], MayBeEmpty()] = ()
+    layers: Annotated[tuple[Count, ...], MayBeEmpty()] = ()
+    prompts: Count = 1
+
+    def __bool__(self) -> bool:
+        return bool(self.batches or self.contexts or self.sparsities or self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of e06.
+
+    Attributes:
+        lengths: loop to generated tokens.
+        separate_lengths: a generation (and a static cache of its own size) for each length, not one read at them all.
+        dtypes: the profile's when not given.
+        sparsities: targets of CATS.
+        prompts, prompt_tokens: how many prompts, and how long.
+        repeats: turns that dense and CATS take on each prompt; every second one in reverse order.
+        layers: at most so many, 0 for all; fewer where memory is short.
+        attention: transformers' implementation, for dense and CATS alike, by loop or by dtype (a loop's goes first);
+            "eager" in the loop graph-tuned and else "sdpa" if not given. Give what is fastest when dense.
+        dependent_launch: of inductor's kernels in the loops of one graph, on a GPU that can; those of CATS always are.
+        calibration: "text", or "generated" for text that the model itself has continued, should decoding stray more
+            than 2 points from the target.
+        calibration_tokens: of that text.
+        check_tokens: length of the greedy checks in float32, 0 for none.
+        rounds: of the module timings behind the Amdahl table, 0 for none.
+        kernel: as in `cats.apply`.
+        growth: conditions beyond the figure's; of the first model in the first dtype.
+    """
+
+    lengths: dict[LoopName, tuple[Several, ...]] = field(default_factory=lambda: {"eager": (16, 32)})
+    separate_lengths: bool = False
+    dtypes: Annotated[tuple[Annotated[str, OneOf(("auto", *DTYPES))], ...], MayBeEmpty()] = ()
+    sparsities: tuple[Sparsity, ...] = (0.5,)
+    prompts: Count = 2
+    prompt_tokens: Count = 32
+    repeats: Count = 2
+    layers: Whole = 0
+    attention: Annotated[
+        dict[Annotated[str, OneOf((*LOOPS, *DTYPES))], Annotated[str, OneOf(ATTENTION)]], MayBeEmpty()
+    ] = field(default_factory=dict)
+    dependent_launch: bool = True
+    calibration: Annotated[str, OneOf(("text", "generated"))] = "text"
+    calibration_tokens: Count = 256
+    check_tokens: Whole = 16
+    rounds: Whole = 20
+    kernel: Annotated[str, OneOf(BACKENDS)] = "auto"
+    growth: Growth = Growth()
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens in self.growth.contexts:
+            raise ValueError(f"growth.contexts must differ from prompt_tokens, which is {self.prompt_tokens}")
+
+    def attention_in(self, loop: str, dtype: str) -> str:
+        """The implementation of attention in a loop and dtype."""
+        default = "eager" if LOOPS[loop].tuned else "sdpa"
+        return self.attention.get(loop, default if LOOPS[loop].tuned else self.attention.get(dtype, default))
+
+    def loops(self) -> set[str]:
+        """All loops in use."""
+        return {*self.lengths, *([self.growth.loop] if self.growth else [])}
 
 
 @dataclass(frozen=True)
@@ -27,7 +103,8 @@ class Case:
         loop: one of `experiments.e06_throughput.decoding.LOOPS`.
         lengths: generated tokens; all are read from one generation, so a static cache is as large as the last needs.
         sparsities: targets of the CATS variants timed against dense.
-        prompts: how many (batches of) prompts, numbered from ``first_prompt``.
+        prompts: how many (batches of) prompts.
+        condition: ``figure`` or ``growth``.
     """
 
     loop: str
@@ -36,123 +113,34 @@ class Case:
     prompts: int
     prompt_tokens: int
     batch: int = 1
-    first_prompt: int = 0
+    condition: str = "figure"
 
     @property
     def context(self) -> int:
         return self.prompt_tokens + max(self.lengths)
 
 
-def options_of(config: Config) -> dict[str, Any]:
-    """The experiment's options with their defaults.
-
-    - ``lengths``: loop to generated tokens, such as {eager = [256, 512]}
-    - ``separate_lengths``: a generation (and a static cache of its own size) for each length, not one read at them all
-    - ``dtypes``, ``sparsities``, ``prompts``, ``prompt_tokens``, ``kernel``
-    - ``attention``: dtype to transformers' implementation of attention, for dense and CATS alike, "sdpa" if not given:
-      the one that is fastest when dense, such as {float32 = "eager"} on an H200
-    - ``dependent_launch``: of inductor's kernels in the loop "graph", on a GPU that can; those of CATS always are
-    - ``layers``: at most so many, 0 for all; fewer where memory is short
-    - ``calibration_tokens``; ``calibration``: "text", or "generated" for text that the model itself has continued,
-      should decoding stray more than 2 points from the target
-    - ``check_tokens``: length of the greedy checks in float32, 0 for none
-    - ``rounds`` of the module timings behind the Amdahl table, 0 for none
-    - ``growth``: conditions to vary one at a time, eager unless its ``loop`` says otherwise: ``batches``, ``contexts``,
-      ``sparsities``, ``layers``, with so many ``prompts``
-
-    Raises:
-        ValueError: an unknown option, or one of the wrong kind.
-    """
-    defaults: dict[str, Any] = {
-        "lengths": {"eager": [16, 32]},
-        "separate_lengths": False,
-        "dtypes": [config.dtype],
-        "sparsities": [0.5],
-        "prompts": 2,
-        "prompt_tokens": 32,
-        "layers": 0,
-        "attention": {},
-        "dependent_launch": True,
-        "calibration": "text",
-        "calibration_tokens": 256,
-        "check_tokens": 16,
-        "rounds": 20,
-        "kernel": "auto",
-        "growth": {},
-    }
-    unknown = sorted(set(config.options) - set(defaults))
-    if unknown:
-        raise ValueError(f"e06 has no option {', '.join(unknown)}: allowed are {', '.join(defaults)}")
-    options = {**defaults, **config.options}
-    _check(options)
-    return options
-
-
-def _check(options: dict[str, Any]) -> None:
-    for name in ("lengths", "attention", "growth"):
-        if not isinstance(options[name], dict):
-            raise ValueError(f"e06.{name} must be a table, such as {{KEY = VALUE}}: {options[name]!r}")
-    for name in ("separate_lengths", "dependent_launch"):
-        if not isinstance(options[name], bool):
-            raise ValueError(f"e06.{name} must be true or false: {options[name]!r}")
-    growth = {f"growth.{name}": value for name, value in options["growth"].items()}
-    numbers = {f"lengths.{loop}": values for loop, values in options["lengths"].items()}
-    for name, values in {"dtypes": options["dtypes"], "sparsities": options["sparsities"], **numbers, **growth}.items():
-        if name not in ("growth.loop", "growth.prompts") and (not isinstance(values, list) or not values):
-            raise ValueError(f"e06.{name} must be a list of at least one: {values!r}")
-    for name, given, known in (
-        ("lengths", options["lengths"], LOOPS),
-        ("growth", options["growth"], GROWTH),
-        ("dtypes", options["dtypes"], ("auto", *DTYPES)),
-        ("attention", options["attention"], DTYPES),
-        ("attention", options["attention"].values(), ATTENTION),
-        ("kernel", [options["kernel"]], BACKENDS),
-        ("calibration", [options["calibration"]], ("text", "generated")),
-        ("growth.loop", [options["growth"].get("loop", "eager")], LOOPS),
-    ):
-        if strange := [str(one) for one in given if one not in known]:
-            raise ValueError(f"e06.{name} cannot be {', '.join(strange)}: allowed are {', '.join(known)}")
-    for sparsity in (*options["sparsities"], *options["growth"].get("sparsities", ())):
-        check_sparsity(sparsity)
-    if not numbers:
-        raise ValueError("e06.lengths must give at least one loop its numbers of tokens, such as {eager = [256]}")
-    flat = {**options, **growth, **numbers}
-    for name, least in LEAST.items():
-        _check_whole(name, flat.get(name, least), least)
-    lists = {**dict.fromkeys(numbers, 2), "growth.batches": 1, "growth.contexts": 1, "growth.layers": 1}
-    for name, least in lists.items():
-        for number in flat.get(name, ()):
-            _check_whole(name, number, least)
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if type(value) is not int or value < least:
-        raise ValueError(f"e06.{name} must be a whole number, {least} or more: {value!r}")
-
-
-def cases_of(options: dict[str, Any]) -> list[Case]:
+def cases_of(options: Options) -> list[Case]:
     """Figure 4's conditions: every loop with its lengths."""
     cases = []
-    for loop, lengths in options["lengths"].items():
-        groups = [(n,) for n in sorted(lengths)] if options["separate_lengths"] else [tuple(sorted(lengths))]
-        sparsities = tuple(options["sparsities"])
-        cases += [Case(loop, group, sparsities, options["prompts"], options["prompt_tokens"]) for group in groups]
+    for loop, lengths in options.lengths.items():
+        groups = [(n,) for n in sorted(lengths)] if options.separate_lengths else [tuple(sorted(lengths))]
+        for group in groups:
+            cases.append(Case(loop, group, options.sparsities, options.prompts, options.prompt_tokens))
     return cases
 
 
-def growth_of(options: dict[str, Any]) -> tuple[list[Case], list[tuple[int, Case]]]:
+def growth_of(options: Options) -> tuple[list[Case], list[tuple[int, Case]]]:
     """Conditions that differ from Figure 4's shortest in one respect; those of other depths with their layers.
 
-    Their static cache is as large as the shortest length needs: so is Figure 4's with ``separate_lengths`` only. Their
-    prompts have numbers of their own: the report pairs dense and CATS by prompt.
+    Their static cache is as large as the shortest length needs: so is Figure 4's with ``separate_lengths`` only.
     """
-    growth = options["growth"]
-    loop = growth.get("loop", "eager")
-    shortest = min(options["lengths"].get(loop) or [n for values in options["lengths"].values() for n in values])
-    base = Case(loop, (shortest,), (options["sparsities"][0],), growth.get("prompts", 1), options["prompt_tokens"])
-    base = replace(base, first_prompt=options["prompts"])
-    cases = [replace(base, batch=n) for n in growth.get("batches", ())]
-    cases += [replace(base, prompt_tokens=n) for n in growth.get("contexts", ())]
-    if growth.get("sparsities"):
-        cases.append(replace(base, sparsities=tuple(growth["sparsities"])))
-    return cases, [(n, base) for n in growth.get("layers", ())]
+    growth = options.growth
+    shortest = min(options.lengths.get(growth.loop) or [n for values in options.lengths.values() for n in values])
+    base = Case(growth.loop, (shortest,), options.sparsities[:1], growth.prompts, options.prompt_tokens)
+    base = replace(base, condition="growth")
+    cases = [replace(base, batch=n) for n in growth.batches]
+    cases += [replace(base, prompt_tokens=n) for n in growth.contexts]
+    if growth.sparsities:
+        cases.append(replace(base, sparsities=growth.sparsities))
+    return cases, [(n, base) for n in growth.layers]

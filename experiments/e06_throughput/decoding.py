@@ -1,19 +1,19 @@
 """Greedy decoding, timed from the first to the last token without disturbing it.
 
-Three loops. ``eager`` and ``compiled`` are those of ``model.generate``. ``eager`` is the one the paper timed: a growing
+Four loops. ``eager`` and ``compiled`` are those of ``model.generate``. ``eager`` is the one the paper timed: a growing
 cache, every kernel launched from Python. ``compiled`` is what transformers does with a static cache on a GPU: the
 decode step goes through torch.compile in mode reduce-overhead, that is, it is replayed as a CUDA graph, between which
 Python chooses the token and waits for it; prefill stays eager. ``graph`` is what an inference engine does: the same
-compiled step and the choice of the token are one CUDA graph, whose replays follow each other without Python. CATS is
-one opaque operator in both graphs.
+compiled step and the choice of the token are one CUDA graph, whose replays follow each other without Python.
+``graph-tuned`` is that loop with inductor's coordinate descent tuning, which turns one-row products into kernels of
+inductor's own and fuses their neighbours into them: the strongest loop here for the dense model. CATS is one opaque
+operator in all graphs.
 """
 
-import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,9 +29,25 @@ from transformers import (
     StaticCache,
 )
 
+from experiments.e06_throughput.memory import peak_memory, reset_peak_memory
 from experiments.framework.timing import capture
 
-LOOPS = ("eager", "compiled", "graph")
+
+@dataclass(frozen=True)
+class Loop:
+    """What distinguishes a loop: a compiled step, replayed as a CUDA graph of our own, compiled with tuning."""
+
+    compiled: bool = True
+    graph: bool = False
+    tuned: bool = False
+
+
+LOOPS = {
+    "eager": Loop(compiled=False),
+    "compiled": Loop(),
+    "graph": Loop(graph=True),
+    "graph-tuned": Loop(graph=True, tuned=True),
+}
 WARM_TOKENS = 6
 """New tokens of a warm-up: prefill, then steps to compile, to warm the graph's memory, to record and to replay."""
 WARM_PROMPT = MAX_ROWS + 1
@@ -110,7 +126,7 @@ class Decoder:
         model: made ready by `make_greedy`.
         loop: one of `LOOPS`.
         context: prompt and generated tokens together, at most; the size of the static cache.
-        dependent_launch: as in `compile_for_graph`.
+        dependent_launch: as in `compile_step`.
     """
 
     model: PreTrainedModel
@@ -122,18 +138,19 @@ class Decoder:
     def __post_init__(self) -> None:
         if self.loop not in LOOPS:
             raise ValueError(f"unknown loop {self.loop!r}: allowed are {', '.join(LOOPS)}")
-        if self.loop != "eager":
+        loop = LOOPS[self.loop]
+        if loop.compiled:
             # 8 compiled variants of one forward are allowed before dynamo goes back to eager, and shapes seen before
             # would make it try dynamic ones: every decoder starts afresh
             torch._dynamo.reset()
             # The cache that cache_implementation="static" builds for every call, but kept: CUDA graphs are recorded
             # again when its address moves
             cache = StaticCache(config=self.model.config, max_cache_len=self.context)
-            if self.loop == "graph" and any(cache.is_sliding):
+            if loop.graph and any(cache.is_sliding):
                 # such a layer counts its tokens in a Python int, which a graph would freeze
-                raise ValueError('the loop "graph" cannot follow a sliding window: use "compiled"')
+                raise ValueError(f'the loop "{self.loop}" cannot follow a sliding window: use "compiled"')
             self.options = {"past_key_values": cache, "compile_config": _compile_config(self.model.device)}
-            self.compiled = compile_for_graph(self.model, self.dependent_launch) if self.loop == "graph" else None
+            self.compiled = compile_step(self.model, self.loop, self.dependent_launch) if loop.graph else None
 
     def generate(self, ids: Tensor, new_tokens: int, marks: Sequence[int] = ()) -> Generation:
         """Continue ``ids`` (batch, prompt) by ``new_tokens`` and time tokens 1 and ``marks``.
@@ -146,7 +163,7 @@ class Decoder:
         ids = ids.to(device)
         resettable = reset_peak_memory(device)
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), torch.no_grad():
-            loop = self._replay if self.loop == "graph" else self._generate
+            loop = self._replay if LOOPS[self.loop].graph else self._generate
             begin, tokens = loop(ids, new_tokens, clock)
         if tokens.shape[1] != ids.shape[1] + new_tokens:
             raise RuntimeError(f"generate stopped after {tokens.shape[1] - ids.shape[1]} of {new_tokens} tokens")
@@ -172,7 +189,10 @@ class Decoder:
         return begin, tokens.cpu()
 
     def _replay(self, ids: Tensor, new_tokens: int, clock: Clock) -> tuple[Any, Tensor]:
-        """The loop ``graph``: when it began, and all tokens. Its graph is recorded first: weights may have moved."""
+        """The loops of one graph per token: when they began, and all tokens.
+
+        The graph is recorded first: weights may have moved.
+        """
         cache = self.options["past_key_values"]
         token = ids[:, :1].clone()
         tokens = torch.cat([ids, ids.new_empty(ids.shape[0], new_tokens)], 1)
@@ -222,20 +242,24 @@ class Decoder:
     def warm_up(self, ids: Tensor) -> float:
         """Generate a few tokens: whatever is compiled, recorded or paged in is now. Returns seconds taken."""
         begin = time.perf_counter()
-        self.generate(ids[:, :WARM_PROMPT], 2 if self.loop == "eager" else WARM_TOKENS)
+        self.generate(ids[:, :WARM_PROMPT], WARM_TOKENS if LOOPS[self.loop].compiled else 2)
         return time.perf_counter() - begin
 
 
-def compile_for_graph(module: torch.nn.Module, dependent_launch: bool = True) -> Any:
-    """The module as torch.compile makes it, without CUDA graphs of its own, which could not be part of another.
+def compile_step(module: torch.nn.Module, loop: str, dependent_launch: bool = True) -> Any:
+    """The module as the loop compiles it, without CUDA graphs of its own, which could not be part of another.
 
-    With ``dependent_launch`` inductor's kernels start before their predecessors have ended and then wait, on a GPU that
-    can (from compute capability 9.0): at batch 1 there are hundreds of them a token, of one to two microseconds each.
+    With ``dependent_launch`` the kernels of the loops of one graph start before their predecessors have ended and then
+    wait, on a GPU that can (from compute capability 9.0): at batch 1 there are hundreds of them per token, of one or
+    two microseconds each.
     """
+    if not LOOPS[loop].compiled:
+        return module
     device = next(module.parameters()).device
     if device.type == "cuda":
-        able = dependent_launch and torch.cuda.get_device_capability(device) >= (9, 0)
-        return torch.compile(module, options={"triton.enable_pdl": able})
+        able = dependent_launch and LOOPS[loop].graph and torch.cuda.get_device_capability(device) >= (9, 0)
+        options = {"triton.enable_pdl": able, "coordinate_descent_tuning": LOOPS[loop].tuned}
+        return torch.compile(module, options=options)
     config = _compile_config(device)
     return torch.compile(module, backend="inductor" if config is None else config.backend)
 
@@ -253,23 +277,3 @@ def _compile_config(device: torch.device) -> CompileConfig | None:
 def compilations() -> int:
     """How many graphs dynamo has compiled and how many inputs CUDA graphs were recorded with, so far, in one number."""
     return int(counters["stats"]["unique_graphs"] + counters["inductor"]["cudagraph_recorded_non_static_inputs"])
-
-
-def reset_peak_memory(device: torch.device) -> bool:
-    """Start `peak_memory` afresh; False where that cannot be done (a CPU without Linux's clear_refs)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Largest allocation (GPU) or resident set (CPU), in bytes, since `reset_peak_memory`; None where unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found.group(1)) * 1024 if found else None

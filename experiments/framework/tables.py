@@ -447,6 +447,21 @@ class AttentionSample(Row):
     correct: str
 
 
+@dataclass(frozen=True)
+class AttentionTextSample(Row):
+    """`TextSample` for the attention variant."""
+
+    table: ClassVar[str] = "e07_blocks"
+    key: ClassVar[tuple[str, ...]] = ("model", "variant", "finetuned")
+    samples: ClassVar[bool] = True
+    model: str
+    criterion: str
+    variant: str
+    finetuned: bool
+    tokens_per_block: int
+    nats: str
+
+
 def row_types() -> dict[str, type[Row]]:
     """Table name -> row class, for every class that has been defined, a third party's included."""
     types: dict[str, type[Row]] = {}

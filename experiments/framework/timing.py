@@ -11,7 +11,6 @@ import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +31,15 @@ class Timing:
     p50_ms: float
     p80_ms: float
     rounds: int
+    times_ms: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, milliseconds: list[float]) -> Timing:
-        """Summarise raw times."""
+    def of(cls, milliseconds: Sequence[float]) -> Timing:
+        """Summarise raw times, which it keeps: round i of all calls of one `measure` ran side by side."""
         times = np.asarray(milliseconds, dtype=np.float64)
         p20, p50, p80 = np.percentile(times, [20, 50, 80])
-        return cls(float(np.exp(np.log(times).mean())), float(p20), float(p50), float(p80), len(times))
+        geomean = float(np.exp(np.log(times).mean()))
+        return cls(geomean, float(p20), float(p50), float(p80), len(times), tuple(times.tolist()))
 
 
 def last_level_cache_bytes() -> int:
@@ -65,7 +66,7 @@ def _cpu_times(calls: Calls, warmups: int, rounds: int, flush: bool) -> dict[str
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     for index in range(warmups + rounds):
-        # rotate the order: nobody always runs after the same neighbour
+        # the order rotates, so that no call always follows the same other one
         start = index % len(names)
         for name in names[start:] + names[:start]:
             if evict is not None:
@@ -101,7 +102,7 @@ def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
 
 
 def _cuda_times(calls: CudaCalls, warmups: int, rounds: int, flush: bool) -> dict[str, list[float]]:
-    """Milliseconds a call, from events around replays of one graph an implementation.
+    """Milliseconds per call, from events around replays of one graph per implementation.
 
     An implementation given as a sequence does the same work on different copies of the weights. The copies follow each
     other in one graph, as the layers of a model do while it decodes, so the start of the graph counts once for all.
@@ -128,15 +129,6 @@ def _cuda_times(calls: CudaCalls, warmups: int, rounds: int, flush: bool) -> dic
             for name, (begin, end) in events.items():
                 times[name].append(begin.elapsed_time(end) / len(works[name]))
     return times
-
-
-def read_bandwidth(gigabytes: float = 2.0, rounds: int = 20) -> float:
-    """The card's own read bandwidth in GB/s (1e9 bytes): the best median among reductions over a large buffer."""
-    buffer = torch.rand(int(gigabytes * 1e9) // 4, device="cuda")
-    rows = buffer.view(-1, 4000)
-    reductions: Calls = {"sum": buffer.sum, "max": buffer.max, "rows": partial(torch.sum, rows, 1)}
-    timings = measure(reductions, warmups=5, rounds=rounds, flush=False, device="cuda")
-    return buffer.numel() * 4 / 1e6 / min(timing.p50_ms for timing in timings.values())
 
 
 def measure(

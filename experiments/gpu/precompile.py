@@ -21,7 +21,7 @@ class Task:
     m: int
     dtype: torch.dtype
     rows: int
-    config: object = None  # a cats_kernels.triton_mlp.Config, or None for the chosen one
+    config: object = None  # a cats_kernels.triton.configs.Config, or None for the chosen one
 
 
 def precompile(tasks: Sequence[Task], workers: int | None = None) -> list[str]:
@@ -40,8 +40,9 @@ def precompile(tasks: Sequence[Task], workers: int | None = None) -> list[str]:
 
 
 def _compile(task: Task) -> str:
-    from cats_kernels.triton_launch import Call, target_of
-    from cats_kernels.triton_mlp import Config, plan
+    from cats_kernels.ablation.triton import plan
+    from cats_kernels.triton.configs import Config
+    from cats_kernels.triton.launch import Call, target_of
 
     x, weight = (torch.empty(n, task.d, dtype=task.dtype, device="meta") for n in (task.rows, task.m))
     config = task.config if isinstance(task.config, Config) else None

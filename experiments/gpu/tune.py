@@ -1,6 +1,6 @@
 """Check, time and tune the GPU kernels at the paper's shapes on the card at hand.
 
-Purpose: choose the configurations in cats_kernels.triton_mlp, and measure what they reach, in one command.
+Purpose: choose the configurations in cats_kernels.triton.configs, and measure what they reach, in one command.
 Cost: under 6 minutes on one H200, compilation included (in parallel processes).
 Run: ``python -m experiments.gpu.tune --output DIR [--quick]``
 
@@ -18,14 +18,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from cats_kernels.triton_launch import Call, target_of
-from cats_kernels.triton_mlp import CONFIGS, MAX_ROWS, VARIANTS, Config, choose_config, dense_masked, launch, plan, run
+from cats_kernels import MAX_ROWS
+from cats_kernels.ablation.triton import VARIANTS, launch
+from cats_kernels.problem import TOLERANCE, Problem
+from cats_kernels.triton.configs import CONFIGS, Config, choose_config
+from cats_kernels.triton.launch import run
+from cats_kernels.triton.mlp import dense_masked, make_call, plan
 from torch import Tensor
 
-from experiments.e05_mlp_latency import COPIES, SHAPES, TOLERANCE, Problem
-from experiments.framework.timing import measure, read_bandwidth
+from experiments.e05_mlp_latency import COPIES, SHAPES
+from experiments.framework.bandwidth import read_bandwidth
+from experiments.framework.timing import measure
 from experiments.gpu.precompile import Task, precompile
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -80,12 +86,11 @@ def configs(rows: int, element_size: int, d: int) -> list[Config]:
     return list(dict.fromkeys(found))
 
 
-def first_launches(arguments: tuple[Tensor, Tensor, Tensor, Tensor, float, str], count: int) -> Tensor:
+def first_launches(arguments: tuple[Any, ...], count: int) -> Tensor:
     """Only the first launches of "cats": differences of their times say what each kernel costs."""
-    x = arguments[0]
-    y = torch.empty_like(x)
-    run(plan("cats", Call(*arguments, y, target_of(x.device)))[:count], x.device)
-    return y
+    call = make_call(*arguments)
+    run(plan(call)[:count], call.x.device)
+    return call.y
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,16 @@
 """The sparse gated MLP of CATS as an operator: ``sparse_gated_mlp`` and its plain PyTorch reference."""
 
-from cats_kernels.operator import BACKENDS, MAX_ROWS, sparse_gated_mlp
-from cats_kernels.reference import gate_activation, sparse_gated_mlp_reference
+from cats_kernels.dispatch import BACKENDS, path_of
+from cats_kernels.operator import sparse_gated_mlp
+from cats_kernels.reference import DECIDERS, gate_activation, sparse_gated_mlp_reference
+from cats_kernels.weights import MAX_ROWS
 
-__all__ = ["BACKENDS", "MAX_ROWS", "gate_activation", "sparse_gated_mlp", "sparse_gated_mlp_reference"]
+__all__ = [
+    "BACKENDS",
+    "DECIDERS",
+    "MAX_ROWS",
+    "gate_activation",
+    "path_of",
+    "sparse_gated_mlp",
+    "sparse_gated_mlp_reference",
+]

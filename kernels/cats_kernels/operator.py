@@ -1,32 +1,37 @@
-"""`sparse_gated_mlp`: validates its arguments, picks a backend once, and is an operator of torch.library.
+"""`sparse_gated_mlp`: validates its arguments, computes at once, or is one operator wherever calls are recorded.
 
-As an operator (``torch.ops.cats.sparse_gated_mlp``) it has a fake implementation, so ``torch.compile(fullgraph=True)``
-and ``torch.export`` see one node and no graph break. It is for inference; training uses the dense masked path.
+In plain eager mode a call goes straight to its kernel: torch's dispatcher costs 60 microseconds a call, more than a
+small MLP itself. Where anything records or transforms calls (torch.compile, torch.export, torch.jit.trace, fx, dispatch
+and function modes such as FlopCounterMode, torch.func, tensor subclasses) the call is
+``torch.ops.cats.sparse_gated_mlp``, an operator of torch.library with a fake implementation, a batching rule and a FLOP
+formula. There a threshold is a tensor input, so that one graph serves all its values. The profiler shows the call as
+``cats::sparse_gated_mlp``.
+
+It is for inference; training uses the dense masked path.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import warnings
-from collections.abc import Callable
-from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from cats_kernels.reference import ACTIVATIONS, sparse_gated_mlp_reference
+from cats_kernels.dispatch import BACKENDS, compute, resolve
+from cats_kernels.flops import register_flops
+from cats_kernels.reference import ACTIVATIONS, check_decider, sparse_gated_mlp_reference
+from cats_kernels.thresholds import Threshold, as_tensor, check_kind, check_shape
+from cats_kernels.weights import check_weights
 
-BACKENDS = ("auto", "reference", "cpu", "triton")
-
-MAX_ROWS = 8
-"""Rows of ``x`` that share a kernel's loads of the weights. Any number of rows is allowed: each backend takes the dense
-masked path where that is faster (``cats_kernels.cpu.DENSE_ROWS``, ``cats_kernels.triton_mlp.SPARSE_ROWS``)."""
-
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-Implementation = Callable[[Tensor, Tensor, Tensor, Tensor, float, str], Tensor]
+PLAIN = (Tensor, torch.nn.Parameter)
+GRADIENT = (
+    "sparse_gated_mlp is for inference and has no gradient; call it under torch.no_grad(), "
+    "or train with the dense masked path."
+)
 
 
 def sparse_gated_mlp(
@@ -34,36 +39,119 @@ def sparse_gated_mlp(
     gate_weight: Tensor,
     up_weight: Tensor,
     down_weight_t: Tensor,
-    threshold: float,
+    threshold: Threshold,
     activation: str = "silu",
     backend: str = "auto",
+    decider: str = "gate",
 ) -> Tensor:
-    """The gated MLP that skips neurons whose gate activation is below the threshold (eq. 1, 4, 5; figures 3 and 6).
+    """The gated MLP that skips neurons whose deciding product is below the threshold (eq. 1, 4, 5; figures 3 and 6).
 
-    ``v = act(x Wg^T)``, kept where ``|v| >= threshold`` (ties and NaN too); ``y = (v * (x Wu^T)) @ down_weight_t``.
-    Accumulates in float32. A dropped neuron's rows of ``up_weight`` and ``down_weight_t`` are not read.
+    With ``g = x Wg^T`` and ``u = x Wu^T``: ``y = sum over kept j of act(g_j) u_j down_weight_t[j]``. Neuron j is kept
+    where ``|act(g_j)| >= t_j`` (decider "gate") or ``|u_j| >= t_j`` (decider "up"); ties and NaN are kept. Accumulates
+    in float32, and compares in float32. The deciding weight is read whole; a dropped neuron's rows of the other two are
+    not read.
 
     Args:
         x: (..., d), floating point; need not be contiguous.
         gate_weight, up_weight: (m, d), contiguous, dtype and device of ``x``.
         down_weight_t: (m, d), contiguous; the down projection transposed, row j = neuron j; finite.
-        threshold: a number, not NaN.
+        threshold: a number, not NaN; or a float32 tensor of shape () or (m,) on the device of ``x``, whose values the
+            kernels read on that device, without a synchronisation (so a NaN in it is not refused: its neuron is kept).
         activation: "silu" or "gelu_tanh".
         backend: "auto" (triton on CUDA; cpu for float32 and bfloat16 on the CPU; else reference), "reference", "cpu"
             or "triton". The environment variable CATS_BACKEND replaces "auto".
+        decider: "gate" or "up": the product that is compared with the threshold.
 
     Returns:
-        (..., d), contiguous, dtype and device of ``x``.
+        (..., d), contiguous, dtype and device of ``x``. Under ``torch.autocast`` the dtype that the dense block would
+        give, autocast's; the weights are read and computed with in their own dtype (no copy of them is made, so a mask
+        can differ from the dense block's where a rounded product crosses the threshold).
 
     Raises:
         TypeError, ValueError: one sentence naming the argument that is wrong and what is allowed.
         RuntimeError: when gradients are enabled and an argument requires them, or the backend cannot run here.
     """
-    _validate(x, gate_weight, up_weight, down_weight_t, threshold, activation, backend)
-    arguments = (x, gate_weight, up_weight, down_weight_t, float(threshold), activation, backend)
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) is not Tensor:
-        return torch.ops.cats.sparse_gated_mlp(*arguments)
-    return _run(*arguments)  # past the dispatcher, which costs 60 microseconds a call, more than a small MLP itself
+    tensors = (x, gate_weight, up_weight, down_weight_t, threshold)
+    options = (activation, backend, decider)
+    if torch.compiler.is_compiling():
+        return _record(*tensors, *options)
+    if has_torch_function(tensors):  # fx's proxies, function modes, tensor subclasses
+        result: Tensor = handle_torch_function(sparse_gated_mlp, tensors, *tensors, *options)
+        return result
+    if (
+        torch._C._get_tracing_state() is not None
+        or is_in_torch_dispatch_mode()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or type(x) is not Tensor
+        or type(gate_weight) not in PLAIN
+        or type(up_weight) not in PLAIN
+        or type(down_weight_t) not in PLAIN
+    ):
+        return _record(*tensors, *options)
+    if torch.is_autocast_enabled(x.device.type) and _autocast_applies(x, gate_weight):
+        return _autocast(*tensors, *options)
+    _validate(*tensors, *options)
+    if torch.autograd._profiler_enabled():
+        with torch.profiler.record_function("cats::sparse_gated_mlp"):
+            return _compute(*tensors, *options)
+    return _compute(*tensors, *options)
+
+
+def _record(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight_t: Tensor,
+    threshold: Threshold,
+    activation: str,
+    backend: str,
+    decider: str,
+) -> Tensor:
+    """The call as one operator, whose implementations validate what only they can see: tensors. An ONNX exporter, which
+    knows no such operator, gets the reference's plain products instead."""
+    _validate_options(threshold, activation, backend, decider)
+    tensors = (x, gate_weight, up_weight, down_weight_t)
+    if torch.is_autocast_enabled(x.device.type) and _autocast_applies(x, gate_weight):
+        return _autocast(*tensors, threshold, activation, backend, decider)
+    if torch.onnx.is_in_onnx_export():
+        return sparse_gated_mlp_reference(*tensors, threshold, activation, decider)
+    _refuse_gradient(*tensors, threshold)
+    if not torch.compiler.is_compiling():
+        register_flops()
+    result: Tensor = torch.ops.cats.sparse_gated_mlp(
+        *tensors, as_tensor(threshold, x.device), activation, backend, decider
+    )
+    return result
+
+
+def _autocast_applies(x: Tensor, weight: Tensor) -> bool:
+    """Autocast leaves float64 alone."""
+    return x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)
+
+
+def _autocast(x: Tensor, gate_weight: Tensor, *arguments: Any) -> Tensor:
+    """Compute in the dtype of the weights, which are not copied, and return the dtype of the dense block."""
+    device, dtype = x.device.type, torch.get_autocast_dtype(x.device.type)
+    with torch.autocast(device, enabled=False):
+        return sparse_gated_mlp(x.to(gate_weight.dtype), gate_weight, *arguments).to(dtype)
+
+
+def _validate_options(threshold: object, activation: str, backend: str, decider: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; allowed: {', '.join(map(repr, ACTIVATIONS))}.")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(map(repr, BACKENDS))}.")
+    check_decider(decider)
+    check_kind(threshold)
+
+
+def _refuse_gradient(*arguments: object) -> None:
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(GRADIENT)
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(GRADIENT)
 
 
 def _validate(
@@ -71,66 +159,50 @@ def _validate(
     gate_weight: Tensor,
     up_weight: Tensor,
     down_weight_t: Tensor,
-    threshold: float,
+    threshold: Threshold,
     activation: str,
     backend: str,
+    decider: str,
 ) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; allowed: {', '.join(map(repr, ACTIVATIONS))}.")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(map(repr, BACKENDS))}.")
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float | torch.SymFloat):
-        raise TypeError(f"threshold is a {type(threshold).__name__}; it must be a Python number.")
-    if not x.is_floating_point():
-        raise TypeError(f"x is {x.dtype}; it must be floating point.")
-    if x.dim() == 0 or gate_weight.dim() != 2:
-        raise ValueError(
-            f"x is {tuple(x.shape)} and gate_weight {tuple(gate_weight.shape)}; they must be (..., d) and (m, d)."
-        )
-    m, d = gate_weight.shape
-    if x.shape[-1] != d or m == 0 or d == 0:
-        raise ValueError(
-            f"x has {x.shape[-1]} columns and gate_weight is ({m}, {d}); x must be (..., d), m and d positive."
-        )
-    for name, weight in (("gate_weight", gate_weight), ("up_weight", up_weight), ("down_weight_t", down_weight_t)):
-        if weight.shape != gate_weight.shape:
-            raise ValueError(f"{name} is {tuple(weight.shape)}; it must be (m, d) = ({m}, {d}) as gate_weight is.")
-        if weight.dtype != x.dtype:
-            raise TypeError(f"{name} is {weight.dtype}; it must be {x.dtype} as x is.")
-        if weight.device != x.device:
-            raise ValueError(f"{name} is on {weight.device}; it must be on {x.device} as x is.")
-        if not weight.is_contiguous():
-            raise ValueError(f"{name} is not contiguous; make it so once with .contiguous(), not at every call.")
-    if torch.is_grad_enabled() and (
-        x.requires_grad or gate_weight.requires_grad or up_weight.requires_grad or down_weight_t.requires_grad
-    ):
-        raise RuntimeError(
-            "sparse_gated_mlp is for inference and has no gradient; call it under torch.no_grad(), "
-            "or train with the dense masked path."
-        )
+    _validate_options(threshold, activation, backend, decider)
+    if not isinstance(threshold, Tensor) and math.isnan(threshold):
+        raise ValueError("threshold is NaN; it must be a number.")
+    check_weights(x, gate_weight, up_weight, down_weight_t)
+    check_shape(threshold, gate_weight.shape[0], x.device)
+    _refuse_gradient(x, gate_weight, up_weight, down_weight_t, threshold)
 
 
-def _run(
+def _compute(
     x: Tensor,
     gate_weight: Tensor,
     up_weight: Tensor,
     down_weight_t: Tensor,
-    threshold: float,
+    threshold: Threshold,
     activation: str,
     backend: str,
+    decider: str,
 ) -> Tensor:
-    if math.isnan(threshold):
-        raise ValueError("threshold is NaN; it must be a number.")
-    if backend == "auto":
-        backend = os.environ.get("CATS_BACKEND", "auto")
-    implementation = choose_backend(backend, x.device.type, x.dtype)
+    chosen = resolve(backend, x)
     if x.numel() == 0:
         return x.new_empty(x.shape)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return implementation(rows, gate_weight, up_weight, down_weight_t, threshold, activation).view(x.shape)
+    y = compute(chosen, rows, gate_weight, up_weight, down_weight_t, threshold, activation, decider)
+    return y.view(x.shape)
 
 
-_operator = torch.library.custom_op("cats::sparse_gated_mlp", _run, mutates_args=())
+@torch.library.custom_op("cats::sparse_gated_mlp", mutates_args=())
+def _operator(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight_t: Tensor,
+    threshold: Tensor,
+    activation: str,
+    backend: str,
+    decider: str,
+) -> Tensor:
+    _validate(x, gate_weight, up_weight, down_weight_t, threshold, activation, backend, decider)
+    return _compute(x, gate_weight, up_weight, down_weight_t, threshold, activation, backend, decider)
 
 
 @_operator.register_fake
@@ -139,55 +211,39 @@ def _fake(
     gate_weight: Tensor,
     up_weight: Tensor,
     down_weight_t: Tensor,
-    threshold: float,
+    threshold: Tensor,
     activation: str,
     backend: str,
+    decider: str,
 ) -> Tensor:
+    check_weights(x, gate_weight, up_weight, down_weight_t)
+    check_shape(threshold, gate_weight.shape[0], x.device)
     return x.new_empty(x.shape)
 
 
-@cache
-def choose_backend(backend: str, device: str, dtype: torch.dtype) -> Implementation:
-    """The implementation for a backend name, device type and dtype; decided once for each combination.
-
-    Raises:
-        ValueError: an unknown name, or one that cannot run on this device and dtype.
-        RuntimeError: "triton" was asked for and is not installed.
-    """
-    cpu_kernel_fits = device == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    if backend == "auto":
-        if device == "cuda" and dtype in TRITON_DTYPES:
-            try:
-                return _triton()
-            except ImportError as error:
-                warnings.warn(f"No Triton kernel ({error}); using the dense reference on CUDA.", stacklevel=2)
-        return _cpu() if cpu_kernel_fits else sparse_gated_mlp_reference
-    if backend == "reference":
-        return sparse_gated_mlp_reference
-    if backend == "cpu":
-        if not cpu_kernel_fits:
-            raise ValueError(f"backend 'cpu' takes float32 or bfloat16 on the CPU, not {dtype} on {device}.")
-        return _cpu()
-    if backend == "triton":
-        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(f"backend 'triton' needs CUDA tensors (or TRITON_INTERPRET=1), not {device}.")
-        if dtype not in TRITON_DTYPES:
-            raise ValueError(f"backend 'triton' takes float32, float16 or bfloat16, not {dtype}.")
-        try:
-            return _triton()
-        except ImportError as error:
-            raise RuntimeError(f"backend 'triton' cannot be imported: {error}.") from error
-    raise ValueError(f"CATS_BACKEND is {backend!r}; allowed: {', '.join(map(repr, BACKENDS))}.")
+def _no_gradient(_context: Any, *_gradients: Tensor) -> Any:
+    raise RuntimeError(GRADIENT)
 
 
-# The kernels are imported at their first use: numba and Triton each take about a second to load.
-def _cpu() -> Implementation:
-    from cats_kernels.cpu import sparse_gated_mlp_cpu
-
-    return sparse_gated_mlp_cpu
+_operator.register_autograd(_no_gradient)
 
 
-def _triton() -> Implementation:
-    from cats_kernels.triton_mlp import VARIANTS
+@_operator.register_vmap
+def _batched(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
+    """Rows of x are independent, so a batch of x is more leading dimensions. A batch of weights or thresholds is a call
+    for each of its members."""
+    x_dim, *other_dims = in_dims
+    if all(dim is None for dim in other_dims):
+        assert x_dim is not None
+        return torch.ops.cats.sparse_gated_mlp(x.movedim(x_dim, 0), *arguments), 0
+    each = []
+    for i in range(info.batch_size):
+        chosen = [
+            value if dim is None else value.select(dim, i).contiguous()
+            for value, dim in zip((x, *arguments), in_dims, strict=True)
+        ]
+        each.append(torch.ops.cats.sparse_gated_mlp(*chosen))
+    return torch.stack(each), 0
 
-    return VARIANTS["cats"]
+
+register_flops()

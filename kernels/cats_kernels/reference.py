@@ -1,11 +1,13 @@
-"""The sparse gated MLP in plain PyTorch: the oracle of every kernel, and the path for many rows.
+"""The sparse gated MLP in plain PyTorch: the backend for every device and dtype, and the dense masked path of the CPU.
 
-    v = act(x Wg^T);  v_j = 0 unless |v_j| >= threshold (eq. 4, 5);  y = (v * (x Wu^T)) Wd^T (eq. 1)
+    decider "gate":  v = act(x Wg^T), w = x Wu^T        (eq. 4, 5)
+    decider "up":    v = x Wu^T,      w = act(x Wg^T)
+    h_j = 0 where |v_j| < t_j, else v_j w_j;  y = h Wd^T (eq. 1)
 
-Special values. A neuron is dropped when ``|v_j| < threshold`` and kept otherwise, so a NaN activation is kept: NaN in
-``x`` reaches ``y`` and never vanishes as a "small" activation. A dropped neuron contributes exactly nothing, even where
-its up projection is infinite or NaN, because a kernel that skips the row cannot know. The down projection must be
-finite: with a matrix product, unlike with a skipped row, 0 * inf is NaN.
+Special values. A neuron is dropped when ``|v_j| < t_j`` and kept otherwise, so a NaN is kept: NaN in ``x`` reaches
+``y`` and never vanishes as a "small" activation. A dropped neuron contributes exactly nothing, even where its other
+product is infinite or NaN, because a kernel that skips the row cannot know. The down projection must be finite: with a
+matrix product, unlike with a skipped row, 0 * inf is NaN.
 """
 
 from __future__ import annotations
@@ -17,7 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cats_kernels.thresholds import Threshold, as_tensor
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+DECIDERS = ("gate", "up")
+HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def gate_activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -27,32 +33,49 @@ def gate_activation(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
+def check_decider(decider: str) -> None:
+    """Raise ValueError in one sentence unless it is "gate" or "up"."""
+    if decider not in DECIDERS:
+        raise ValueError(f"decider is {decider!r}; allowed: {', '.join(map(repr, DECIDERS))}.")
+
+
 def sparse_gated_mlp_reference(
     x: Tensor,
     gate_weight: Tensor,
     up_weight: Tensor,
     down_weight_t: Tensor,
-    threshold: float,
+    threshold: Threshold,
     activation: str = "silu",
+    decider: str = "gate",
 ) -> Tensor:
-    """``((v * keep) * (x Wu^T)) @ down_weight_t`` by three dense products, in the inputs' own dtype.
+    """The sparse gated MLP by three dense products and a mask, in the inputs' own dtype.
 
     Args:
         x: (..., d), any floating dtype.
         gate_weight, up_weight: (m, d), as ``nn.Linear`` stores them.
         down_weight_t: (m, d), the down projection transposed; row j belongs to neuron j. Finite.
-        threshold: the magnitude at which an activation is kept; compared in float32 (float64 for float64).
+        threshold: the magnitude from which the deciding product is kept: a number, or a float32 tensor () or (m,);
+            compared in float32 (with float64 products, as the float64 value of that float32).
         activation: "silu" or "gelu_tanh".
+        decider: which product decides: "gate" (after the activation) or "up".
 
     Returns:
         (..., d), contiguous, in the dtype of ``x``.
     """
-    gate = gate_activation(activation)(F.linear(x, gate_weight))
-    # compare in float32: a bfloat16 tensor would round a Python threshold to bfloat16 first
-    magnitude = gate.abs().float() if gate.dtype in (torch.bfloat16, torch.float16) else gate.abs()
-    hidden = torch.where(magnitude < threshold, 0, gate * F.linear(x, up_weight))
-    if hidden.dtype in (torch.bfloat16, torch.float16) and hidden.device.type == "cpu":
+    check_decider(decider)
+    gate, up = gate_activation(activation)(F.linear(x, gate_weight)), F.linear(x, up_weight)
+    hidden = torch.where(dropped(gate if decider == "gate" else up, threshold), 0, gate * up)
+    if hidden.dtype in HALF_PRECISION and hidden.device.type == "cpu":
         # on a CPU without bfloat16 arithmetic torch 2.13 takes 1.00 s for the product in this layout and 0.16 s by way
         # of float32 (2 rows, d=4096, m=14336, two AVX2 cores)
         return (hidden.float() @ down_weight_t.float()).to(hidden.dtype)
     return hidden @ down_weight_t
+
+
+def dropped(deciding: Tensor, threshold: Threshold) -> Tensor:
+    """Where ``|deciding|`` (..., m) is below the threshold. A number is rounded to float32, and bfloat16 and float16
+    products are widened to it: in their own precision they would round the threshold."""
+    magnitude = deciding.abs()
+    if magnitude.dtype in HALF_PRECISION:
+        magnitude = magnitude.float()
+    return magnitude < as_tensor(threshold, deciding.device)

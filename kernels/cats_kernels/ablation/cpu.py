@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,22 @@ import torch.nn.functional as F
 from numba import prange
 from torch import Tensor
 
-from cats_kernels.cpu import as_array, set_threads, sparse_gated_mlp_cpu
-from cats_kernels.cpu_kernels import BLOCK, Array, activate, dots, down_rows, fetch_add, gate_block, jit, up_rows, widen
+from cats_kernels import dispatch
+from cats_kernels.ablation import check_paper
+from cats_kernels.cpu.kernels import (
+    BLOCK,
+    Array,
+    activate,
+    deciding_rows,
+    dots,
+    down_rows,
+    fetch_add,
+    jit,
+    other_rows,
+    widen,
+)
+from cats_kernels.cpu.launch import as_array, as_thresholds
+from cats_kernels.cpu.threads import parallel_region, threads_for
 from cats_kernels.reference import gate_activation
 
 CHUNK = 64
@@ -27,7 +42,7 @@ CHUNK = 64
 
 @jit(parallel=True)
 def _compact_gate(
-    x: Array, gate: Array, threshold: float, gelu: bool, index: Array, value: Array, keep: Array, count: Array
+    x: Array, gate: Array, thresholds: Array, gelu: bool, index: Array, value: Array, keep: Array, count: Array
 ) -> None:
     m = gate.shape[0]
     for block in prange((m + BLOCK - 1) // BLOCK):
@@ -35,7 +50,7 @@ def _compact_gate(
         local_index = np.empty(BLOCK + 4, np.int64)
         local_value = np.empty((x.shape[0], BLOCK + 4), np.float32)
         local_keep = np.empty((x.shape[0], BLOCK + 4), np.bool_)
-        n = gate_block(x, gate, threshold, gelu, first, last, local_index, local_value, local_keep)
+        n = deciding_rows(x, gate, thresholds, gelu, False, first, last, local_index, local_value, local_keep)
         at = fetch_add(count, n)  # type: ignore[call-arg,var-annotated]
         index[at : at + n] = local_index[:n]
         value[:, at : at + n] = local_value[:, :n]
@@ -46,7 +61,7 @@ def _compact_gate(
 def _compact_up(x: Array, up: Array, index: Array, value: Array, keep: Array, n: int) -> None:
     for chunk in prange((n + CHUNK - 1) // CHUNK):
         a, b = chunk * CHUNK, min(n, (chunk + 1) * CHUNK)
-        up_rows(x, up, index[a:b], value[:, a:b], keep[:, a:b], b - a)
+        other_rows(x, up, False, False, index[a:b], value[:, a:b], keep[:, a:b], b - a)
 
 
 @jit(parallel=True)
@@ -103,51 +118,73 @@ def _mask_down(value: Array, keep: Array, down: Array, partial: Array) -> None:
 
 
 def fused_compact(
-    x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight_t: Tensor, threshold: float, activation: str = "silu"
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight_t: Tensor,
+    threshold: float,
+    activation: str = "silu",
+    decider: str = "gate",
 ) -> Tensor:
-    """Algorithm 2: three parallel regions around one global list of indices. Arguments as ``sparse_gated_mlp_cpu``.
+    """Algorithm 2: three parallel regions around one global list of indices. Arguments as ``sparse_gated_mlp_cpu``,
+    with a number as threshold and the gate deciding.
 
     The order of the list, and so the rounding of the sum, changes from run to run.
     """
+    check_paper(threshold, decider)
     gate_activation(activation)
-    set_threads(3 * gate_weight.numel())
     rows, d = x.shape
     m = gate_weight.shape[0]
     inputs = as_array(x.float())
     index, count = np.empty(m + 4, np.int64), np.zeros(1, np.int64)
     value, keep = np.empty((rows, m + 4), np.float32), np.zeros((rows, m + 4), np.bool_)
     gelu = activation == "gelu_tanh"
-    _compact_gate(inputs, as_array(gate_weight), np.float32(threshold), gelu, index, value, keep, count)
-    n = int(count[0])
-    padded = n + -n % 4  # the rest of keep is False
-    index[n:padded] = index[n - 1]
-    _compact_up(inputs, as_array(up_weight), index, value, keep, padded)
-    partial = torch.zeros(-(-padded // CHUNK), rows, d)
-    _compact_down(value, as_array(down_weight_t), index, padded, as_array(partial))
+    with parallel_region(threads_for(3 * gate_weight.numel())):
+        _compact_gate(inputs, as_array(gate_weight), as_thresholds(threshold), gelu, index, value, keep, count)
+        n = int(count[0])
+        padded = n + -n % 4  # the rest of keep is False
+        index[n:padded] = index[n - 1]
+        _compact_up(inputs, as_array(up_weight), index, value, keep, padded)
+        partial = torch.zeros(-(-padded // CHUNK), rows, d)
+        _compact_down(value, as_array(down_weight_t), index, padded, as_array(partial))
     return partial.sum(0).to(x.dtype)
 
 
 def fused_mask(
-    x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight_t: Tensor, threshold: float, activation: str = "silu"
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight_t: Tensor,
+    threshold: float,
+    activation: str = "silu",
+    decider: str = "gate",
 ) -> Tensor:
-    """Algorithms 1 and 3: three parallel regions and a mask. Arguments as ``sparse_gated_mlp_cpu``."""
+    """Algorithms 1 and 3: three parallel regions and a mask. Arguments as ``fused_compact``."""
+    check_paper(threshold, decider)
     gate_activation(activation)
-    set_threads(3 * gate_weight.numel())
     rows, d = x.shape
     m = gate_weight.shape[0]
     inputs = as_array(x.float())
     value, keep = np.empty((rows, m), np.float32), np.empty((rows, m), np.bool_)
-    _mask_gate(inputs, as_array(gate_weight), np.float32(threshold), activation == "gelu_tanh", value, keep)
-    _mask_up(inputs, as_array(up_weight), value, keep)
     partial = torch.zeros(-(-m // BLOCK), rows, d)
-    _mask_down(value, keep, as_array(down_weight_t), as_array(partial))
+    with parallel_region(threads_for(3 * gate_weight.numel())):
+        _mask_gate(inputs, as_array(gate_weight), np.float32(threshold), activation == "gelu_tanh", value, keep)
+        _mask_up(inputs, as_array(up_weight), value, keep)
+        _mask_down(value, keep, as_array(down_weight_t), as_array(partial))
     return partial.sum(0).to(x.dtype)
 
 
 def gather(
-    x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight_t: Tensor, threshold: float, activation: str = "silu"
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight_t: Tensor,
+    threshold: float,
+    activation: str = "silu",
+    decider: str = "gate",
 ) -> Tensor:
     """Not fused: indices of the kept neurons, copies of their weights, dense products. Arguments as the others'."""
+    check_paper(threshold, decider)
     gate = gate_activation(activation)(F.linear(x, gate_weight))
     keep = ~(gate.float().abs() < threshold)
     index = keep.any(0).nonzero().squeeze(1)
@@ -160,6 +197,6 @@ VARIANTS: dict[str, Callable[..., Tensor]] = {
     "gather": gather,
     "fused-compact": fused_compact,
     "fused-mask": fused_mask,
-    "cats": sparse_gated_mlp_cpu,
+    "cats": partial(dispatch.compute, "cpu"),
 }
-"""The kernels of Figure 6 and ours ("cats"), by name."""
+"""The kernels of Figure 6 and ours ("cats", any number of rows by its fastest path), by name."""

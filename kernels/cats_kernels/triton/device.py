@@ -1,12 +1,15 @@
 """Device functions that the Triton kernels share: the gate activation, the mask rule, products with weight rows (by
-multiply-adds, or on tensor cores where DOT is set), and the even division of the active neurons among programs."""
+multiply-adds, or on tensor cores where DOT is set), and the even division of the active neurons among programs.
+
+UP_DECIDES: the up projection decides and the gate's is the other product, else the reverse. THRESHOLD: what the
+argument threshold is: "number" a float32, "one" a pointer to one float32, "vector" a pointer to one per neuron."""
 
 # mypy: disable-error-code=no-untyped-def
 
 import triton
 import triton.language as tl
 
-from .triton_launch import INTERPRETED
+from cats_kernels.triton.launch import INTERPRETED
 
 UPCAST = tl.constexpr(INTERPRETED)
 """The interpreter holds bfloat16 as integers, which its dot would multiply as such."""
@@ -29,6 +32,27 @@ def kept(v, threshold):
 
 
 @triton.jit
+def threshold_of(threshold, neuron, valid, THRESHOLD: tl.constexpr):
+    """The threshold of the neurons, in the shape of `neuron` or one for all."""
+    if THRESHOLD == "number":
+        return threshold
+    elif THRESHOLD == "one":
+        return tl.load(threshold)
+    else:
+        tl.static_assert(THRESHOLD == "vector")
+        return tl.load(threshold + neuron, mask=valid, other=0.0)
+
+
+@triton.jit
+def deciding(z, ACTIVATION: tl.constexpr, UP_DECIDES: tl.constexpr):
+    """The value that is compared with the threshold, of the deciding product z."""
+    if UP_DECIDES:
+        return z
+    else:
+        return activate(z, ACTIVATION)
+
+
+@triton.jit
 def load_x(x_ptr, first_column, ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Columns [first_column, first_column + BLOCK_D) of every row of x as float32 [BLOCK_ROWS, BLOCK_D]."""
     row = tl.arange(0, BLOCK_ROWS)[:, None]
@@ -41,17 +65,17 @@ def load_x(x_ptr, first_column, ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, D:
 
 
 @triton.jit
-def load_rows(w_ptr, row, live, first_column, D: tl.constexpr, BLOCK_D: tl.constexpr, ALL_LIVE: tl.constexpr):
+def load_rows(w_ptr, row, valid, first_column, D: tl.constexpr, BLOCK_D: tl.constexpr, ALL_VALID: tl.constexpr):
     """Weight rows [TILE, BLOCK_D] in their own dtype. A weight is read once a call, so it should leave L2 first."""
     column = first_column + tl.arange(0, BLOCK_D)[None, :]
     pointers = w_ptr + row.to(tl.int64)[:, None] * D + column
     if D % BLOCK_D == 0:
-        if ALL_LIVE:
+        if ALL_VALID:
             return tl.load(pointers, eviction_policy="evict_first")
         else:
-            return tl.load(pointers, mask=live[:, None], other=0.0, eviction_policy="evict_first")
+            return tl.load(pointers, mask=valid[:, None], other=0.0, eviction_policy="evict_first")
     else:
-        mask = live[:, None] & (column < D)
+        mask = valid[:, None] & (column < D)
         return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
@@ -83,9 +107,13 @@ def add_rows(sums, h, w, DOT: tl.constexpr):
 
 
 @triton.jit
-def gated(v, u):
-    """v * u, and 0 where v is 0, as masked ones are stored: a dropped neuron must not bring in an infinite u."""
-    return tl.where(v == 0, 0.0, v * u)
+def gated(v, z, ACTIVATION: tl.constexpr, UP_DECIDES: tl.constexpr):
+    """The deciding value v times the other product z (its activation, where up decides), and 0 where v is 0, as dropped
+    ones are stored: a dropped neuron must not bring in an infinite z."""
+    if UP_DECIDES:
+        return tl.where(v == 0, 0.0, v * activate(z, ACTIVATION))
+    else:
+        return tl.where(v == 0, 0.0, v * z)
 
 
 @triton.jit
@@ -93,13 +121,13 @@ def project(
     x_ptr,
     w_ptr,
     row,
-    live,
+    valid,
     ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
-    ALL_LIVE: tl.constexpr,
+    ALL_VALID: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -114,15 +142,15 @@ def project(
             column = first_column + tl.arange(0, BLOCK_D)[:, None]
             x_mask = (x_row < ROWS) & (column < D)
             x = tl.load(x_ptr + x_row * D + column, mask=x_mask, other=0.0)
-            w = load_rows(w_ptr, row, live, first_column, D, BLOCK_D, ALL_LIVE)
+            w = load_rows(w_ptr, row, valid, first_column, D, BLOCK_D, ALL_VALID)
             z = dot(w, x, z)
         return tl.trans(z)
     else:
-        w = load_rows(w_ptr, row, live, 0, D, BLOCK_D, ALL_LIVE)
+        w = load_rows(w_ptr, row, valid, 0, D, BLOCK_D, ALL_VALID)
         sums = dot_rows(load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D), w)
         for first_column in tl.static_range(BLOCK_D, D, BLOCK_D):
             x = load_x(x_ptr, first_column, ROWS, BLOCK_ROWS, D, BLOCK_D)
-            sums += dot_rows(x, load_rows(w_ptr, row, live, first_column, D, BLOCK_D, ALL_LIVE))
+            sums += dot_rows(x, load_rows(w_ptr, row, valid, first_column, D, BLOCK_D, ALL_VALID))
         return sums
 
 
@@ -131,8 +159,9 @@ def list_active(words_ptr, indices_ptr, words, BLOCK_WORDS: tl.constexpr, WORD_R
     """Write this program's even share of the active neurons to indices[start:end] and return (start, end, total).
 
     words[k] describes neurons k * WORD_ROWS ...: a bit for each active one below bit 16, their number from bit 16 up.
-    Active neurons are numbered in order, so the division does not depend on how the gate kernel was scheduled. Every
-    program reads all words (7 KB at m = 14336, from L2) but expands only those of its own share, usually one chunk.
+    Active neurons are numbered in order, so the division does not depend on how the deciding kernel was scheduled.
+    Every program reads all words (7 KB at m = 14336, from L2) but expands only those of its own share, usually one
+    chunk.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -150,9 +179,9 @@ def list_active(words_ptr, indices_ptr, words, BLOCK_WORDS: tl.constexpr, WORD_R
         mine = first + element // WORD_ROWS
         bits = tl.load(words_ptr + mine, mask=mine < words, other=0)
         active = (bits >> (element % WORD_ROWS)) & 1
-        place = position + tl.cumsum(active, 0) - active
-        inside = (active == 1) & (place >= start) & (place < end)
-        tl.store(indices_ptr + place, first * WORD_ROWS + element, mask=inside)
+        slot = position + tl.cumsum(active, 0) - active
+        inside = (active == 1) & (slot >= start) & (slot < end)
+        tl.store(indices_ptr + slot, first * WORD_ROWS + element, mask=inside)
         position += tl.sum(active, 0)
         first += CHUNK // WORD_ROWS
     tl.debug_barrier()  # other threads of this program read the indices back

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from cats_kernels.thresholds import ONE, Threshold, kind_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -31,10 +34,11 @@ class Call:
     gate_weight: Tensor
     up_weight: Tensor
     down_weight_t: Tensor
-    threshold: float
+    threshold: Threshold
     activation: str
     y: Tensor
     target: Target
+    decider: str = "gate"
 
     @property
     def rows(self) -> int:
@@ -51,6 +55,21 @@ class Call:
         """Neurons."""
         return self.gate_weight.shape[0]
 
+    @property
+    def deciding(self) -> str:
+        """The field of the weight that is read whole."""
+        return "gate_weight" if self.decider == "gate" else "up_weight"
+
+    @property
+    def other(self) -> str:
+        """The field of the weight whose active rows are read."""
+        return "up_weight" if self.decider == "gate" else "gate_weight"
+
+    @property
+    def rule(self) -> dict[str, Any]:
+        """The compile-time constants of a kernel that compares with the threshold."""
+        return {"THRESHOLD": kind_of(self.threshold), "UP_DECIDES": self.decider == "up", "ACTIVATION": self.activation}
+
     def buffer(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialised tensor beside x; the kernels write all that they read."""
         return torch.empty(shape, dtype=dtype, device=self.x.device)
@@ -58,14 +77,25 @@ class Call:
 
 @dataclass
 class Launch:
-    """One kernel launch: arguments by name, compile-time constants by name, and the compiler's options."""
+    """One kernel launch: arguments by name, compile-time constants by name, and the compiler's options.
+
+    ``fields`` names the arguments that are a tensor (or the threshold) of the call; another call of the same kind has
+    others. The rest of ``arguments`` are buffers and sizes.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Any]
+    call: Call
+    fields: dict[str, str]  # kernel argument -> field of the call
+    buffers: dict[str, Any]  # kernel argument -> buffer, or a number that all calls of the kind share
     constants: dict[str, Any]
     warps: int
     dependent: bool = False  # may start before its predecessor has finished, and waits for it inside
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All arguments that are no compile-time constants, by name."""
+        return {**{name: getattr(self.call, field) for name, field in self.fields.items()}, **self.buffers}
 
     def compiler_options(self) -> dict[str, Any]:
         """Triton's compile options; dependent launch is named only where it is used, since not every version has it."""
@@ -77,7 +107,8 @@ class Launch:
 
     def compile(self) -> None:
         """Compile for the current device into Triton's cache without running; tensors may be on "meta"."""
-        values = [self.arguments[name] for name in self.kernel.arg_names if name in self.arguments]
+        arguments = self.arguments
+        values = [arguments[name] for name in self.kernel.arg_names if name in arguments]
         types = [value.dtype if isinstance(value, Tensor) else value for value in values]
         self.kernel.warmup(*types, grid=self.grid, **self.constants, **self.compiler_options())
 
@@ -90,51 +121,66 @@ class Recorded:
     """
 
     def __init__(self, launches: Sequence[Launch]) -> None:
-        """Enqueues the launches. Arguments that are no tensor of a call and no threshold are the same in all calls."""
+        """Enqueues the launches. Arguments that are neither fields of a call nor buffers are the same in all calls."""
         offsets: dict[int, int] = {}  # of the plan's buffers in one
         self.size = 0
         self.steps: list[tuple[Any, list[Any], list[tuple[int, str | int]]]] = []
         for step in launches:
-            named = {**step.arguments, **step.constants}
-            values: list[Any] = [named[name] for name in step.kernel.arg_names]
-            places: list[tuple[int, str | int]] = []
-            for place, (name, value) in enumerate(zip(step.kernel.arg_names, values, strict=True)):
-                if isinstance(value, Tensor):
-                    values[place] = None  # not kept alive
-                if name in CALL_ARGUMENTS or name == "threshold":
-                    places.append((place, name))
+            named = {**step.buffers, **step.constants}
+            values: list[Any] = [named.get(name) for name in step.kernel.arg_names]
+            sources: list[tuple[int, str | int]] = []
+            for position, (name, value) in enumerate(zip(step.kernel.arg_names, values, strict=True)):
+                if name in step.fields:
+                    sources.append((position, step.fields[name]))
                 elif isinstance(value, Tensor):
+                    values[position] = None  # not kept alive
                     if id(value) not in offsets:
                         offsets[id(value)] = self.size
                         self.size += cdiv(value.nbytes, ALIGNMENT) * ALIGNMENT
-                    places.append((place, offsets[id(value)]))
+                    sources.append((position, offsets[id(value)]))
             grid = (*step.grid, 1, 1)[:3]
-            self.steps.append((step()[grid], values, places))
+            self.steps.append((step()[grid], values, sources))
 
     def __call__(self, call: Call) -> None:
         """Enqueue the same launches for another call on the current stream."""
         buffer = torch.empty(self.size, dtype=torch.uint8, device=call.x.device)
         base = buffer.data_ptr()
-        given: dict[str, Any] = {name: getattr(call, field).data_ptr() for name, field in CALL_ARGUMENTS.items()}
-        given["threshold"] = call.threshold
-        for enqueue, values, places in self.steps:
+        fields: dict[str, Any] = {name: getattr(call, name).data_ptr() for name in CALL_TENSORS}
+        threshold = call.threshold
+        fields["threshold"] = threshold.data_ptr() if isinstance(threshold, Tensor) else threshold
+        for enqueue, values, sources in self.steps:
             filled = values.copy()
-            for place, source in places:
-                filled[place] = base + source if isinstance(source, int) else given[source]
+            for position, source in sources:
+                filled[position] = base + source if isinstance(source, int) else fields[source]
             enqueue(*filled)
 
 
-CALL_ARGUMENTS = {
-    "x_ptr": "x", "gate_ptr": "gate_weight", "up_ptr": "up_weight", "down_ptr": "down_weight_t", "y_ptr": "y"
-}  # fmt: skip
-"""A kernel's argument -> the field of `Call` that it always is."""
+CALL_TENSORS = ("x", "gate_weight", "up_weight", "down_weight_t", "y")
+"""The fields of `Call` that are always tensors."""
 ALIGNMENT = 256
 """Bytes; Triton compiles for pointers that are multiples of 16, and torch allocates in multiples of 512."""
 
 
 def aligned(call: Call) -> bool:
-    """Whether all tensors of a call lie at multiples of 16 bytes: kernels compiled for one such call serve another."""
-    return not any(getattr(call, field).data_ptr() % 16 for field in CALL_ARGUMENTS.values())
+    """Whether all tensors of a call lie at multiples of 16 bytes: kernels compiled for one such call serve another. A
+    threshold of one element is loaded alone, wherever it lies."""
+    if any(getattr(call, name).data_ptr() % 16 for name in CALL_TENSORS):
+        return False
+    threshold = call.threshold
+    return not isinstance(threshold, Tensor) or kind_of(threshold) == ONE or threshold.data_ptr() % 16 == 0
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a device the current one, at no cost where it is, or where it is no GPU."""
+    here = device.type != "cuda" or device.index in (None, torch.cuda.current_device())
+    return nullcontext() if here else torch.cuda.device(device)
+
+
+def run(launches: Sequence[Launch], device: torch.device) -> None:
+    """Enqueue launches on the current stream of a device, or interpret them on the CPU."""
+    with on(device):
+        for step in launches:
+            step()
 
 
 @cache

@@ -1,0 +1,139 @@
+"""Which path computes what: one table of how many rows of x the sparse kernels take, by backend and dtype.
+
+The mask is not known before the gate product is, and a GPU's host never learns it, so rows and dtype decide. Each path
+computes the same function: the sparse kernel, or three dense products and a mask ("dense masked").
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from cats_kernels.reference import check_decider, sparse_gated_mlp_reference
+from cats_kernels.thresholds import Threshold
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+SPARSE, DENSE_MASKED = "sparse kernel", "dense masked"
+"""What `path_of` answers."""
+
+SPARSE_ROWS: dict[tuple[str, torch.dtype], float] = {
+    ("cpu", torch.float32): 64,
+    ("cpu", torch.bfloat16): math.inf,
+    ("triton", torch.float32): 8,
+    ("triton", torch.float16): 4,
+    ("triton", torch.bfloat16): 4,
+}
+"""(backend, dtype) -> most rows of x for which its sparse kernel is the faster path; what is missing it does not take.
+
+CPU, on two AVX2 cores (d=4096, m=14336, about 50 % sparsity): float32 takes 360 ms here and 388 ms dense at 64 rows,
+100 and 234 at 16, 55 and 215 at 8. bfloat16 has no such number: without bfloat16 arithmetic the dense path takes 2.3 to
+2.7 times as long at 8 to 32 rows alike. Triton, on an H200 (Mistral-7B): a neuron's rows are read if any row of x keeps
+it, so at 50 % sparsity a batch of 4 reads 94 % of them and a batch of 8 all. The sparse kernels were 1.06x dense at 4
+rows and 50 % in bfloat16, but 0.99x at 8 rows, where the dense masked path was 1.04x; in float32 1.8x."""
+
+Implementation = Callable[[Tensor, Tensor, Tensor, Tensor, Threshold, str, str], Tensor]
+
+
+@cache
+def choose_backend(backend: str, device: str, dtype: torch.dtype) -> str:
+    """The backend for a backend's name ("auto" included), device type and dtype; decided once for each combination.
+
+    Returns:
+        "reference", "cpu" or "triton".
+
+    Raises:
+        ValueError: an unknown name, or one that cannot run on this device and dtype.
+        RuntimeError: "triton" was asked for and is not installed.
+    """
+    takes = {name for name, kind in SPARSE_ROWS if kind == dtype}
+    if backend == "auto":
+        if device == "cuda" and "triton" in takes:
+            try:
+                _triton()
+                return "triton"
+            except ImportError as error:
+                warnings.warn(f"No Triton kernel ({error}); using the dense reference on CUDA.", stacklevel=2)
+        return "cpu" if device == "cpu" and "cpu" in takes else "reference"
+    if backend == "reference":
+        return backend
+    if backend == "cpu":
+        if device != "cpu" or "cpu" not in takes:
+            raise ValueError(f"backend 'cpu' takes float32 or bfloat16 on the CPU, not {dtype} on {device}.")
+        return backend
+    if backend == "triton":
+        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"backend 'triton' needs CUDA tensors (or TRITON_INTERPRET=1), not {device}.")
+        if "triton" not in takes:
+            raise ValueError(f"backend 'triton' takes float32, float16 or bfloat16, not {dtype}.")
+        try:
+            _triton()
+        except ImportError as error:
+            raise RuntimeError(f"backend 'triton' cannot be imported: {error}.") from error
+        return backend
+    raise ValueError(f"CATS_BACKEND is {backend!r}; allowed: {', '.join(map(repr, BACKENDS))}.")
+
+
+# The kernels are imported at their first use: numba and Triton each take about a second to load.
+@cache
+def _cpu() -> tuple[Implementation, Implementation]:
+    from cats_kernels.cpu.launch import sparse_gated_mlp_cpu
+
+    return sparse_gated_mlp_cpu, sparse_gated_mlp_reference
+
+
+@cache
+def _triton() -> tuple[Implementation, Implementation]:
+    from cats_kernels.triton.mlp import dense_masked, sparse_gated_mlp_triton
+
+    return sparse_gated_mlp_triton, dense_masked
+
+
+def resolve(backend: str, x: Tensor) -> str:
+    """The backend for ``x``; the environment variable CATS_BACKEND replaces "auto"."""
+    if backend == "auto":
+        backend = os.environ.get("CATS_BACKEND", "auto")
+    return choose_backend(backend, x.device.type, x.dtype)
+
+
+def compute(
+    backend: str,
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight_t: Tensor,
+    threshold: Threshold,
+    activation: str = "silu",
+    decider: str = "gate",
+) -> Tensor:
+    """The sparse gated MLP of contiguous rows x (rows, d), rows >= 1, by a resolved backend's path for so many rows."""
+    arguments = (x, gate_weight, up_weight, down_weight_t, threshold, activation, decider)
+    if backend == "reference":
+        return sparse_gated_mlp_reference(*arguments)
+    sparse, dense = _cpu() if backend == "cpu" else _triton()
+    return sparse(*arguments) if x.shape[0] <= SPARSE_ROWS[backend, x.dtype] else dense(*arguments)
+
+
+def path_of(
+    rows: int, dtype: torch.dtype, device: str | torch.device, backend: str = "auto", decider: str = "gate"
+) -> str:
+    """Which path a call of `sparse_gated_mlp` takes: "sparse kernel" or "dense masked".
+
+    Args:
+        rows: rows of x, that is x.numel() / d.
+        dtype, device: of x and the weights.
+        backend, decider: as in the call.
+
+    Raises:
+        ValueError, RuntimeError: as the call would.
+    """
+    check_decider(decider)
+    if backend == "auto":
+        backend = os.environ.get("CATS_BACKEND", "auto")
+    chosen = choose_backend(backend, torch.device(device).type, dtype)
+    return SPARSE if rows <= SPARSE_ROWS.get((chosen, dtype), 0) else DENSE_MASKED

@@ -1,0 +1,51 @@
+"""A weight as the kernels see it: m rows of d numbers, row-major, row j belonging to neuron j.
+
+Gate, up and transposed down projection all have this layout, so that skipping a neuron skips one row of each. Today a
+weight is a plain tensor; a quantised format brings its own scales and bytes per row, and belongs here.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+MAX_ROWS = 8
+"""Rows of x that share one load of a weight row in the kernels, in ours and in the paper's."""
+
+
+def check_weights(x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight_t: Tensor) -> None:
+    """Check that x is (..., d) and the weights (m, d), contiguous, with the dtype and device of x.
+
+    Raises:
+        TypeError, ValueError: one sentence naming the argument that is wrong and what is allowed.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}; it must be floating point.")
+    if x.dim() == 0 or gate_weight.dim() != 2:
+        raise ValueError(
+            f"x is {tuple(x.shape)} and gate_weight {tuple(gate_weight.shape)}; they must be (..., d) and (m, d)."
+        )
+    m, d = gate_weight.shape
+    if x.shape[-1] != d or m == 0 or d == 0:
+        raise ValueError(
+            f"x has {x.shape[-1]} columns and gate_weight is ({m}, {d}); x must be (..., d), m and d positive."
+        )
+    for name, weight in (("gate_weight", gate_weight), ("up_weight", up_weight), ("down_weight_t", down_weight_t)):
+        if weight.shape != gate_weight.shape:
+            raise ValueError(f"{name} is {tuple(weight.shape)}; it must be (m, d) = ({m}, {d}) as gate_weight is.")
+        if weight.dtype != x.dtype:
+            raise TypeError(f"{name} is {weight.dtype}; it must be {x.dtype} as x is.")
+        if weight.device != x.device:
+            raise ValueError(f"{name} is on {weight.device}; it must be on {x.device} as x is.")
+        if not weight.is_contiguous():
+            raise ValueError(f"{name} is not contiguous; make it so once with .contiguous(), not at every call.")
+
+
+def bytes_per_row(weight: Tensor) -> int:
+    """Bytes that reading one neuron's row of ``weight`` (m, d) takes."""
+    return weight.shape[1] * weight.element_size()
+
+
+def bytes_read(gate_weight: Tensor, up_weight: Tensor, down_weight_t: Tensor, active: int, decider: str) -> int:
+    """Bytes of weights that one call must read: the deciding product's weight whole, ``active`` rows of the others."""
+    deciding, other = (gate_weight, up_weight) if decider == "gate" else (up_weight, gate_weight)
+    return deciding.shape[0] * bytes_per_row(deciding) + active * (bytes_per_row(other) + bytes_per_row(down_weight_t))
