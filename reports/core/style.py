@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from experiments.framework.files import write_bytes_atomically
 
 DASH, MINUS = "\u2013", "\u2212"  # what was not measured; a typeset minus
 WIDTH = 6.9  # inches: the text width of the PDF page, so that figure text is printed at its own size
@@ -46,6 +48,7 @@ IMPLEMENTATION_COLOURS = {
     "fused-compact": ORANGE,
     "gather": VERMILLION,
     "optimal-all-three-shrunk": BLACK,
+    "dense-compiled": PURPLE,
 }
 IMPLEMENTATION_NAMES = {
     "dense": "dense",
@@ -54,6 +57,7 @@ IMPLEMENTATION_NAMES = {
     "fused-compact": "fused, compacting",
     "gather": "unfused, compacting",
     "optimal-all-three-shrunk": "“Optimal”",
+    "dense-compiled": "dense, compiled",
 }
 TASK_NAMES = {
     "winogrande": "WinoGrande",
@@ -103,15 +107,23 @@ plt.rcParams.update(
 )
 
 
+OTHER_COLOURS = (PURPLE, SKY, BLACK, GREEN, ORANGE, VERMILLION)
+
+
 def variant_colour(variant: str) -> str:
     """Colour of a variant; purple for one that the palette does not know."""
-    return VARIANT_COLOURS.get(variant, PURPLE)
+    return VARIANT_COLOURS.get(variant.removesuffix("-finetuned"), PURPLE)
 
 
 def variant_name(variant: str) -> str:
-    """`cats-50` -> `CATS-50`, `dense` -> `Base`, `cats-50-attention` -> `CATS-50, attention too`."""
+    """`cats-50` -> `CATS-50`, `dense` -> `Base`, `cats-50-attention` -> `CATS-50, attention too`.
+
+    Another criterion keeps its own name: `gate-norm-50` stays.
+    """
     plain = variant.removesuffix("-finetuned")
-    name = VARIANT_NAMES.get(plain, plain.replace("cats-", "CATS-").replace("-attention", ", attention too"))
+    name = VARIANT_NAMES.get(plain, plain)
+    if name.startswith("cats-"):
+        name = name.replace("cats-", "CATS-").replace("-attention", ", attention too")
     return name + ", fine-tuned" * (plain != variant)
 
 
@@ -152,6 +164,11 @@ def points(difference: float) -> str:
     return DASH if not math.isfinite(difference) else f"{100 * difference:+.2f}".replace("-", MINUS)
 
 
+def signed_percent(share: float, digits: int = 1) -> str:
+    """An increase: `0.0121` -> `+1.2 %`."""
+    return DASH if not math.isfinite(share) else f"{100 * share:+.{digits}f} %".replace("-", MINUS)
+
+
 def times(ratio: float) -> str:
     """A speed-up: `1.52x`."""
     return DASH if ratio is None or not math.isfinite(ratio) else f"{ratio:.2f}x"
@@ -190,7 +207,7 @@ def listed(value: Any) -> str:
 def duration(seconds: float) -> str:
     """Seconds in words: `42 s`, `3 min 20 s`, `2 h 05 min`."""
     if not math.isfinite(seconds):
-        return "unknown"
+        return "an unknown time"
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.0f} s"
@@ -248,10 +265,9 @@ def _apart(pixels: list[float], gap: float) -> list[float]:
 
 def save(figure: Figure, stem: Path) -> None:
     """Write `stem`.png (200 dpi, for the web) and `stem`.svg (vectors, for the PDF), each whole or not at all."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
     _place_labels(figure)
     for suffix, options in (("png", {"dpi": 200}), ("svg", {"metadata": {"Date": None}})):
-        part = stem.with_name(f"{stem.name}.part.{suffix}")
-        figure.savefig(part, format=suffix, bbox_inches="tight", pad_inches=0.03, **options)
-        os.replace(part, stem.with_name(f"{stem.name}.{suffix}"))
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=suffix, bbox_inches="tight", pad_inches=0.03, **options)
+        write_bytes_atomically(stem.with_name(f"{stem.name}.{suffix}"), drawn.getvalue())
     plt.close(figure)

@@ -1,83 +1,52 @@
-"""Load run directories: CSV tables and provenance, with what is missing or broken said in words.
+"""Load run directories: tables, samples and provenance, with what is missing or broken said in words.
 
-A run directory holds `results/*.csv` and `provenance.json` (written by the experiments), or the CSVs directly inside
-(published under `results/<machine>/<profile>/`). A table that is absent, or whose columns or numbers are not those
-expected, never becomes zeros: it lands in `Run.problems` with the reason and is left out of `Run.tables`.
+A run directory holds ``results/*.csv``, ``results/samples/*.csv.gz`` and ``provenance.json``, or the same without the
+folder ``results``. Columns and their types are those of `experiments.framework.tables`. A table that is absent, of
+another schema, or broken never becomes zeros: it lands in `Run.problems` with the reason and is left out of
+`Run.tables`. A CSV that no section of the report reads lands in `Run.unclaimed`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-PAPER = Path(__file__).parent / "paper"
+from experiments.framework.tables import SCHEMA_VERSION, Row, columns, file_name
 
-_ZERO_SHOT = (
-    "model,variant,sparsity_target,sparsity_measured,task,metric,value,stderr,difference,difference_stderr,items,chance"
-)
-_COLUMNS = {
-    "e01_histogram": "model,layer,layer_index,bin_left,bin_right,count",
-    "e01_thresholds": "model,layer,layer_index,sparsity_target,threshold,sparsity_calibration,sparsity_heldout",
-    "e02_zero_shot": _ZERO_SHOT,
-    "e03_finetuning": "model,variant,seed,step,learning_rate,task,accuracy,stderr,items,train_loss,eval_loss",
-    "e03_sparsity": "model,variant,seed,step,layer,layer_index,sparsity_target,sparsity_measured,recalibrated,"
-    "accuracy_mean",
-    "e03_sweep": "model,variant,learning_rate,step,eval_loss,chosen",
-    "e04_sweep": "model,task,variant,learning_rate,step,eval_loss,chosen",
-    "e04_task_finetuning": "model,task,variant,seed,accuracy,stderr,items,sparsity_target,sparsity_measured,chance",
-    "e05_mlp_latency": "machine,shape,d,m,dtype,rows,threads,sparsity_target,sparsity,implementation,geomean_ms,"
-    "p20_ms,p50_ms,p80_ms,rounds,bytes_moved,gb_per_s,bandwidth_gb_per_s,bound_ms,fraction_of_bound,error",
-    "e06_throughput": "machine,model,layers,dtype,variant,sparsity_target,sparsity_measured,loop,batch,prompt,"
-    "prompt_tokens,generated_tokens,prefill_s,decode_s,tokens_per_second,compile_s,peak_memory_bytes",
-    "e06_shares": "machine,model,layers,dtype,component,milliseconds,share",
-    "e06_amdahl": "machine,model,layers,dtype,kernel_speedup,mlp_share,predicted_speedup,measured_speedup",
-    "e06_greedy": "machine,model,layers,dtype,check,tokens,identical_tokens",
-    "e07_attention": _ZERO_SHOT,
-}
-TABLES: dict[str, tuple[str, ...]] = {name: tuple(columns.split(",")) for name, columns in _COLUMNS.items()}
-"""Table name -> the columns it must have (more are allowed)."""
+PAPER = Path(__file__).parents[1] / "paper"
+OWN_FILES = ("claims.csv",)  # the report's own, beside the tables of a run directory without the folder results
+SINCE_SCHEMA_2 = {"criterion", "condition", "path", "weights", "active_neurons"}
 
-EXPERIMENTS = {
-    "e01": "Activation histograms (Figure 1)",
-    "e02": "Zero-shot accuracy (Table 1)",
-    "e03": "General fine-tuning (Figures 2 and 5)",
-    "e04": "Task fine-tuning (Tables 2 and 3)",
-    "e05": "MLP latency (Figures 3 and 6)",
-    "e06": "Generation throughput (Figure 4)",
-    "e07": "CATS in the attention block (appendix B)",
-}
-
-_TEXT = {"model", "layer", "variant", "task", "metric", "machine", "shape", "dtype", "implementation", "error"}
-_TEXT |= {"loop", "component", "prompt", "check"}
-_FLAGS = {"recalibrated", "chosen"}
 _TRUE, _FALSE = {"true", "1", "1.0", "yes"}, {"false", "0", "0.0", "no", ""}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory: its tables by name, and the reason for each table that is not there."""
+    """One run directory: its tables (samples too) by name, and the reason for each table that is not among them."""
 
     label: str
     path: Path
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unclaimed: tuple[str, ...] = ()
 
-    def table(self, name: str) -> pd.DataFrame | None:
-        """The table, or None when it is missing or broken (`problems[name]` says which)."""
-        return self.tables.get(name)
+    def table(self, row_type: type[Row]) -> pd.DataFrame | None:
+        """The table of one row type, or None when it is missing or broken (`problems` says which)."""
+        return self.tables.get(row_type.table)
 
     @property
     def profiles(self) -> list[str]:
         """The profiles that its experiments ran with, as far as recorded."""
         entries = self.provenance.values()
-        named = [(entry.get("settings") or {}).get("profile") or entry.get("profile") for entry in entries]
-        return sorted({str(name) for name in named if name})
+        names = [(entry.get("settings") or {}).get("profile") or entry.get("profile") for entry in entries]
+        return sorted({str(name) for name in names if name})
 
     def broken(self, experiment: str) -> list[str]:
         """Sentences about tables of one experiment that are present but cannot be read."""
@@ -90,21 +59,38 @@ def command(experiment: str, run: Run | None = None) -> str:
     return f"nox -s experiment -- {experiment}" + (f" --profile {profile}" if profile != "pocket" else "")
 
 
-def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    """Read one CSV. Raises ValueError naming the column that is missing or that holds something else than numbers."""
+def read_table(path: Path, row_type: type[Row]) -> pd.DataFrame:
+    """Read one CSV; numbers as floats, with NaN for what was not measured.
+
+    Raises:
+        ValueError: a sentence without a subject: the schema, a column that is missing, or a cell of another type.
+    """
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        UnicodeDecodeError,
+        pd.errors.ParserError,
+        pd.errors.EmptyDataError,
+    ) as error:
         raise ValueError(f"unreadable ({str(error).strip()})") from error
-    missing = [column for column in columns if column not in table.columns]
+    expected = columns(row_type)
+    missing = [column for column in expected if column not in table.columns]
+    new = SINCE_SCHEMA_2 & set(expected)
+    if new and new <= set(missing):
+        raise ValueError(
+            f"it has schema 1 (no column {sorted(new)[0]}), this report reads schema {SCHEMA_VERSION}: measure again"
+        )
     if missing:
         raise ValueError(f"column{'s' * (len(missing) > 1)} {', '.join(missing)} missing")
     if table.empty:
         raise ValueError("it has a header and no rows")
-    for column in columns:
-        if column in _FLAGS:
+    for column, (kind, _) in expected.items():
+        if kind is bool:
             table[column] = _flags(table[column])
-        elif column not in _TEXT:
+        elif kind is not str:
             table[column] = _numbers(table[column])
     return table
 
@@ -125,27 +111,43 @@ def _flags(column: pd.Series) -> pd.Series:
     return text.isin(_TRUE)
 
 
-def load_run(path: Path, label: str | None = None) -> Run:
-    """Load one run directory. Raises ValueError when it is no directory or holds none of the expected CSVs."""
+def load_run(path: Path, row_types: Iterable[type[Row]], label: str | None = None) -> Run:
+    """Load the tables of ``row_types`` from one run directory.
+
+    Raises:
+        ValueError: it is no directory, holds none of these tables, or only tables that cannot be read.
+    """
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; give a run directory, for example runs/pocket")
-    folder = path / "results" if any((path / "results" / f"{name}.csv").exists() for name in TABLES) else path
+    known = {row_type.table: row_type for row_type in row_types}
+    folder = path / "results" if _csv_files(path / "results") else path
     tables: dict[str, pd.DataFrame] = {}
     problems: dict[str, str] = {}
-    for name, columns in TABLES.items():
-        file = folder / f"{name}.csv"
+    for name, row_type in known.items():
+        file = folder / file_name(row_type)
         if not file.exists():
             continue
         try:
-            tables[name] = read_table(file, columns)
+            tables[name] = read_table(file, row_type)
         except ValueError as error:
             problems[name] = str(error)
-    if not tables and not problems:
-        raise ValueError(f"{path} holds no results (none of {', '.join(f'{name}.csv' for name in TABLES)})")
+    unclaimed = tuple(file.name for file in _csv_files(folder) if _table_name(file) not in known)
+    if not tables and not unclaimed:
+        why = [f"{name}.csv: {problem}" for name, problem in problems.items()]
+        raise ValueError(f"{path} holds no results that can be read ({why[0] if why else 'no table of an experiment'})")
     provenance, problem = _read_provenance(path)
     if problem:
         problems["provenance"] = problem
-    return Run(label or path.name, path, tables, problems, provenance)
+    return Run(label or path.name, path, tables, problems, provenance, unclaimed)
+
+
+def _csv_files(folder: Path) -> list[Path]:
+    files = [*folder.glob("*.csv"), *folder.glob("samples/*.csv.gz")]
+    return sorted(file for file in files if file.name not in OWN_FILES)
+
+
+def _table_name(file: Path) -> str:
+    return file.name.removesuffix(".gz").removesuffix(".csv")
 
 
 def _read_provenance(path: Path) -> tuple[dict[str, dict[str, Any]], str]:
@@ -163,7 +165,7 @@ def _read_provenance(path: Path) -> tuple[dict[str, dict[str, Any]], str]:
     return {name: {**common, **entry} for name, entry in experiments.items()}, ""
 
 
-def load_runs(paths: list[Path]) -> list[Run]:
+def load_runs(paths: list[Path], row_types: Iterable[type[Row]]) -> list[Run]:
     """Load several run directories under short labels that differ: the last parts of their paths."""
     if not paths:
         raise ValueError("no run directory given; give at least one, for example runs/pocket")
@@ -177,7 +179,8 @@ def load_runs(paths: list[Path]) -> list[Run]:
     labels = [
         " ".join(part[-2:]) if part[-3:-2] == ("results",) else label for part, label in zip(parts, labels, strict=True)
     ]
-    return [load_run(path, label) for path, label in zip(paths, labels, strict=True)]
+    row_types = list(row_types)
+    return [load_run(path, row_types, label) for path, label in zip(paths, labels, strict=True)]
 
 
 def paper_table(name: str) -> pd.DataFrame:

@@ -2,79 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reports import style
-from reports.load import paper_models, paper_table
-from reports.stats import GENERATION_KEYS, generation_speedups, throughput_by_length
+from experiments.framework.tables import ShareRow, ThroughputRow
+from reports.core import style
+from reports.core.load import Run, paper_models, paper_table
+from reports.measures.generation import GENERATION_KEYS, figure_4, generation_speedups
 
-Tables = Mapping[str, pd.DataFrame]
-LOOP_HATCH = {"eager": "", "compiled": "////", "graph": "...."}
-
-
-def e06_throughput(tables: Tables) -> Figure | None:
-    """The paper's Figure 4: tokens per second for each generated length, dense and CATS-50, in each loop."""
-    lengths = throughput_by_length(generation_speedups(tables["e06_throughput"]))
-    groups = list(lengths.groupby(["model", "layers", "dtype"], sort=False))
-    if not groups:
-        return None
-    columns = min(2, len(groups))
-    rows = -(-len(groups) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(style.WIDTH, 1.75 * rows), squeeze=False)
-    for ax in axes.flat[len(groups) :]:
-        ax.set_visible(False)
-    for ax, ((model, layers, dtype), part) in zip(axes.flat, groups, strict=False):
-        _throughput_bars(ax, part)
-        ax.set_title(_condition(model, layers, dtype))
-        ax.margins(y=0.12)
-    for ax in axes[-1]:
-        ax.set_xlabel("generated tokens")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("tokens per second")
-    shown = dict(pair for ax in axes.flat for pair in zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    return figure
+LOOP_HATCH = {"eager": "", "compiled": "////", "graph": "....", "graph-tuned": "xxxx"}
+OTHER_HATCHES = ("oooo", "----", "||||", "++++")
 
 
-def _condition(model: object, layers: object, *rest: object) -> str:
+def hatch(loop: str, loops: list[str]) -> str:
+    """The pattern of a loop's bars; one that is not known takes the next free one."""
+    others = [name for name in loops if name not in LOOP_HATCH]
+    return LOOP_HATCH[loop] if loop in LOOP_HATCH else OTHER_HATCHES[others.index(loop) % len(OTHER_HATCHES)]
+
+
+def figure_4_rows(run: Run) -> pd.DataFrame:
+    """The paper's Figure 4 in one run: a row per model, dtype, loop and generated length."""
+    return figure_4(generation_speedups(run.tables[ThroughputRow.table]))
+
+
+def condition_name(model: object, layers: object, *rest: object) -> str:
     """`Mistral-7B, 32 layers, bfloat16`; the values are those of a group's key."""
     return ", ".join([style.model_name(str(model)), f"{layers:.0f} layers", *(style.dtype_name(str(x)) for x in rest)])
 
 
-def _throughput_bars(ax: Axes, part: pd.DataFrame) -> None:
-    """Pairs of bars, dense and CATS-50, for each loop in which a length was timed, centred on the length."""
-    ticks = sorted(part["generated_tokens"].unique())
-    most = part.groupby("generated_tokens")["loop"].nunique().max()
-    width = 0.84 / (2 * most)
-    for place, tick in enumerate(ticks):
-        at = part[part["generated_tokens"] == tick].set_index("loop")
-        loops = [loop for loop in LOOP_HATCH if loop in at.index]
-        for i, loop in enumerate(loops):
-            x = place + (2 * i - len(loops) + 0.5) * width
-            look: dict[str, Any] = {"hatch": LOOP_HATCH[loop], "edgecolor": "white", "linewidth": 0}
-            dense, cats = at["dense_tokens_per_second"][loop], at["tokens_per_second"][loop]
-            ax.bar(x, dense, width * 0.94, color=style.GREY, label=f"Base, {loop}", **look)
-            ax.bar(x + width, cats, width * 0.94, color=style.BLUE, label=f"CATS-50, {loop}", **look)
-            ax.annotate(style.times(at["speedup"][loop]), (x + width, cats), ha="center", va="bottom", fontsize=7.5)
-    ax.set_xticks(range(len(ticks)), [f"{tick:.0f}" for tick in ticks])
-
-
-def e06_ratio(tables: Tables) -> Figure | None:
-    """Figure 4 as ratios to dense, ours beside the paper's bars: the form in which different machines compare."""
-    lengths = throughput_by_length(generation_speedups(tables["e06_throughput"]))
+def ratio_figure(run: Run) -> Figure | None:
+    """The paper's Figure 4 as ratios to dense, ours beside the paper's: so that different machines compare."""
+    lengths = figure_4_rows(run)
     if lengths.empty:
         return None
     paper = paper_table("figure4_throughput_l40s_fp32").pivot_table(
         index=["model", "generated_tokens"], columns="variant", values="tokens_per_second"
     )
-    paper_ratio = (paper["cats-50"] / paper["dense"]).rename("speedup").reset_index()
+    paper_ratio = paper.rename(columns={"cats-50": "tokens_per_second", "dense": "dense_tokens_per_second"})
+    paper_ratio["speedup"] = paper_ratio["tokens_per_second"] / paper_ratio["dense_tokens_per_second"]
+    paper_ratio = paper_ratio.reset_index()
     models = [str(model) for model in lengths["model"].unique()]
     beside = list(dict.fromkeys(name for model in models for name in paper_models(model, paper_ratio["model"])))
     groups = [
@@ -95,20 +65,22 @@ def e06_ratio(tables: Tables) -> Figure | None:
         end_of_group += len(part) + 0.7
         look: dict[str, Any] = {
             "color": style.GREEN if loop == "paper" else style.BLUE,
-            "hatch": LOOP_HATCH.get(loop, ""),
+            "hatch": "" if loop == "paper" else hatch(loop, [name for *_, name in groups if name != "paper"]),
         }
         ax.barh(y, part["speedup"] - 1, 0.9, left=1, edgecolor="white", linewidth=0, **look)
         for position, row in zip(y, part.to_dict("records"), strict=True):
             error = row["speedup"] * row.get("log_stderr", np.nan)
             if np.isfinite(error):
                 ax.errorbar(row["speedup"], position, xerr=error, color=style.BLACK, lw=0.8, capsize=1.5)
-            text = f"{style.times(row['speedup'])}  {row['generated_tokens']:.0f} tokens"
+            rates = [style.significant(row[name]) for name in ("dense_tokens_per_second", "tokens_per_second")]
+            length = f"{row['generated_tokens']:.0f} tokens"
+            text = f"{style.times(row['speedup'])}  {length}, {rates[0]} to {rates[1]} tokens/s"
             end = (max(row["speedup"] + (error if np.isfinite(error) else 0), 1), position)
             ax.annotate(text, end, xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
     ax.axvline(1, color=style.GREY, lw=0.8)
     ax.set_yticks(middles, [title for title, *_ in groups], fontsize=7.5)
     ax.invert_yaxis()
-    ax.margins(x=0.12)
+    ax.margins(x=0.28)
     ax.set_xlabel("tokens per second, CATS-50 over dense in the same loop")
     return figure
 
@@ -117,8 +89,15 @@ GROWTH = {"prompt_tokens": "prompt tokens", "batch": "batch", "sparsity_target":
 
 
 def growth(speedups: pd.DataFrame, dimension: str) -> pd.DataFrame:
-    """The conditions in which only `dimension` varies, per (model, dtype, loop): those with the most values of it."""
-    others = [key for key in [*GENERATION_KEYS, "sparsity_target"] if key != dimension]
+    """The conditions in which only `dimension` varies, per (model, dtype, loop): those with the most values of it.
+
+    CATS only; a condition measured for Figure 4 and for growth counts once.
+    """
+    speedups = speedups[speedups["criterion"] == "cats"]
+    keys = [key for key in [*GENERATION_KEYS, "sparsity_target"] if key != "condition"]
+    speedups = speedups.sort_values("condition", ascending=False).drop_duplicates(keys)
+    free_of = {dimension, "condition", "cache_tokens" if dimension == "prompt_tokens" else dimension}
+    others = [key for key in [*GENERATION_KEYS, "sparsity_target"] if key not in free_of]
     group = ["machine", "model", "dtype", "loop"]
     count = speedups.groupby(others, dropna=False)[dimension].transform("nunique")
     kept = speedups[(count > 1) & (count == count.groupby([speedups[g] for g in group]).transform("max"))]
@@ -130,20 +109,20 @@ def growth(speedups: pd.DataFrame, dimension: str) -> pd.DataFrame:
     return kept[same].sort_values([*group, dimension])
 
 
-def e06_growth(tables: Tables) -> Figure | None:
+def growth_figure(run: Run) -> Figure | None:
     """Speed-up against context, batch, sparsity and layers; a cross marks where CATS stops paying (ratio below 1)."""
-    speedups = generation_speedups(tables["e06_throughput"])
-    found = {dimension: growth(speedups, dimension) for dimension in GROWTH}
-    found = {dimension: part for dimension, part in found.items() if len(part)}
-    if not found:
+    speedups = generation_speedups(run.tables[ThroughputRow.table])
+    grown = {dimension: growth(speedups, dimension) for dimension in GROWTH}
+    grown = {dimension: part for dimension, part in grown.items() if len(part)}
+    if not grown:
         return None
-    rows = -(-len(found) // 2)
+    rows = -(-len(grown) // 2)
     figure, axes = plt.subplots(rows, 2, figsize=(style.WIDTH, 1.75 * rows), squeeze=False)
-    for ax in axes.flat[len(found) :]:
+    for ax in axes.flat[len(grown) :]:
         ax.set_visible(False)
     looks: dict[tuple[str, ...], str] = {}
     palette = (style.BLUE, style.ORANGE, style.GREEN, style.VERMILLION, style.PURPLE, style.SKY, style.GREY)
-    for ax, (dimension, part) in zip(axes.flat, found.items(), strict=False):
+    for ax, (dimension, part) in zip(axes.flat, grown.items(), strict=False):
         for key, line in part.groupby(["model", "dtype", "loop"], sort=False):
             name = tuple(str(piece) for piece in key)
             colour = looks.setdefault(name, palette[len(looks) % len(palette)])
@@ -166,10 +145,10 @@ def e06_growth(tables: Tables) -> Figure | None:
     return figure
 
 
-def e06_shares(tables: Tables) -> Figure:
-    """Where the time of one decoded token goes, per model and dtype."""
-    table = tables["e06_shares"]
-    groups = list(table.groupby(["model", "layers", "dtype"], sort=False))
+def shares_figure(run: Run) -> Figure:
+    """Where the time of one decoded token goes, per model, dtype and loop."""
+    table = run.tables[ShareRow.table]
+    groups = list(table.groupby(["model", "layers", "dtype", "loop"], sort=False))
     looks = {
         "mlp": ("MLP", style.BLUE, "white"),
         "attention": ("attention", style.ORANGE, "black"),
@@ -181,14 +160,14 @@ def e06_shares(tables: Tables) -> Figure:
         left = 0.0
         for row in part[part["share"] > 0].to_dict("records"):
             width = 100 * row["share"]
-            name, colour, ink = looks[row["component"]]
+            name, colour, ink = looks.get(row["component"], (row["component"], style.PURPLE, "white"))
             ax.barh(place, width, 0.7, left=left, color=colour)
             if width > 8:
                 label = f"{name} {width:.0f} %"
                 ax.text(left + width / 2, place, label, ha="center", va="center", color=ink, fontsize=8)
             left += width
     ax.axvline(100, color=style.BLACK, lw=0.8, ls=":")
-    ax.set_yticks(range(len(groups)), [_condition(*key) for key, _ in groups])
+    ax.set_yticks(range(len(groups)), [condition_name(*key) for key, _ in groups])
     ax.invert_yaxis()
     ax.set(xlabel="share of the time of one decoded token, dense, %", xlim=(0, None))
     return figure

@@ -1,13 +1,13 @@
-"""A report as a list of blocks, and its two written forms: Markdown for the web, Markdown for pandoc on the way to PDF.
+"""A report as a list of blocks, and its three written forms: GitHub's Markdown, and pandoc's for PDF and for HTML.
 
-The two differ in three points: pictures are PNG on the web and SVG in the PDF; captions are text on the web and
-belong to numbered figures in the PDF; column widths, which the web ignores, keep tables inside the page.
+They differ in pictures (PNG on GitHub, SVG in the PDF, in HTML what the caller says), in captions (text with a number,
+but part of the template's numbered figures in the PDF) and in column widths, which only the PDF needs.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -61,6 +61,11 @@ def without_constant(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     return frame.drop(columns=column) if column in frame and frame[column].nunique() <= 1 else frame
 
 
+def one_line(text: str) -> str:
+    """A caption as one line, however it stands in the source."""
+    return " ".join(text.split())
+
+
 def to_markdown(title: str, blocks: Iterable[Block]) -> str:
     """The report for the web (GitHub's Markdown); pictures are figures/*.png beside it."""
     parts, figures, tables = [f"# {title}"], 0, 0
@@ -72,11 +77,44 @@ def to_markdown(title: str, blocks: Iterable[Block]) -> str:
                 parts.append(markdown)
             case Table(frame, caption):
                 tables += 1
-                parts += [f"**Table {tables}.** {caption}", _pipe_table(frame)]
+                parts += [f"**Table {tables}.** {one_line(caption)}", _pipe_table(frame)]
             case Picture(stem, caption):
                 figures += 1
-                parts += [f"![Figure {figures}](figures/{stem}.png)", f"**Figure {figures}.** {caption}"]
+                parts += [f"![Figure {figures}](figures/{stem}.png)", f"**Figure {figures}.** {one_line(caption)}"]
     return "\n\n".join(parts) + "\n"
+
+
+def to_html_source(blocks: Iterable[Block], classes: dict[str, str], picture: Callable[[str], str]) -> str:
+    """The report's body for pandoc on the way to HTML: every wide table and picture in a box that scrolls.
+
+    Args:
+        blocks: the report.
+        classes: words in bold -> the class of the style sheet that colours them.
+        picture: stem of a figure -> path of its file.
+    """
+    parts, figures, tables = [], 0, 0
+    for block in blocks:
+        match block:
+            case Heading(level, text):
+                parts.append(f"{'#' * (level + 1)} {text}")
+            case Text(markdown):
+                parts.append(_classed(markdown, classes))
+            case Table(frame, caption):
+                tables += 1
+                table = _classed(_pipe_table(frame), classes)
+                parts.append(f"::: caption\n**Table {tables}.** {one_line(caption)}\n:::")
+                parts.append(f"::: scroll\n{_unbroken(table)}\n:::")
+            case Picture(stem, caption):
+                figures += 1
+                parts.append(f"::: scroll\n![Figure {figures}]({picture(stem)})\\\n:::")  # \\: no figure of pandoc's
+                parts.append(f"::: caption\n**Figure {figures}.** {one_line(caption)}\n:::")
+    return "\n\n".join(parts) + "\n"
+
+
+def _classed(markdown: str, classes: dict[str, str]) -> str:
+    for words, name in classes.items():
+        markdown = markdown.replace(f"**{words}**", f"[{words}]{{.{name}}}")
+    return markdown
 
 
 def to_pandoc(blocks: Iterable[Block]) -> str:
@@ -90,12 +128,12 @@ def to_pandoc(blocks: Iterable[Block]) -> str:
                 text = _unbroken(markdown)
                 parts.append(f'::: {{typst:sticky="true"}}\n{text}\n:::' if with_next else text)
             case Table(frame, caption, widths):
-                table = _unbroken(f"{_pipe_table(frame, widths or _widths(frame))}\n\n: {caption}")
+                table = _unbroken(f"{_pipe_table(frame, widths or _widths(frame))}\n\n: {one_line(caption)}")
                 size = len(frame), sum(len(str(cell)) for cell in frame.to_numpy().ravel())
                 whole = all(count <= most for count, most in zip(size, LONG_TABLE, strict=True))
                 parts.append(f'::: {{typst:breakable="false"}}\n{table}\n:::' if whole else table)
             case Picture(stem, caption):
-                parts.append(f"![{_unbroken(caption)}](figures/{stem}.svg)")
+                parts.append(f"![{_unbroken(one_line(caption))}](figures/{stem}.svg)")
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,8 +1,6 @@
-"""Figures of e05: MLP latency, speed-up over dense, kernel ablation, several rows."""
+"""Figures of e05: MLP latency, speed-up over dense, the paper's kernels, several rows."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,28 +8,34 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reports import style
-from reports.load import paper_table
-from reports.stats import batch_one, bytes_bound_speedup, kernel_speedups
+from experiments.framework.tables import LatencyRow
+from reports.core import style
+from reports.core.load import Run
+from reports.core.section import Painter
+from reports.measures.latency import (
+    COMPILED,
+    OPTIMAL,
+    OURS,
+    SHAPES,
+    TORCH,
+    batch_one,
+    bytes_bound_speedup,
+    kernel_speedups,
+    paper_latency,
+)
 
-Tables = Mapping[str, pd.DataFrame]
-OPTIMAL = "optimal-all-three-shrunk"
-SHAPES = ("Mistral-7B", "Llama2-7B", "Llama2-13B")
+TARGETS = ((0.5, style.BLUE), (0.7, style.GREEN), (0.9, style.ORANGE))
 
 
-def paper_latency() -> pd.DataFrame:
-    """The paper's Figures 3 and 6 under this project's names, with the ratio to dense at the same sparsity."""
-    paper = paper_table("figure3_figure6_mlp_latency_l40s_fp32")
-    dense = paper[paper["implementation"] == "dense"].set_index(["model", "sparsity"])["latency_ms"]
-    keys = pd.MultiIndex.from_frame(paper[["model", "sparsity"]])
-    names = paper["implementation"].map(style.PAPER_IMPLEMENTATIONS)
-    return paper.assign(implementation=names, speedup=dense.reindex(keys).to_numpy() / paper["latency_ms"])
+def speedups(run: Run) -> pd.DataFrame:
+    """Speed-ups of one run's table."""
+    return kernel_speedups(run.tables[LatencyRow.table])
 
 
 def _grid(table: pd.DataFrame, height: float) -> tuple[Figure, dict[tuple[str, str], Axes]]:
-    """One panel a (dtype, shape), shapes in the paper's order; at most three shapes, the paper's own first."""
-    found = list(table["shape"].unique())
-    shapes = [s for s in SHAPES if s in found] + [s for s in found if s not in SHAPES]
+    """One panel per (dtype, shape), shapes in the paper's order; at most three shapes, the paper's own first."""
+    measured = list(table["shape"].unique())
+    shapes = [s for s in SHAPES if s in measured] + [s for s in measured if s not in SHAPES]
     dtypes = sorted(table["dtype"].unique(), key=lambda name: (name != "float32", name))
     rows, columns = len(dtypes), len(shapes)
     figure, axes = plt.subplots(
@@ -62,18 +66,21 @@ def _curve(ax: Axes, part: pd.DataFrame, name: str, column: str, band: bool = Fa
     return x.iloc[-1], curve[column].iloc[-1], style.IMPLEMENTATION_NAMES.get(name, name), colour
 
 
-def e05_latency(tables: Tables) -> Figure:
+def latency_figure(run: Run) -> Figure | None:
     """The paper's Figure 3: latency against sparsity: dense, ours, "Optimal", and the bound by bytes."""
-    table = batch_one(tables["e05_mlp_latency"])
+    table = batch_one(speedups(run))
+    if table.empty:
+        return None
     figure, panels = _grid(table, 1.5)
     for number, ((dtype, shape), ax) in enumerate(panels.items()):
         part = table[(table["dtype"] == dtype) & (table["shape"] == shape)]
         names = [name for name in (OPTIMAL, "cats") if name in set(part["implementation"])]
         ends = [_curve(ax, part, name, "geomean_ms", band=name != OPTIMAL) for name in names]
-        dense = part.loc[part["implementation"] == "dense", "geomean_ms"]
-        if len(dense):  # its time does not depend on sparsity, and most harnesses take it once
-            style.level_line(ax, dense.mean())
-            ends.append((100, dense.mean(), "dense", style.GREY))
+        for name in (TORCH, COMPILED):  # their times do not depend on sparsity
+            dense = part.loc[part["implementation"] == name, "geomean_ms"]
+            if len(dense):
+                style.level_line(ax, dense.mean())
+                ends.append((100, dense.mean(), style.IMPLEMENTATION_NAMES[name], style.GREY))
         bound = part[part["implementation"] == "cats"].sort_values("sparsity")
         if bound["bound_ms"].notna().any():
             ax.plot(100 * bound["sparsity"], bound["bound_ms"], ":", color=style.PURPLE)
@@ -86,9 +93,11 @@ def e05_latency(tables: Tables) -> Figure:
     return figure
 
 
-def e05_speedup(tables: Tables) -> Figure:
+def speedup_figure(run: Run) -> Figure | None:
     """Figure 3 as ratios to dense, so that machines compare: ours, the paper's kernel on its own GPU, the bounds."""
-    table, paper = batch_one(tables["e05_mlp_latency"]), paper_latency()
+    table, paper = batch_one(speedups(run)), paper_latency()
+    if table.empty:
+        return None
     figure, panels = _grid(table, 1.5)
     s = np.linspace(0, 0.97, 60)
     for number, ((dtype, shape), ax) in enumerate(panels.items()):
@@ -110,9 +119,11 @@ def e05_speedup(tables: Tables) -> Figure:
     return figure
 
 
-def e05_ablation(tables: Tables) -> Figure:
+def ablation_figure(run: Run) -> Figure | None:
     """The paper's Figure 6: fused with a mask, fused with compaction, unfused; ours above, the paper's below."""
-    table, paper = batch_one(tables["e05_mlp_latency"]), paper_latency()
+    table, paper = batch_one(speedups(run)), paper_latency()
+    if not table["implementation"].isin(["gather", "fused-compact", "fused-mask"]).any():
+        return None
     table = table[table["shape"].isin(["Mistral-7B", "Llama2-7B"])] if table["shape"].isin(SHAPES[:2]).any() else table
     panels = [
         (f"{shape}, {style.dtype_name(str(dtype))} (ours)", part)
@@ -140,9 +151,9 @@ def e05_ablation(tables: Tables) -> Figure:
     return figure
 
 
-def e05_rows(tables: Tables) -> Figure | None:
+def rows_figure(run: Run) -> Figure | None:
     """Speed-up against the number of rows at 50 % and 70 % sparsity of each row; None when only one row was timed."""
-    table = kernel_speedups(tables["e05_mlp_latency"])
+    table = speedups(run)
     table = table[table["implementation"] == "cats"]
     if table["rows"].nunique() < 2:
         return None
@@ -150,7 +161,7 @@ def e05_rows(tables: Tables) -> Figure | None:
     for number, ((dtype, shape), ax) in enumerate(panels.items()):
         part = table[(table["dtype"] == dtype) & (table["shape"] == shape)]
         ends = []
-        for target, colour in ((0.5, style.BLUE), (0.7, style.GREEN), (0.9, style.ORANGE)):
+        for target, colour in TARGETS:
             at = part[np.isclose(part["sparsity_target"], target)].groupby("rows")["speedup"].mean()
             if len(at):
                 ax.plot(at.index, at, "o-", color=colour)
@@ -165,3 +176,35 @@ def e05_rows(tables: Tables) -> Figure | None:
         if number % max(1, len({s for _, s in panels})) == 0:
             ax.set_ylabel("speed-up over dense")
     return figure
+
+
+def glance(runs: list[Run]) -> Painter | None:
+    """Speed-up of our kernel against sparsity at the first of the paper's shapes, every run and dtype."""
+    timed = [run for run in runs if run.table(LatencyRow) is not None and len(speedups(run))]
+    if not timed:
+        return None
+
+    def paint(ax: Axes) -> None:
+        s = np.linspace(0, 0.95, 60)
+        ax.plot(100 * s, bytes_bound_speedup(s), ":", color=style.PURPLE)
+        ends = [(95.0, float(bytes_bound_speedup(0.95)), "ratio of bytes", style.PURPLE)]
+        palette = iter([style.BLUE, style.ORANGE, style.GREEN, style.VERMILLION, style.SKY, style.BLACK] * 4)
+        shapes = []
+        for run in timed:
+            table = batch_one(speedups(run))
+            table = table[table["implementation"] == OURS]
+            shape = next((name for name in SHAPES if name in set(table["shape"])), None)
+            shapes += [shape] if shape else []
+            for dtype, part in table[table["shape"] == shape].groupby("dtype", sort=False):
+                part = part[part["sparsity"] <= 0.96].sort_values("sparsity")
+                colour = next(palette)
+                ax.plot(100 * part["sparsity"], part["speedup"], "o-", color=colour)
+                name = style.dtype_name(str(dtype)) + (f", {run.label}" if len(runs) > 1 else "")
+                ends.append((100 * part["sparsity"].iloc[-1], part["speedup"].iloc[-1], name, colour))
+        style.level_line(ax, 1)
+        style.sparsity_axis(ax, 135)
+        ax.set(title=f"MLP of {' and '.join(dict.fromkeys(shapes))}, batch 1", xlabel="sparsity, %")
+        ax.set_ylabel("speed-up over dense")
+        style.label_ends(ax, ends)
+
+    return paint
