@@ -279,32 +279,52 @@ def paired_difference(result: TaskResult, base: TaskResult) -> tuple[float, floa
     return fmean(differences), stdev(differences) / math.sqrt(len(differences))
 
 
-@torch.no_grad()
 def perplexity(model: nn.Module, blocks: Iterable[Tensor]) -> float:
     """exp of the mean negative log-likelihood, in nats, of every token of ``blocks`` but the first of each sequence.
+
+    Args:
+        model, blocks: as `block_losses`.
+
+    Raises:
+        ValueError: no block of at least two tokens.
+    """
+    blocks = list(blocks)
+    tokens = [block.shape[-1] - 1 for block in blocks for _ in range(len(block)) if block.shape[-1] > 1]
+    losses = block_losses(model, blocks)
+    return math.exp(sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens))
+
+
+@torch.no_grad()
+def block_losses(model: nn.Module, blocks: Iterable[Tensor]) -> list[float]:
+    """Mean negative log-likelihood of each sequence, in nats per token, of every token but its first.
 
     Args:
         model: a causal language model; its mode is restored.
         blocks: token ids (batch, length) without padding, the same on every process; processes share the work.
 
+    Returns:
+        One number for each sequence of at least two tokens, in order.
+
     Raises:
-        ValueError: no block of at least two tokens.
+        ValueError: there is none.
     """
     state, training, device = accelerate.PartialState(), model.training, execution_device(model)
-    total = torch.zeros(2, dtype=torch.float64)  # nats, tokens
+    losses: list[Tensor] = []
     model.eval()
     try:
-        for index, block in enumerate(blocks):
-            if index % state.num_processes != state.process_index or block.shape[-1] < 2:
+        for index, block in enumerate(block for block in blocks if block.shape[-1] > 1):
+            if index % state.num_processes != state.process_index:
+                losses.append(torch.zeros(len(block), dtype=torch.float64))
                 continue
             ids = block.to(device)
             logits = model(ids, use_cache=False).logits[:, :-1].float()
-            nats = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-            total += torch.tensor([float(nats), ids[:, 1:].numel()], dtype=torch.float64)
+            nats = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            losses.append(nats.view(len(block), -1).double().mean(1).cpu())
     finally:
         model.train(training)
+    if not losses:
+        raise ValueError("no text to measure perplexity on: give at least one block of two tokens")
+    total = torch.cat(losses)
     if state.num_processes > 1:
         total = reduce(total.to(state.device), reduction="sum").cpu()
-    if not total[1]:
-        raise ValueError("no text to measure perplexity on: give at least one block of two tokens")
-    return math.exp(float(total[0] / total[1]))
+    return [float(loss) for loss in total]

@@ -43,10 +43,11 @@ if where == "in a checkpoint":  # its last file is half written
     TrainerState.save_to_json = save_to_json
 
 if where == "between units":
-    write = UnitStore.write
+    write, written = UnitStore.write, []
     def write_unit(self, unit):
         write(self, unit)
-        if len(list(self.folder.glob("*.json"))) == 5:
+        written.append(unit)
+        if len(written) == 2:
             die()
     UnitStore.write = write_unit
 
