@@ -7,10 +7,10 @@ Under `accelerate launch` the items are split among the processes, and every pro
 """
 
 import contextlib
-import io
 import logging
 import math
 import random
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,13 +22,15 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from cats.devices import execution_device
 from cats.extras import missing
-from cats.structure import execution_device
 from cats.task_data import check_answer, local_sets
 
 try:
     import accelerate
+    import datasets
     import lm_eval
     from accelerate.utils import broadcast_object_list, gather, reduce
     from lm_eval.api.task import Task
@@ -101,16 +103,38 @@ class Tasks(dict[str, Task]):
         self.encodings: WeakKeyDictionary[Any, dict[str, list[int]]] = WeakKeyDictionary()
 
 
+NOISE = ("`pretrained` model kwarg is not of type `str`", "Passed an already-initialized model")
+"""Beginnings of warnings of lm-eval's about every model that is given as an object, as all are here."""
+
+
+def _no_noise(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(NOISE)
+
+
+def _without_bar(*args: Any, **kwargs: Any) -> Any:
+    return tqdm(*args, **{**kwargs, "disable": True})
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no log lines of lm-eval's: it announces every task and warns about every model object."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """No progress bars of lm-eval and datasets, no announcements of lm-eval: all other warnings are shown."""
+    logger, noisy = logging.getLogger("lm_eval"), logging.getLogger("lm_eval.models.huggingface")
+    level, bars = logger.level, not datasets.are_progress_bars_disabled()
+    modules: Any = [m for name, m in sys.modules.items() if name.startswith("lm_eval.") and hasattr(m, "tqdm")]
+    names = [(module, module.tqdm) for module in modules if module.tqdm is tqdm]
+    logger.setLevel(logging.WARNING)
+    noisy.addFilter(_no_noise)
+    datasets.disable_progress_bars()
+    for module, _ in names:
+        module.tqdm = _without_bar
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
+        for module, original in names:
+            module.tqdm = original
+        if bars:
+            datasets.enable_progress_bars()
+        noisy.removeFilter(_no_noise)
         logger.setLevel(level)
 
 

@@ -182,7 +182,7 @@ def set_class(mlp: GatedMLP, cls: Any) -> None:
 
 import inspect  # noqa: E402
 
-TAKES_TENSORS = "decider" in inspect.signature(cats_kernels.sparse_gated_mlp).parameters
+TAKES_TENSORS = "decider" in inspect.signature(cats_kernels.operator.sparse_gated_mlp).parameters
 
 
 def _operator(x, gate, up, down_t, threshold, activation, kernel, decider):  # type: ignore[no-untyped-def]

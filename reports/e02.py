@@ -133,13 +133,13 @@ def accuracy_panel(ax: Axes, means: pd.DataFrame) -> None:
 
 
 def glance(runs: list[Run]) -> Painter | None:
-    """Accuracy against sparsity of the first model that has it."""
-    tables = (table for run in runs if (table := run.table(ZeroShotRow)) is not None)
-    means = next((means for table in tables if len(means := zero_shot_means(table))), None)
-    if means is None:
+    """Accuracy against sparsity of the first model that has it, the pocket model only where there is no other."""
+    tables = [table for run in runs if (table := run.table(ZeroShotRow)) is not None]
+    models = [(str(model), of) for means in map(zero_shot_means, tables) if len(means)
+              for model, of in means.groupby("model", sort=False)]  # fmt: skip
+    if not models:
         return None
-    model = str(means["model"].iloc[0])
-    part = means[means["model"] == model]
+    model, part = min(models, key=lambda pair: pair[0] == POCKET_MODEL)
 
     def paint(ax: Axes) -> None:
         accuracy_panel(ax, part)

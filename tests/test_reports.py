@@ -342,6 +342,15 @@ def test_bad_arguments_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
         load_runs([run, run], made.types_read())
 
 
+def test_every_committed_run_can_be_read() -> None:
+    results = Path(__file__).parents[1] / "results"
+    runs = [file.parent for file in results.glob("*/*/provenance.json")]
+    assert runs
+    for path in runs:
+        run = load_run(path, made.types_read())
+        assert run.tables and not run.problems and not run.unclaimed, path
+
+
 def test_labels_tell_runs_apart(tmp_path: Path) -> None:
     one, types = {"e01_thresholds": made.thresholds()}, made.types_read()
     paths = [made.write_run(tmp_path / name / "pocket", one) for name in ("a", "b")]
@@ -538,7 +547,7 @@ def test_numbers_are_written_one_way() -> None:
     errors = [style.ratio_error(x) for x in (0.654, 0.0049, 1e-5, float("nan"))]
     assert errors == [" ± 0.65", " ± 0.005", " ± 0.001", ""]
     assert style.listed({"float32": [0.5, 0.7], "empty": {}, "n": 1e-5}) == "float32 0.5, 0.7; n 1e-05"
-    assert [style.model_name(x) for x in ("shape:llama2-7b", "pocket")] == ["Llama2-7B", "pocket"]
+    assert [style.model_name(x) for x in ("shape:llama2-7b", "pocket", "/a/b/c")] == ["Llama2-7B", "pocket", "c"]
     assert style.percent(0.5) == "50.0 %"
     assert [style.signed_percent(x) for x in (0.0121, -0.5)] == ["+1.2 %", f"{style.MINUS}50.0 %"]
     assert style.points(-0.0104) == f"{style.MINUS}1.04"

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from reports.core import style
-from reports.core.document import Block, Heading, Table, Text, escape
+from reports.core.document import Block, Heading, Table, Text, escape, without_constant
 from reports.core.load import Run, command
 from reports.core.provenance import commit, seconds, started
 from reports.core.section import Section
@@ -20,46 +20,69 @@ LONGEST = 600  # characters of one recorded fact
 def appendix(runs: list[Run], sections: list[Section]) -> list[Block]:
     """Provenance of every run, and what is missing."""
     blocks: list[Block] = [Heading(1, "Appendix: log of the runs shown")]
-    for run in runs:
-        label = escape(run.label)
-        if not run.provenance:
-            blocks.append(Text(f"{label}: no provenance; commit, versions and hardware are unknown."))
-            continue
-        blocks.append(Table(_times(run, sections), f"{label}: when each experiment ran, for how long (all attempts), "
-                            "at which commit.", (42, 22, 14, 22)))  # fmt: skip
-        caption = f"{label}: hardware, versions, settings and notes, as recorded with the measurements."
-        blocks.append(Table(pd.DataFrame(_facts(run)), caption, (22, 78)))
+    blocks += [
+        Text(f"{escape(run.label)}: no provenance; commit, versions and hardware are unknown.")
+        for run in runs
+        if not run.provenance
+    ]
+    if any(run.provenance for run in runs):
+        times = without_constant(_times(runs, sections), "Run")
+        blocks += [
+            Table(times, "When each experiment ran, for how long (all attempts), at which commit."),
+            Table(_facts(runs), "Hardware, versions, settings and notes, as recorded with the measurements.", (24, 76)),
+        ]
     return [*blocks, Heading(2, "Missing pieces"), *_missing(runs, sections)]
 
 
-def _times(run: Run, sections: list[Section]) -> pd.DataFrame:
+def _times(runs: list[Run], sections: list[Section]) -> pd.DataFrame:
     titles = {section.experiment: section.title for section in sections}
-    rows = [
-        {"Experiment": escape(f"{name}: {titles.get(name, '')}"), "Started": escape(started(entry)),
-         "Took": style.duration(seconds(entry)), "Commit": escape(commit(entry))}
-        for name, entry in run.provenance.items()
-    ]  # fmt: skip
-    known = [seconds(entry) for entry in run.provenance.values() if math.isfinite(seconds(entry))]
-    rows.append({"Experiment": "together", "Started": "", "Took": style.duration(sum(known)), "Commit": ""})
+    rows = []
+    for run in runs:
+        label = escape(run.label)
+        known = [seconds(entry) for entry in run.provenance.values() if math.isfinite(seconds(entry))]
+        for name, entry in run.provenance.items():
+            rows.append(
+                {
+                    "Run": label,
+                    "Experiment": escape(f"{name}: {titles.get(name, '')}"),
+                    "Started": escape(started(entry)),
+                    "Took": style.duration(seconds(entry)),
+                    "Commit": escape(commit(entry)),
+                }
+            )
+        if len(run.provenance) > 1:
+            together = style.duration(sum(known))
+            rows.append({"Run": label, "Experiment": "together", "Started": "", "Took": together, "Commit": ""})
     return pd.DataFrame(rows)
 
 
-def _facts(run: Run) -> list[dict[str, str]]:
-    """Facts that all experiments share once; those that differ once per experiment."""
-    by_key: dict[str, dict[str, list[str]]] = {}
-    for experiment, entry in run.provenance.items():
-        for key, value in _flat(entry).items():
-            text = style.listed(value)
-            if text:
-                by_key.setdefault(key, {}).setdefault(text, []).append(experiment)
+def _facts(runs: list[Run]) -> pd.DataFrame:
+    """A row per fact, with the runs and experiments that recorded it; nothing where all did."""
+    by_key: dict[str, dict[str, dict[str, list[str]]]] = {}
+    for run in runs:
+        for experiment, entry in run.provenance.items():
+            for key, value in _flat(entry).items():
+                if text := style.listed(value):
+                    by_key.setdefault(key, {}).setdefault(text, {}).setdefault(run.label, []).append(experiment)
     rows = []
     for key, values in by_key.items():
-        for text, experiments in values.items():
-            everywhere = len(experiments) == len(run.provenance)
-            where = "" if everywhere else f" ({', '.join(experiments)})"
+        for text, where in values.items():
             shown = text if len(text) <= LONGEST else f"{text[:LONGEST]} ... (the rest is in provenance.json)"
-            rows.append({"What": escape(key.replace("_", " ")) + where, "Recorded": escape(shown)})
-    return rows
+            rows.append({"What": escape(key.replace("_", " ")) + _where(where, runs), "Recorded": escape(shown)})
+    return pd.DataFrame(rows)
+
+
+def _where(where: dict[str, list[str]], runs: list[Run]) -> str:
+    """` (h200 paper: e05; cpu pocket)`: the runs that recorded a fact, with the experiments where not all did so."""
+    said, everywhere = [], True
+    for run in (run for run in runs if run.provenance):
+        experiments = where.get(run.label, [])
+        whole = len(experiments) == len(run.provenance)
+        everywhere &= whole
+        if experiments:
+            named = [run.label] * (len(runs) > 1) + [", ".join(experiments)] * (not whole)
+            said.append(": ".join(named))
+    return "" if everywhere else f" ({escape('; '.join(said))})"
 
 
 def _flat(entry: dict[str, Any]) -> dict[str, Any]:
@@ -96,4 +119,4 @@ def _missing(runs: list[Run], sections: list[Section]) -> list[Block]:
     # runs of one profile lack the same tables: said once
     frame = pd.DataFrame(rows, columns=columns).groupby(columns[1:], sort=False)["Run"].agg(", ".join).reset_index()
     frame = frame[columns].sort_values(["Run", "Table"], kind="stable")
-    return [Table(frame, "Tables that are not in these runs.", (12, 30, 17, 41))]
+    return [Table(frame, "Tables that are not in these runs.", (24, 26, 14, 36))]

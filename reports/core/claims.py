@@ -54,8 +54,8 @@ def rules_of(claim: Claim, sections: list[Section]) -> list[tuple[Section, Rule]
 
 
 def rule_text(rule: Rule) -> str:
-    """The rule in words: the first paragraph of its docstring."""
-    return " ".join((rule.__doc__ or "").split("\n\n")[0].split())
+    """The rule in words: its docstring."""
+    return " ".join((rule.__doc__ or "").split())
 
 
 def judge(runs: list[Run], sections: list[Section]) -> pd.DataFrame:

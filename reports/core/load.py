@@ -188,10 +188,16 @@ def paper_table(name: str) -> pd.DataFrame:
     return pd.read_csv(PAPER / f"{name}.csv")
 
 
-def paper_models(model: str, available: Mapping[str, Any] | pd.Series) -> list[str]:
-    """The paper's models to show beside `model`: the same one where the paper has it, else its two 7B models."""
+def paper_model(model: str) -> str | None:
+    """The paper's model that a profile's name means, such as `mistralai/Mistral-7B-v0.1`; None for another model."""
     flat = model.lower().replace("-", "").replace("_", "")
     known = {"mistral7b": "Mistral-7B", "llama27b": "Llama2-7B", "llama213b": "Llama2-13B"}
-    names = list(dict.fromkeys(available))
-    same = [name for key, name in known.items() if key in flat and name in names]
-    return same or [name for name in names if name in ("Mistral-7B", "Llama2-7B")]
+    return next((name for key, name in known.items() if key in flat), None)
+
+
+def paper_models(model: str, available: Mapping[str, Any] | pd.Series) -> list[str]:
+    """The paper's models to show beside `model`: the same one where the paper has it, else its two 7B models."""
+    names, same = list(dict.fromkeys(available)), paper_model(model)
+    if same is not None and same in names:
+        return [same]
+    return [name for name in names if name in ("Mistral-7B", "Llama2-7B")]

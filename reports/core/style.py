@@ -128,8 +128,9 @@ def variant_name(variant: str) -> str:
 
 
 def model_name(model: str) -> str:
-    """A shape's name as the paper writes it: `mistral-7b` -> `Mistral-7B`; others stay."""
-    return MODEL_NAMES.get(model.removeprefix("shape:"), model)
+    """A shape's name as the paper writes it, `mistral-7b` -> `Mistral-7B`; of a path the last part; others stay."""
+    name = model.rstrip("/").rsplit("/", 1)[-1] if model.startswith(("/", "./", "../", "~")) else model
+    return MODEL_NAMES.get(name.removeprefix("shape:"), name)
 
 
 def dtype_name(dtype: str) -> str:

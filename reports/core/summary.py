@@ -55,10 +55,11 @@ def claims_blocks(runs: list[Run], sections: list[Section], judged: pd.DataFrame
         *(block for block in blocks if block != Text("")),
         Heading(1, "Claims in detail"),
         Text(
-            "Accuracies are fractions, “points” hundredths; intervals are 95 %. The paper's numbers come from its own "
+            "Accuracies are fractions, “points” hundredths; intervals are 95 %, each for itself: a claim of many comparisons "
+            "fails by one that misses for certain, and is not corrected for their number. The paper's numbers come from its own "
             "models and hardware, so a ratio or an ordering is compared, not a value."
         ),
-        Table(details(judged, several), "What was measured for each claim.", (3.4, 15, 24, 26, 17)),
+        Table(details(judged, several), "What was measured for each claim.", (3.4, 14, 24, 23, 22)),
         Table(pd.DataFrame(rules), "The paper's own figures, and the rules that give the verdicts.", (4, 24, 66)),
     ]
 
@@ -89,6 +90,8 @@ def _cell(judged: pd.DataFrame, claim: Claim, column: str) -> str:
     rows = judged[(judged["claim"] == claim.id) & (judged["column"] == column)]
     if rows.empty:
         return NOT_TESTED
+    if rows["verdict"].ne(NOT_TESTED).any():  # models that cannot decide the claim stand in the details only
+        rows = rows[rows["verdict"].ne(NOT_TESTED) | rows["aspect"].ne("")]
     parts = []
     for aspect, of_aspect in rows.groupby("aspect", sort=False):
         tested = of_aspect[of_aspect["verdict"] != NOT_TESTED]
@@ -105,7 +108,8 @@ def _verdict_with_models(verdict: object, rows: pd.DataFrame, beside: pd.DataFra
     for model, of_model in rows.groupby("model", sort=False):
         split = beside.loc[beside["model"] == model, "verdict"].nunique() > 1
         conditions = [condition for condition in dict.fromkeys(of_model["condition"]) if condition]
-        names.append(f"{model} {', '.join(conditions)}" if split and conditions else str(model))
+        name = style.model_name(str(model))
+        names.append(f"{name} {', '.join(conditions)}" if split and conditions else name)
     models = escape(", ".join(dict.fromkeys(filter(None, names))))
     if verdict in (UNDECIDED, NOT_TESTED):
         return f"{verdict} ({models})" if models else str(verdict)
@@ -117,7 +121,7 @@ def details(judged: pd.DataFrame, several_runs: bool) -> pd.DataFrame:
     rows, last = [], ""
     for row in judged.to_dict("records"):
         first, last = row["claim"] != last, row["claim"]
-        where = ", ".join(filter(None, [row["model"], row["condition"], row["aspect"]]))
+        where = ", ".join(filter(None, [style.model_name(row["model"]), row["condition"], row["aspect"]]))
         where = escape(where) + (f" ({escape(row['run'])})" if several_runs and row["run"] else "")
         clear = plain(row["verdict"]) in (HOLDS, FAILS)
         verdict = f"**{row['verdict']}**" if clear else row["verdict"]

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.framework.tables import ThroughputRow
-from reports.core.load import Run
+from reports.core.load import Run, paper_model
 from reports.core.provenance import processor
 from reports.core.style import dtype_name, model_name, percent, times, times_range
 from reports.core.verdicts import GPU, NOT_TESTED, UNDECIDED, Finding, decide, untested
@@ -17,6 +17,7 @@ from reports.measures.generation import BENCH, figure_4, over_lengths, pairs
 
 BARS = {"Llama2-7B": 1.18, "Mistral-7B": 1.21}
 PAPER_LOOP = "eager"
+FLOATS = ("float32", "bfloat16", "float16")  # quantised weights are no condition of the paper
 TUNED = {GPU: "graph-tuned", "CPU": "compiled"}  # the loop in which dense has its strongest form
 EAGER_ASPECT, FASTEST_ASPECT = "eager loop, as in the paper", "fastest loop"
 
@@ -34,7 +35,7 @@ def c9_generation(run: Run) -> list[Finding]:
     table = run.table(ThroughputRow)
     if table is None:
         return []
-    at = figure_4(pairs(table))
+    at = figure_4(pairs(table[table["dtype"].isin(FLOATS)]))
     bench = [name for name in BENCH if name not in ("loop", "attention")]
     findings = []
     for _, part in at.groupby(bench, sort=False):
@@ -58,7 +59,7 @@ def _undecidable(part: pd.DataFrame) -> str:
     first = part.iloc[0]
     if first["layers"] != first["model_layers"]:
         return f"{first['layers']:.0f} of {first['model_layers']:.0f} layers: shown, decides nothing"
-    known = model_name(str(first["model"])) in BARS
+    known = paper_model(str(first["model"])) in BARS
     return "" if known else "the paper gives no figure for this model"
 
 
@@ -100,7 +101,7 @@ def _finding(run: Run, part: pd.DataFrame, aspect: str) -> Finding:
 def _judged(finding: Finding, part: pd.DataFrame, loop: str, loops: list[str]) -> Finding:
     """The finding with its verdict, from the rows of all loops of one model."""
     part = part[part["loop"] == loop]
-    bar = BARS[finding.model]
+    bar = BARS[paper_model(finding.model) or ""]
     verdict, reason = decide([(f"the bar of {bar:.2f}x", over_lengths(part).shifted(-bar))])
     finding = replace(finding, verdict=verdict, reason=reason)
     if part["prompt"].nunique() < 2:
