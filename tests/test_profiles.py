@@ -89,18 +89,18 @@ def test_a_profile_of_ones_own_is_checked(content: str, expected: str, tmp_path:
 def test_overrides_are_typed_and_reach_the_experiment(tmp_path: Path) -> None:
     profile = load_profile("pocket")
     for assignment in (
-        "e01.bins=7",
-        "e01.targets=[0.25]",
+        "e02.limit=7",
+        "e02.levels=[0.25]",
         "data.path=a/b",
         "data.split=c",
-        "e01.include_path = a word",
-        "e01.models=['x']",
+        "e02.include_path = a word",
+        "e02.models=['x']",
     ):
         override(profile, assignment)
-    made = make_config("e01", "pocket", profile, tmp_path)
-    assert made.options["bins"] == 7 and made.options["targets"] == [0.25] and made.options["include_path"] == "a word"
+    made = make_config("e02", "pocket", profile, tmp_path)
+    assert (made.options.limit, made.options.levels, made.options.include_path) == (7, (0.25,), "a word")
     assert made.models == ["x"] and made.data["path"] == "a/b"
-    assert make_config("e01", "pocket", load_profile("pocket"), tmp_path).models == ["pocket"]
+    assert make_config("e02", "pocket", load_profile("pocket"), tmp_path).models == ["pocket"]
 
 
 def test_processes_that_cannot_share_a_batch_or_have_no_gpu_are_refused(
