@@ -1,5 +1,6 @@
 """Profiles and the command line's changes to them: typed, validated whole, one sentence for what is wrong."""
 
+import re
 import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -54,6 +55,39 @@ def test_bad_input_is_one_sentence(case: str, tmp_path: Path, capsys) -> None:
     said = capsys.readouterr().err
     assert said.startswith("error: ") and expected in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+BAD_VALUES = {
+    "e02.limit=abc": "e02.limit must be a whole number, 1 or more, not 'abc'",
+    "e02.limit=2.5": "e02.limit must be a whole number, 1 or more, not 2.5",
+    "e02.levels=0.5": "e02.levels must be a list of at least one, each a number in [0, 1), not 0.5",
+    "e02.levels=[]": "e02.levels must be a list of at least one, each a number in [0, 1), not []",
+    "e02.batch_size=0": "e02.batch_size must be a whole number, 1 or more, not 0",
+    "e02.heldout_blocks=99999999": "e02.heldout_blocks must be at most ",
+    "e02.criteria=['x']": "e02.criteria must be a list of at least one, each one of cats, ",
+    "e01.bins=0": "e01.bins must be a whole number, 1 or more, not 0",
+    "e03.steps=[20,10]": "e03.steps must be a list of at least one, each a whole number, 1 or more, rising, not [",
+    "e04.epochs=0": "e04.epochs must be a whole number, 1 or more, not 0",
+    "e05.sparsities={float32=[1.5]}": "e05.sparsities.float32 must be a list of at least one, each a number in [0, 1)",
+    "e06.lengths={eager=[]}": "e06.lengths.eager must be a list of at least one",
+    "e07.learning_rate=0": "e07.learning_rate must be a number above 0, not 0",
+}
+
+
+@pytest.mark.parametrize("assignment", BAD_VALUES)
+def test_a_bad_value_is_refused_before_any_experiment(assignment: str, tmp_path: Path, capsys) -> None:
+    assert main(["reproduce", "--only", "e01", "--output", str(tmp_path / "out"), "--set", assignment]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {BAD_VALUES[assignment]}") and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_pocket_plan_asks_for_no_gpu(tmp_path: Path, capsys) -> None:
+    """Two layers of the 7B shapes run, not all: 33.7 GB of float32 are not needed."""
+    assert main(["reproduce", "--plan", "--device", "cpu", "--output", str(tmp_path / "out")]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("e06")]
+    memory = re.search(r"([\d.]+) GiB", line)
+    assert memory is not None and float(memory.group(1)) < 6 and "GPU" not in line
 
 
 def test_unknown_experiments_are_refused_with_the_known_ones(tmp_path: Path, capsys) -> None:
