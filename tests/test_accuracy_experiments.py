@@ -1,5 +1,6 @@
 """e01, e02 and e07 in a tiny world: complete tables, resumable, and refusing bad input before any work."""
 
+import importlib
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from cats.models import load_model
 from experiments import e01_activations, e02_zero_shot
 from experiments.framework import subject as subjects
 from experiments.framework import variants, zero_shot
-from experiments.framework.profiles import load_profile, make_config
+from experiments.framework.profiles import EXPERIMENTS, PROFILES, load_profile, make_config
 from experiments.framework.runner import run_experiment
 from experiments.framework.samples import flags, numbers, paired
 from tests.accuracy_world import build_world, config_of, profile, samples, table
@@ -266,3 +267,22 @@ def test_thresholds_of_another_model_are_refused(world):
     other = cats.Thresholds(0.5, thresholds.gate, model={**thresholds.model, "hidden_size": 4096})
     with pytest.raises(ValueError, match="made for another model"):
         variants.make(model, variants.variant("cats", 0.5), other)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PROFILES.glob("*.toml")))
+def test_every_experiment_of_every_profile_states_its_cost(name, tmp_path):
+    profile = load_profile(name)
+    for experiment in EXPERIMENTS.keys() & profile.keys():
+        config = make_config(experiment, name, profile, tmp_path)
+        cost = importlib.import_module(EXPERIMENTS[experiment]).cost(config)
+        work = (cost.flops, cost.bytes_read, cost.fixed_seconds)
+        assert all(math.isfinite(part) for part in work) and sum(work) > 0
+        assert cost.memory + cost.fixed_memory > 0 and cost.uses_models == (experiment != "e05")
+
+
+def test_cost_counts_what_is_run(world, tmp_path):
+    """e02, by hand: 6 evaluations of 2 x 80 scored continuations of 60 tokens, each with two passes over held-out text;
+    calibration twice."""
+    cost = e02_zero_shot.cost(config_of(world, "e02", tmp_path, levels=[0.5, 0.7, 0.9]))
+    tokens = 6 * (2 * 80 * 60 + 2 * 32 * 4) + 2 * 32 * (8 + 4)
+    assert cost.flops == 2 * tokens

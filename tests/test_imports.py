@@ -58,7 +58,7 @@ def test_the_folder_kernels_has_no_module_of_that_name() -> None:
 def test_reports_need_neither_torch_nor_the_kernels() -> None:
     code = """
 import importlib, pkgutil, sys
-for name in ("torch", "transformers", "cats", "cats_kernels", "triton", "numba"):
+for name in ("torch", "transformers", "cats_kernels", "triton", "numba"):
     sys.modules[name] = None
 import reports
 for module in pkgutil.walk_packages(reports.__path__, "reports."):

@@ -1,5 +1,6 @@
 """Profiles and the command line's changes to them: typed, validated whole, one sentence for what is wrong."""
 
+import re
 import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -56,6 +57,39 @@ def test_bad_input_is_one_sentence(case: str, tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "out").exists()
 
 
+BAD_VALUES = {
+    "e02.limit=abc": "e02.limit must be a whole number, 1 or more, not 'abc'",
+    "e02.limit=2.5": "e02.limit must be a whole number, 1 or more, not 2.5",
+    "e02.levels=0.5": "e02.levels must be a list of at least one, each a number in [0, 1), not 0.5",
+    "e02.levels=[]": "e02.levels must be a list of at least one, each a number in [0, 1), not []",
+    "e02.batch_size=0": "e02.batch_size must be a whole number, 1 or more, not 0",
+    "e02.heldout_blocks=99999999": "e02.heldout_blocks must be at most ",
+    "e02.criteria=['x']": "e02.criteria must be a list of at least one, each one of cats, ",
+    "e01.bins=0": "e01.bins must be a whole number, 1 or more, not 0",
+    "e03.steps=[20,10]": "e03.steps must be a list of at least one, each a whole number, 1 or more, rising, not [",
+    "e04.epochs=0": "e04.epochs must be a whole number, 1 or more, not 0",
+    "e05.sparsities={float32=[1.5]}": "e05.sparsities.float32 must be a list of at least one, each a number in [0, 1)",
+    "e06.lengths={eager=[]}": "e06.lengths.eager must be a list of at least one",
+    "e07.learning_rate=0": "e07.learning_rate must be a number above 0, not 0",
+}
+
+
+@pytest.mark.parametrize("assignment", BAD_VALUES)
+def test_a_bad_value_is_refused_before_any_experiment(assignment: str, tmp_path: Path, capsys) -> None:
+    assert main(["reproduce", "--only", "e01", "--output", str(tmp_path / "out"), "--set", assignment]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {BAD_VALUES[assignment]}") and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_pocket_plan_asks_for_no_gpu(tmp_path: Path, capsys) -> None:
+    """Two layers of the 7B shapes run, not all: 33.7 GB of float32 are not needed."""
+    assert main(["reproduce", "--plan", "--device", "cpu", "--output", str(tmp_path / "out")]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("e06")]
+    memory = re.search(r"([\d.]+) GiB", line)
+    assert memory is not None and float(memory.group(1)) < 6 and "GPU" not in line
+
+
 def test_unknown_experiments_are_refused_with_the_known_ones(tmp_path: Path, capsys) -> None:
     for words in (["run", "e99"], ["reproduce", "--only", "e99"], ["reproduce", "--skip", "e99"]):
         with pytest.raises(SystemExit) as stopped:
@@ -89,18 +123,18 @@ def test_a_profile_of_ones_own_is_checked(content: str, expected: str, tmp_path:
 def test_overrides_are_typed_and_reach_the_experiment(tmp_path: Path) -> None:
     profile = load_profile("pocket")
     for assignment in (
-        "e01.bins=7",
-        "e01.targets=[0.25]",
+        "e02.limit=7",
+        "e02.levels=[0.25]",
         "data.path=a/b",
         "data.split=c",
-        "e01.include_path = a word",
-        "e01.models=['x']",
+        "e02.include_path = a word",
+        "e02.models=['x']",
     ):
         override(profile, assignment)
-    made = make_config("e01", "pocket", profile, tmp_path)
-    assert made.options["bins"] == 7 and made.options["targets"] == [0.25] and made.options["include_path"] == "a word"
+    made = make_config("e02", "pocket", profile, tmp_path)
+    assert (made.options.limit, made.options.levels, made.options.include_path) == (7, (0.25,), "a word")
     assert made.models == ["x"] and made.data["path"] == "a/b"
-    assert make_config("e01", "pocket", load_profile("pocket"), tmp_path).models == ["pocket"]
+    assert make_config("e02", "pocket", load_profile("pocket"), tmp_path).models == ["pocket"]
 
 
 def test_processes_that_cannot_share_a_batch_or_have_no_gpu_are_refused(

@@ -270,7 +270,7 @@ def _compile_config(device: torch.device) -> CompileConfig | None:
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
         raise ValueError('compiling on a CPU needs a C++ compiler (c++, g++ or clang++): use the loop "eager"')
     config = CompileConfig(mode="default")
-    config._compile_all_devices = True  # type: ignore[assignment]  # transformers compiles on a CPU only when told so
+    config._compile_all_devices = True  # type: ignore[assignment]  # transformers compiles on a CPU only so
     return config
 
 

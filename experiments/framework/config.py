@@ -92,10 +92,7 @@ class Config(Generic[O]):
         lowered = {key: value // 2 for key, value in large.items()}
         self.reduced = {**large, **self.reduced}
         if lowered:
-            if isinstance(self.options, dict):  # of an experiment without Options, until all have them
-                self.options = {**self.options, **lowered}  # type: ignore[assignment]
-            else:
-                self.options = replace(self.options, **lowered)  # type: ignore[type-var]
+            self.options = replace(self.options, **lowered)  # type: ignore[type-var]
             self.notes["lowered_for_memory"] = {key: {**options, **lowered}[key] for key in self.reduced}
         return lowered
 

@@ -167,7 +167,7 @@ def make_config(experiment: str, name: str, profile: Mapping[str, Any], output: 
     parse(Common, own, experiment)
     common = parse(Common, {**given, **own}, "")
     module = importlib.import_module(EXPERIMENTS[experiment])
-    options = parse(module.Options, table, experiment) if hasattr(module, "Options") else _untyped(experiment, table)
+    options = parse(module.Options, table, experiment)
     data = {key: value for key, value in asdict(common.data).items() if value is not None}
     if common.data.path is not None and "source" not in {**given, **own}.get("data", {}):
         data["source"] = "hub"
@@ -182,15 +182,6 @@ def make_config(experiment: str, name: str, profile: Mapping[str, Any], output: 
         data=data,
         options=options,
     )
-
-
-def _untyped(experiment: str, table: dict[str, Any]) -> dict[str, Any]:
-    """Options of an experiment that has no ``Options`` yet: at least their names are known, from shipped profiles."""
-    shipped = [load_profile(path.stem).get(experiment, {}) for path in PROFILES.glob("*.toml")]
-    known = {"include_path", *(key for one in shipped for key in one)}
-    if shipped and (unknown := sorted(set(table) - known)):
-        raise ValueError(f"{experiment} has no option {unknown[0]}: allowed are {', '.join(sorted(known))}")
-    return table
 
 
 def _device(name: str) -> str:

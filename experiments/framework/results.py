@@ -6,9 +6,7 @@ from typing import Any
 
 from experiments.framework.files import write_bytes_atomically
 from experiments.framework.identity import file_hash
-from experiments.framework.provenance import machine_name as machine_name  # until e05 and e06 import it from there
-from experiments.framework.tables import Row as Row
-from experiments.framework.tables import file_name, to_csv
+from experiments.framework.tables import Row, file_name, to_csv
 
 
 def write_tables(rows: list[Row], directory: Path) -> list[Path]:

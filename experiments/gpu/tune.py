@@ -73,17 +73,17 @@ def fused(gate_tile: int, gate_stages: int, tile: int, stages: int, warps: int, 
 def configs(rows: int, element_size: int, d: int) -> list[Config]:
     """The search space for "cats" on a Hopper: the fused kernel's, and around the present choice on tensor cores."""
     best = choose_config(element_size, rows, d)
-    found = [best, replace(best, dependent=False)]
+    candidates = [best, replace(best, dependent=False)]
     if rows <= 2:
-        found += [fused(*parameters) for parameters in FUSED[element_size]]
-        found += [replace(best, reduce_block=block) for block in (16, 64)]
+        candidates += [fused(*parameters) for parameters in FUSED[element_size]]
+        candidates += [replace(best, reduce_block=block) for block in (16, 64)]
     if rows >= 2:
         dot = CONFIGS[element_size, MAX_ROWS]
         for tile, warps, size, stages, programs in PROJECTIONS:
             both = replace(dot, gate_tile=tile, tile=tile, warps=warps)
-            found.append(replace(both, columns=size // element_size, stages=stages, programs=programs))
-        found += [replace(dot, down_block=size // element_size, down_tile=tile) for size, tile in DOWNS]
-    return list(dict.fromkeys(found))
+            candidates.append(replace(both, columns=size // element_size, stages=stages, programs=programs))
+        candidates += [replace(dot, down_block=size // element_size, down_tile=tile) for size, tile in DOWNS]
+    return list(dict.fromkeys(candidates))
 
 
 def first_launches(arguments: tuple[Any, ...], count: int) -> Tensor:
