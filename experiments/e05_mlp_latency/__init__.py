@@ -164,7 +164,8 @@ def cases_of(config: Config[Options], problems: Sequence[Problem], dtype: str) -
             cases += own_cases(made, implementation, targets, rows=problems[0].x.shape[0], device=config.device)
         elif (torch.device(config.device).type, dtype, name) == ("cpu", "bfloat16", "gather"):
             reason = "torch rounds v to bfloat16 before the mask: over the tolerance; its product takes 1 s"
-            cases += [Case(name, "sparse kernel", target, error=reason) for target in ablations]
+            labels: dict[str, Any] = {"decider": "gate", "threshold": "number", "error": reason}
+            cases += [Case(name, "sparse kernel", target, **labels) for target in ablations]
         else:
             cases += made.sparse(name, implementation, ablations)
     largest = config.notes.setdefault("largest_error", {})

@@ -98,9 +98,9 @@ class Bench:
         """Rows of one case.
 
         One model is patched and unpatched in turn, rather than two models held: it fits any machine that holds the
-        model once, peak memory is each variant's own, and compiled code survives the switch (both are kept,
-        distinguished by the class of the MLP). Only CUDA graphs are recorded again, as the down projection has moved:
-        in the warm-up after each switch, or before each generation in the loops of one graph.
+        model once, peak memory is each variant's own, and compiled code survives the switch (both are kept; the class
+        of the MLP distinguishes them). Only CUDA graphs are recorded again, as the down projection has moved: in the
+        warm-up after each switch, or before each generation in the loops of one graph.
         """
         attention = self.prepare(case.loop)
         decoder = Decoder(self.model, case.loop, case.context, self.options.dependent_launch)
