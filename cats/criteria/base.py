@@ -49,7 +49,8 @@ class Criterion:
         source: the paper.
         sites: where its thresholds act when calibration is not told otherwise, of `cats.observe.SITES`.
         other_sites: where they may act as well when asked for.
-        decider: the product that is read whole and decides, "gate" or "up"; None where none of the two can.
+        decider: the product that is read whole and decides, "gate" or "up", or "mixed" where each MLP has its own; None
+            where none of the two can.
         rms_of: the sites whose root mean square `weights` asks for: these take a second pass over the text.
         scored: whether T is needed, a pass over the calibration text.
         searches: whether `search` makes the thresholds, in place of one score for all layers.
@@ -63,7 +64,7 @@ class Criterion:
     source: str = ""
     sites: tuple[str, ...] = ("gate",)
     other_sites: tuple[str, ...] = BLOCK_INPUTS
-    decider: Literal["gate", "up"] | None = "gate"
+    decider: Literal["gate", "up", "mixed"] | None = "gate"
     rms_of: tuple[str, ...] = ()
     scored: bool = True
     searches: bool = False
