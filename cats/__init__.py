@@ -46,6 +46,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "criteria":
+        return import_module("cats.criteria")
     if name not in _HOMES:
         raise AttributeError(f"module 'cats' has no attribute {name!r}")
     value = getattr(import_module(f"cats.{_HOMES[name]}"), name)

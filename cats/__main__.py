@@ -1,6 +1,7 @@
 """CATS on a model, without writing Python.
 
 cats calibrate MODEL --sparsity 0.5 --output thresholds.json      # thresholds from sample text
+cats calibrate MODEL --criterion up-norm --output thresholds.json # another criterion than CATS
 cats sparsity MODEL --thresholds thresholds.json                  # what each layer skips on other text
 cats generate MODEL --thresholds thresholds.json "The weather"    # text from the sparse model
 cats bench MODEL --thresholds thresholds.json                     # tokens per second, dense and sparse
@@ -10,23 +11,25 @@ bench also shape:mistral-7b and the like (random weights).
 """
 
 import argparse
-import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import cats
-from cats.calibration import check_sparsity
+from cats import criteria
+from cats.devices import resolve_device
+from cats.files import check_output
 from cats.models import DTYPES, load_model
-from cats.patching import KERNELS
-from cats.structure import resolve_device
+from cats.patching import KERNELS, PREFILLS
+from cats.thresholds import Thresholds, check_sparsity
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,9 +50,14 @@ def parser() -> argparse.ArgumentParser:
     patched = argparse.ArgumentParser(add_help=False)
     patched.add_argument("--thresholds", type=Path, metavar="FILE", help="JSON file that `cats calibrate` wrote")
     patched.add_argument("--kernel", default="auto", choices=KERNELS)
+    patched.add_argument("--prefill", default="sparse", choices=PREFILLS, help="dense leaves prompts unmasked")
+    by_criterion = argparse.ArgumentParser(add_help=False)
+    by_criterion.add_argument("--criterion", default="cats", help=f"{', '.join(criteria.names())} (default cats)")
+    by_criterion.add_argument("--sparsity", type=float, default=0.5, help="fraction to skip, in [0, 1) (default 0.5)")
 
-    command = commands.add_parser("calibrate", parents=[on_model, on_text], help="find thresholds and save them")
-    command.add_argument("--sparsity", type=float, default=0.5, help="fraction to skip, in [0, 1) (default 0.5)")
+    command = commands.add_parser(
+        "calibrate", parents=[on_model, on_text, by_criterion], help="find thresholds and save them"
+    )
     command.add_argument("--output", type=Path, default=Path("thresholds.json"), help="default thresholds.json")
     commands.add_parser("sparsity", parents=[on_model, on_text, patched], help="measure what each layer skips")
     command = commands.add_parser("generate", parents=[on_model, patched], help="continue a prompt")
@@ -57,8 +65,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--new-tokens", type=int, default=64)
     command.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
     command.add_argument("--seed", type=int, default=0)
-    command = commands.add_parser("bench", parents=[on_model, patched], help="time generation, dense and sparse")
-    command.add_argument("--sparsity", type=float, default=0.5, help="target when no --thresholds are given")
+    command = commands.add_parser(
+        "bench", parents=[on_model, patched, by_criterion], help="time generation, dense and sparse"
+    )
     command.add_argument("--new-tokens", type=int, default=64)
     command.add_argument("--rounds", type=int, default=5)
     return root
@@ -68,8 +77,7 @@ def sample_text(paths: Sequence[Path] | None, heldout: bool) -> str:
     """The files' text, or half of the paragraphs of Python's documentation: one half calibrates, the other measures.
 
     Raises:
-        ValueError: a file is not UTF-8 text.
-        OSError: a file cannot be read.
+        ValueError: a file cannot be read, or is not UTF-8 text.
     """
     if not paths:
         from pydoc_data.topics import topics
@@ -78,10 +86,15 @@ def sample_text(paths: Sequence[Path] | None, heldout: bool) -> str:
         paragraphs = list(dict.fromkeys("\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")))
         middle = len(paragraphs) // 2
         return "\n\n".join(paragraphs[middle:] if heldout else paragraphs[:middle])
-    try:
-        return "\n\n".join(path.read_text(encoding="utf-8") for path in paths)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text {' '.join(map(str, paths))} is not UTF-8 text: {error}") from error
+    texts = []
+    for path in paths:
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--text {path} is not UTF-8 text: {error}") from error
+        except OSError as error:
+            raise ValueError(f"--text {path} cannot be read: {error.strerror}") from error
+    return "\n\n".join(texts)
 
 
 def token_batches(model: Any, tokenizer: Any, text: str, tokens: int, length: int = 512) -> list[Tensor]:
@@ -117,32 +130,32 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
 def calibrate(arguments: argparse.Namespace) -> None:
     """Write thresholds for a model."""
     check_sparsity(arguments.sparsity)
-    folder = arguments.output.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    if arguments.output.is_dir() or not os.access(folder, os.W_OK):  # said before the work, not after it
-        raise ValueError(
-            f"--output {arguments.output} cannot be written: give a file in a folder that can be written to"
-        )
+    criterion = criteria.get(arguments.criterion)
+    check_output(arguments.output)  # said before the work, not after it
     model, tokenizer = load(arguments)
     batches = token_batches(model, tokenizer, sample_text(arguments.text, heldout=False), arguments.tokens)
-    thresholds = cats.calibrate(model, tqdm(batches, desc="calibrate"), arguments.sparsity)
+    bar = tqdm(batches, desc="calibrate")
+    thresholds = cats.calibrate(model, bar, arguments.sparsity, criterion=criterion.name)
+    bar.close()
     thresholds.save(arguments.output)
     source = "the files given" if arguments.text else "Python's documentation (--text FILE reads your own)"
-    print(f"{len(thresholds.gate)} thresholds from {thresholds.tokens} tokens of {source}: {arguments.output}")
+    count, label = sum(map(len, thresholds.sites.values())), criterion.label(thresholds.sparsity)
+    print(f"{label}: {count} thresholds from {thresholds.tokens} tokens of {source}: {arguments.output}")
 
 
 def sparsity(arguments: argparse.Namespace) -> None:
-    """Print the fraction of gate activations that each layer skips."""
+    """Print the fraction of neurons (or inputs) that each layer skips."""
     if arguments.thresholds is None:
         raise ValueError("--thresholds FILE is needed: `cats calibrate` makes one")
-    thresholds = cats.Thresholds.load(arguments.thresholds)
+    thresholds = Thresholds.load(arguments.thresholds)
+    label = criteria.label(thresholds.criterion, thresholds.sparsity)
     model, tokenizer = load(arguments)
-    cats.apply(model, thresholds, arguments.kernel)
+    cats.apply(model, thresholds, arguments.kernel, arguments.prefill)
     batches = token_batches(model, tokenizer, sample_text(arguments.text, heldout=True), arguments.tokens)
     measured = cats.measure_sparsity(model, tqdm(batches, desc="sparsity"))
     for name, fraction in measured.items():
         print(f"{name}  {fraction:.4f}")
-    print(f"mean of {len(measured)} layers  {fmean(measured.values()):.4f}  (target {thresholds.sparsity:g})")
+    print(f"mean of {len(measured)} layers  {fmean(measured.values()):.4f}  (target {thresholds.sparsity:g}, {label})")
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -151,13 +164,24 @@ def generate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--new-tokens must be positive, not {arguments.new_tokens}")
     if not arguments.temperature >= 0:
         raise ValueError(f"--temperature must be 0 or more, not {arguments.temperature}")
-    thresholds = cats.Thresholds.load(arguments.thresholds) if arguments.thresholds else None
+    if not 0 <= arguments.seed < 2**63:
+        raise ValueError(f"--seed must be a whole number from 0 to 2^63, not {arguments.seed}")
+    thresholds = Thresholds.load(arguments.thresholds) if arguments.thresholds else None
     model, tokenizer = load(arguments)
     if thresholds:
-        cats.apply(model, thresholds, arguments.kernel)
-    ids = tokenizer(arguments.prompt, return_tensors="pt")["input_ids"].to(model.device)
+        cats.apply(model, thresholds, arguments.kernel, arguments.prefill)
+    else:
+        warnings.warn("no --thresholds: this is the dense model that speaks", stacklevel=1)
+    ids = tokenizer(arguments.prompt, return_tensors="pt")["input_ids"].long().to(model.device)
     if not ids.numel():
         raise ValueError("the prompt has no tokens")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and ids.shape[1] + arguments.new_tokens > positions:
+        warnings.warn(
+            f"the prompt's {ids.shape[1]} tokens and --new-tokens {arguments.new_tokens} go beyond the "
+            f"{positions} positions of this model: what comes after them is not what it was trained for",
+            stacklevel=1,
+        )
     torch.manual_seed(arguments.seed)
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if arguments.temperature > 0:
@@ -193,19 +217,22 @@ def bench(arguments: argparse.Namespace) -> None:
     if arguments.new_tokens < 2 or arguments.rounds < 1:
         raise ValueError("--new-tokens must be at least 2 and --rounds at least 1")
     check_sparsity(arguments.sparsity)
-    thresholds = cats.Thresholds.load(arguments.thresholds) if arguments.thresholds else None
+    criteria.get(arguments.criterion)
+    thresholds = Thresholds.load(arguments.thresholds) if arguments.thresholds else None
     model, tokenizer = load(arguments)
     if tokenizer is None:
         batches = [torch.randint(model.config.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0))]
     else:
         batches = token_batches(model, tokenizer, sample_text(None, heldout=False), 2048)
-    thresholds = thresholds or cats.calibrate(model, batches, arguments.sparsity)
+    if thresholds is None:
+        thresholds = cats.calibrate(model, batches, arguments.sparsity, criterion=arguments.criterion)
+    kernel, prefill = arguments.kernel, arguments.prefill
     prompt = batches[0][:, :32].to(model.device)
     rates: dict[str, list[float]] = {"dense": [], "cats": []}
     for index in tqdm(range(arguments.rounds + 1), desc="bench"):  # the first round compiles and is left out
         for name, values in rates.items():
             if name == "cats":
-                cats.apply(model, thresholds, arguments.kernel)
+                cats.apply(model, thresholds, kernel, prefill)
             clock = Clock()
             model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), streamer=clock, do_sample=False, temperature=None,
@@ -215,13 +242,26 @@ def bench(arguments: argparse.Namespace) -> None:
             if index:
                 values.append(clock.tokens_per_second())
             cats.remove(model)
-    cats.apply(model, thresholds, arguments.kernel)
+    cats.apply(model, thresholds, kernel, prefill)
     skipped = fmean(cats.measure_sparsity(model, batches).values())
     for name, values in rates.items():
         print(f"{name}  {median(values):.1f} tokens per second  ({min(values):.1f} to {max(values):.1f})")
     ratios = [sparse / dense for dense, sparse in zip(*rates.values(), strict=True)]
     spread = f"({min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} rounds)"
-    print(f"cats / dense  {median(ratios):.3f}  {spread}, skipping {skipped:.1%} of the neurons")
+    label = criteria.label(thresholds.criterion, thresholds.sparsity)
+    print(f"cats / dense  {median(ratios):.3f}  {spread}, {label} skipping {skipped:.1%} of the neurons")
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """`warnings.showwarning` for people: without the line of code that warned."""
+    print(f"warning: {message}", file=file or sys.stderr)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -229,7 +269,10 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(words)
     command = {"calibrate": calibrate, "sparsity": sparsity, "generate": generate, "bench": bench}[arguments.command]
     try:
-        command(arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = _show_warning
+            command(arguments)
     except torch.OutOfMemoryError as error:
         print(f"error: {arguments.model} does not fit into the GPU's memory: {error}", file=sys.stderr)
         return 2

@@ -63,6 +63,8 @@ def column_norms(linear: nn.Module) -> Tensor:
     A layer of another kind than torch's (adapters, quantised weights, offloaded ones) is fed with unit vectors.
     """
     weight: Any = linear._parameters.get("weight")
+    if hasattr(weight, "full_tensor"):  # sharded by fully_shard
+        weight = nn.Parameter(weight.full_tensor(), requires_grad=False)
     if type(linear) is nn.Linear and type(weight) is nn.Parameter and not weight.is_meta:
         return torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32).cpu()
     width = int(cast(Any, linear).in_features)

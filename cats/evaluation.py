@@ -7,10 +7,10 @@ Under `accelerate launch` the items are split among the processes, and every pro
 """
 
 import contextlib
-import io
 import logging
 import math
 import random
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,13 +22,15 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from cats.devices import execution_device
 from cats.extras import missing
-from cats.structure import execution_device
 from cats.task_data import check_answer, local_sets
 
 try:
     import accelerate
+    import datasets
     import lm_eval
     from accelerate.utils import broadcast_object_list, gather, reduce
     from lm_eval.api.task import Task
@@ -101,16 +103,38 @@ class Tasks(dict[str, Task]):
         self.encodings: WeakKeyDictionary[Any, dict[str, list[int]]] = WeakKeyDictionary()
 
 
+NOISE = ("`pretrained` model kwarg is not of type `str`", "Passed an already-initialized model")
+"""Beginnings of warnings of lm-eval's about every model that is given as an object, as all are here."""
+
+
+def _no_noise(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(NOISE)
+
+
+def _without_bar(*args: Any, **kwargs: Any) -> Any:
+    return tqdm(*args, **{**kwargs, "disable": True})
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no log lines of lm-eval's: it announces every task and warns about every model object."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """No progress bars of lm-eval and datasets, no announcements of lm-eval: all other warnings are shown."""
+    logger, noisy = logging.getLogger("lm_eval"), logging.getLogger("lm_eval.models.huggingface")
+    level, bars = logger.level, not datasets.are_progress_bars_disabled()
+    modules: Any = [m for name, m in sys.modules.items() if name.startswith("lm_eval.") and hasattr(m, "tqdm")]
+    names = [(module, module.tqdm) for module in modules if module.tqdm is tqdm]
+    logger.setLevel(logging.WARNING)
+    noisy.addFilter(_no_noise)
+    datasets.disable_progress_bars()
+    for module, _ in names:
+        module.tqdm = _without_bar
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
+        for module, original in names:
+            module.tqdm = original
+        if bars:
+            datasets.enable_progress_bars()
+        noisy.removeFilter(_no_noise)
         logger.setLevel(level)
 
 
@@ -255,32 +279,52 @@ def paired_difference(result: TaskResult, base: TaskResult) -> tuple[float, floa
     return fmean(differences), stdev(differences) / math.sqrt(len(differences))
 
 
-@torch.no_grad()
 def perplexity(model: nn.Module, blocks: Iterable[Tensor]) -> float:
     """exp of the mean negative log-likelihood, in nats, of every token of ``blocks`` but the first of each sequence.
+
+    Args:
+        model, blocks: as `block_losses`.
+
+    Raises:
+        ValueError: no block of at least two tokens.
+    """
+    blocks = list(blocks)
+    tokens = [block.shape[-1] - 1 for block in blocks for _ in range(len(block)) if block.shape[-1] > 1]
+    losses = block_losses(model, blocks)
+    return math.exp(sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens))
+
+
+@torch.no_grad()
+def block_losses(model: nn.Module, blocks: Iterable[Tensor]) -> list[float]:
+    """Mean negative log-likelihood of each sequence, in nats per token, of every token but its first.
 
     Args:
         model: a causal language model; its mode is restored.
         blocks: token ids (batch, length) without padding, the same on every process; processes share the work.
 
+    Returns:
+        One number for each sequence of at least two tokens, in order.
+
     Raises:
-        ValueError: no block of at least two tokens.
+        ValueError: there is none.
     """
     state, training, device = accelerate.PartialState(), model.training, execution_device(model)
-    total = torch.zeros(2, dtype=torch.float64)  # nats, tokens
+    losses: list[Tensor] = []
     model.eval()
     try:
-        for index, block in enumerate(blocks):
-            if index % state.num_processes != state.process_index or block.shape[-1] < 2:
+        for index, block in enumerate(block for block in blocks if block.shape[-1] > 1):
+            if index % state.num_processes != state.process_index:
+                losses.append(torch.zeros(len(block), dtype=torch.float64))
                 continue
             ids = block.to(device)
             logits = model(ids, use_cache=False).logits[:, :-1].float()
-            nats = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-            total += torch.tensor([float(nats), ids[:, 1:].numel()], dtype=torch.float64)
+            nats = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            losses.append(nats.view(len(block), -1).double().mean(1).cpu())
     finally:
         model.train(training)
+    if not losses:
+        raise ValueError("no text to measure perplexity on: give at least one block of two tokens")
+    total = torch.cat(losses)
     if state.num_processes > 1:
         total = reduce(total.to(state.device), reduction="sum").cpu()
-    if not total[1]:
-        raise ValueError("no text to measure perplexity on: give at least one block of two tokens")
-    return math.exp(float(total[0] / total[1]))
+    return [float(loss) for loss in total]

@@ -303,10 +303,18 @@ def _claim(workdir: Path, run: dict[str, Any], resuming: bool) -> None:
 
 def _last_checkpoint(workdir: Path) -> Path | None:
     """The last complete checkpoint; Trainer writes its state last, so one without it was cut short and goes away."""
-    found = sorted(workdir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    while found and not (found[-1] / "trainer_state.json").exists():
-        shutil.rmtree(found.pop(), ignore_errors=True)
-    return found[-1] if found else None
+    checkpoints = sorted(workdir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    while checkpoints and not _is_complete(checkpoints[-1]):
+        shutil.rmtree(checkpoints.pop(), ignore_errors=True)
+    return checkpoints[-1] if checkpoints else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 @contextlib.contextmanager

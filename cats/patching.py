@@ -24,7 +24,6 @@ from cats.equation import OWN_ACTIVATION
 from cats.observe import input_mask
 from cats.sparse_forward import (
     INPUT,
-    TAKES_TENSORS,
     SparseForward,
     State,
     is_prompt,
@@ -108,8 +107,6 @@ def _obstacles(mlps: dict[str, GatedMLP], thresholds: Thresholds, kernel: str) -
         obstacles = dict.fromkeys(mlps, criterion.no_kernel)
     else:
         obstacles = {name: obstacle for name, mlp in mlps.items() if (obstacle := _obstacle(mlp, kernel))}
-        if not TAKES_TENSORS and (thresholds.up or any(isinstance(t, Tensor) for t in thresholds.gate.values())):
-            obstacles = dict.fromkeys(mlps, "the kernels take one number per layer only")
     if obstacles and kernel != "auto":
         name, obstacle = next(iter(obstacles.items()))
         raise ValueError(f'kernel="{kernel}" cannot serve {name}: {obstacle}; use kernel="auto" or "reference"')

@@ -92,8 +92,8 @@ class SparseForward:
 
         Looked at in every call: since the patch peft may have wrapped a projection, a hook may have come that must see
         what a projection or the activation computes, accelerate may have offloaded the block, a weight may have become
-        another kind of tensor, ``load_state_dict(assign=True)`` may have put a weight in its place that is not
-        transposed, and under autocast the products may be of another dtype than ``x``.
+        another kind of tensor, and ``load_state_dict(assign=True)`` may have put a weight in its place that is not
+        transposed.
         """
         state, device = self.cats_state, x.device
         if (
@@ -103,7 +103,6 @@ class SparseForward:
             # on a CPU the operator chooses by rows itself: torch took 1 to 4 s for 2 to 8 bfloat16 rows times a
             # transposed down projection of Mistral-7B's shape, a whole dense MLP 0.04 to 0.13 s
             or (device.type != "cpu" and x.numel() > cats_kernels.MAX_ROWS * x.shape[-1])
-            or (torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) != x.dtype)
         ):
             return None
         modules = self._modules  # looking here takes a tenth of the microsecond that an attribute of a module takes
@@ -139,7 +138,9 @@ class SparseForward:
         if weights is not None:
             by = activation if state.decider == "gate" else modules["cats_masks"]._modules["up"]
             threshold = by._buffers["threshold"]
-            return _operator(x, *weights, threshold, str(state.activation), state.kernel, state.decider)
+            return cats_kernels.sparse_gated_mlp(
+                x, *weights, threshold, str(state.activation), state.kernel, state.decider
+            )
         if state.written_out:
             masks = modules.get("cats_masks")
             return masked_equation_1(mlp, x, activation, {} if masks is None else masks._modules)
@@ -178,14 +179,3 @@ def set_class(mlp: GatedMLP, cls: Any) -> None:
     for name in ("_old_forward", "forward"):
         if isinstance(mlp.__dict__.get(name), MethodType):
             setattr(mlp, name, MethodType(cls.forward, mlp))
-
-
-import inspect  # noqa: E402
-
-TAKES_TENSORS = "decider" in inspect.signature(cats_kernels.sparse_gated_mlp).parameters
-
-
-def _operator(x, gate, up, down_t, threshold, activation, kernel, decider):  # type: ignore[no-untyped-def]
-    if TAKES_TENSORS:
-        return cats_kernels.sparse_gated_mlp(x, gate, up, down_t, threshold, activation, kernel, decider)
-    return cats_kernels.sparse_gated_mlp(x, gate, up, down_t, float(threshold), activation, kernel)

@@ -111,15 +111,32 @@ def forwarded(arguments: argparse.Namespace) -> list[str]:
     return words
 
 
+def check_processes(configs: list[Config], processes: int) -> None:
+    """Refuse a number of processes that the machine or a batch cannot be shared by. Raises ValueError."""
+    if processes < 1:
+        raise ValueError(f"--processes must be a whole number, 1 or more, not {processes}")
+    for config in configs if processes > 1 else []:
+        if config.device.startswith("cuda"):
+            import torch
+
+            if processes > torch.cuda.device_count():
+                there = torch.cuda.device_count()
+                raise ValueError(f"--processes must be at most {there}, the number of GPUs here, not {processes}")
+        batch = getattr(config.options, "train_batch_size", processes)
+        if batch % processes:
+            raise ValueError(
+                f"--processes must divide {config.experiment}.train_batch_size ({batch}) evenly, not be {processes}"
+            )
+
+
 def reproduce(arguments: argparse.Namespace) -> int:
     """Run the chosen experiments, render the report, and say what failed; the exit status."""
-    if arguments.processes < 1:
-        raise ValueError(f"--processes must be a whole number, 1 or more, not {arguments.processes}")
     present = arguments.only or load_profile(arguments.profile)
     chosen = [e for e in EXPERIMENTS if e in present and e not in arguments.skip]
     if not chosen:
         raise ValueError("nothing to run: --only and --skip leave no experiment of this profile")
     configs = configs_of(arguments, chosen)
+    check_processes(configs, arguments.processes)
     if arguments.plan:
         from experiments.framework.plan import print_plan
 

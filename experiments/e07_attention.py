@@ -1,78 +1,129 @@
 """Appendix B: CATS on the inputs of the attention and MLP blocks as well (equation 7), beside MLP-only CATS.
 
-Same measurements as e02, without fine-tuning; and with ``steps`` above 0 once more after so many steps of LoRA (the
-paper's figures are from after fine-tuning), as variants named ...-finetuned. Sparsity of each site is measured on
-held-out text (metric sparsity_gate, sparsity_attention_input, sparsity_mlp_input).
-Cost: three evaluations of the tasks, or six and three training runs; under 90 seconds for the pocket model on two
-cores.
+Purpose: what thresholds on the inputs of whole blocks cost on top. Same measurements as e02, without fine-tuning; and
+with ``steps`` above 0 once more after so many steps of LoRA (the paper's figures are from after fine-tuning), each
+variant against the dense model that was trained as long. Sparsity of each site is measured on held-out text (metrics
+sparsity_gate, sparsity_attention_input, sparsity_mlp_input).
+Cost: three evaluations of the tasks, or six and three training runs; a minute for the pocket model on two cores.
 
     nox -s experiment -- e07 --model PATH_OR_HUB_ID
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any
 
 import torch
 
 from cats.calibration import Thresholds
-from cats.finetuning import finetune, preset
-from experiments.e02_zero_shot import ZeroShotRow, zero_shot_rows
-from experiments.e03_finetuning import FinetuningSubject, tuned
+from cats.finetuning import finetune
+from experiments.framework.common_options import EvaluationOptions, TrainingOptions, check_tokens
 from experiments.framework.config import Config
-from experiments.framework.results import Row
-from experiments.framework.subject import ALL_SITES, DENSE, Variant, cats_variant, check, fractions_below, mean, put
+from experiments.framework.cost import FORWARD, TRAINING, Cost, evaluation_tokens, memory_per_parameter
+from experiments.framework.options import Positive, Whole
+from experiments.framework.subject import check, fractions_below, mean
+from experiments.framework.tables import AttentionRow, AttentionSample, AttentionTextSample, Row
+from experiments.framework.training import FinetuningSubject, adapted
+from experiments.framework.variants import ALL_SITES, DENSE, Variant, make, variant
+from experiments.framework.zero_shot import HELDOUT, Samples, measure_as_is
+
+ROWS = (AttentionRow, AttentionSample, AttentionTextSample)
 
 
-@dataclass(frozen=True)
-class AttentionRow(ZeroShotRow):
-    """As `ZeroShotRow`, of appendix B's variants."""
+@dataclass(frozen=True, kw_only=True)
+class Options(EvaluationOptions, TrainingOptions):
+    """Options of e07.
 
-    table: ClassVar[str] = "e07_attention"
+    Attributes:
+        steps: of LoRA, after which everything is measured again; 0 for no training.
+        learning_rate: of that training, for all variants.
+    """
+
+    steps: Whole = 0
+    learning_rate: Positive = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tokens(steps=self.steps * self.train_batch_size, length=self.length)
+
+    def variants(self) -> list[Variant]:
+        """Dense, and each level without and with attention."""
+        return [DENSE, *(variant("cats", level, sites) for level in self.levels for sites in (("gate",), ALL_SITES))]
 
 
-def run(config: Config) -> Iterable[Row]:
-    """Measure the dense model, CATS and CATS with attention. Options: levels, steps, and those of e02 and e03."""
+def run(config: Config[Options]) -> Iterable[Row]:
+    """Measure the dense model, CATS and CATS with attention."""
     options = config.options
-    preset(options.get("lora", "paper"))
-    check(config, options["levels"])
-    variants = [DENSE]
-    for level in options["levels"]:
-        variants += [cats_variant(level), cats_variant(level, ALL_SITES)]
+    check(config)
     for name in config.models:
-        subject = FinetuningSubject(config, name, options["steps"])
-        runs = [(variant, steps) for steps in sorted({0, options["steps"]}) for variant in variants]
-        for variant, steps in config.progress(runs, name, len(runs)):
-            shown = replace(variant, name=f"{variant.name}-finetuned") if steps else variant
-            compute = partial(measure, subject, variant, shown, variants, steps)
-            yield from config.unit(f"{name}/{shown.name}", compute, (AttentionRow,))
+        subject = FinetuningSubject(config, name, options.steps)
+        dense: dict[int, Samples] = {}
+        runs = [(v, steps) for steps in sorted({0, options.steps}) for v in options.variants()]
+        for v, steps in config.progress(runs, name, len(runs)):
+            key = f"{name}/{v.name}" + ("/finetuned" if steps else "")
+            rows = config.unit(key, partial(measure, subject, v, steps, dense.get(steps)), ROWS)
+            dense.setdefault(steps, Samples.of(rows))  # the dense model comes first
+            yield from rows
 
 
-def measure(
-    subject: FinetuningSubject, variant: Variant, shown: Variant, variants: Sequence[Variant], steps: int
-) -> list[Row]:
-    """Rows of one variant under the name of ``shown``, after ``steps`` of LoRA."""
-    thresholds = subject.thresholds(variants).get(variant)
-    if steps == 0:
-        put(subject.model, variant, thresholds)
-        return _rows(subject, subject.model, shown, thresholds)
+def cost(config: Config[Options]) -> Cost:
+    """Three evaluations, and after training, if any, as many again."""
+    options = config.options
+    variants = len(options.variants())
+    each = evaluation_tokens(options.tasks, options.limit) + 3 * options.length * options.heldout_blocks
+    evaluated = variants * (2 if options.steps else 1) * each + 2 * options.length * options.calibration_blocks
+    trained = TRAINING * variants * options.steps * options.train_batch_size * options.length
+    memory = memory_per_parameter([config.dtype], trains=options.steps > 0)
+    return Cost(flops=FORWARD * evaluated + trained, memory=memory)
+
+
+def measure(subject: FinetuningSubject, v: Variant, steps: int, dense: Samples | None) -> list[Row]:
+    """Rows of one variant after ``steps`` of LoRA; differences are from ``dense``, None for the dense model."""
     options = subject.config.options
-    with tuned(subject, variant, variants, subject.config.seed) as model:
-        workdir = subject.config.workdir(f"{subject.name}/{shown.name}")
-        settings = subject.settings(steps, options["learning_rate"], subject.config.seed)
+    thresholds = subject.thresholds(options.variants()).get(v)
+    if steps == 0:
+        make(subject.model, v, thresholds)
+        return _rows(subject, subject.model, v, False, thresholds, dense)
+    with adapted(subject, v, thresholds, subject.config.seed) as model:
+        workdir = subject.config.workdir(f"{subject.name}/{v.name}/finetuned")
+        settings = subject.settings(steps, options.learning_rate, subject.config.seed)
         finetune(model, subject.training_data, settings, workdir, range(100, steps, 100))
-        return _rows(subject, model, shown, thresholds)
+        return _rows(subject, model, v, True, thresholds, dense)
 
 
 def _rows(
-    subject: FinetuningSubject, model: torch.nn.Module, shown: Variant, thresholds: Thresholds | None
+    subject: FinetuningSubject,
+    model: torch.nn.Module,
+    v: Variant,
+    finetuned: bool,
+    thresholds: Thresholds | None,
+    dense: Samples | None,
 ) -> list[Row]:
-    rows = zero_shot_rows(subject, shown, AttentionRow, model)
-    if thresholds is None:
-        return [*rows]
-    start = (subject.name, shown.name, shown.sparsity, rows[0].sparsity_measured, "heldout_text")
+    measurement = measure_as_is(subject, model)
+    samples = measurement.samples()
+    who = {**subject.columns(v), "finetuned": finetuned}
+    columns: Sequence[dict[str, Any]] = measurement.scores(dense or samples)
+    if thresholds is not None:
+        columns = [*columns, *_site_columns(subject, model, thresholds)]
+    rows: list[Row] = [
+        AttentionRow(
+            **who,
+            sites=" ".join(v.sites),
+            path=v.path,
+            sparsity_target=v.sparsity,
+            sparsity_measured=measurement.sparsity,
+            **one,
+        )
+        for one in columns
+    ]
+    rows += [AttentionSample(**who, task=task, correct=correct) for task, correct in samples.correct.items()]
+    return [*rows, AttentionTextSample(**who, tokens_per_block=measurement.tokens_per_block, nats=samples.nats)]
+
+
+def _site_columns(subject: FinetuningSubject, model: torch.nn.Module, thresholds: Thresholds) -> list[dict[str, Any]]:
+    """Sparsity of each site on held-out text, the mean over layers."""
     shares: dict[str, list[float]] = {}
     for (_, site, _), share in fractions_below(model, subject.heldout, {0.0: thresholds}).items():
         shares.setdefault(site, []).append(share)
-    return [*rows, *(AttentionRow(*start, f"sparsity_{site}", mean(found)) for site, found in shares.items())]
+    return [{"task": HELDOUT, "metric": f"sparsity_{site}", "value": mean(values)} for site, values in shares.items()]

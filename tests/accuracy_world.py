@@ -1,9 +1,12 @@
 """A world in which the accuracy experiments take seconds: a tiny model with a tokenizer, text, and YAML tasks."""
 
+import csv
+import gzip
 import json
 import random
 from pathlib import Path
 
+from experiments.framework.profiles import load_profile, make_config
 from experiments.pocket.tokenizer import as_pretrained, train_tokenizer
 from tests.conftest import tiny_model
 
@@ -87,21 +90,17 @@ def build_world(root: Path) -> Path:
 
 def profile(world: Path) -> str:
     """A profile in TOML that runs e01, e02, e03, e04 and e07 in that world."""
-    text = f"""include_path = "{world}/tasks"
+    tasks = f"""include_path = "{world}/tasks"
 batch_size = 8
+length = 32
+"""
+    text = f"""{tasks}
 calibration_blocks = 8
 heldout_blocks = 4
-length = 32
-weight_decay = 0.01
-warmup_steps = 1
 """
     training = """train_batch_size = 4
-sweep_steps = 2
-sweep_blocks = 4
-learning_rates = [1e-3, 1e-2]
-sweep_level = 0.7
-seeds = [0, 1]
-steps = [2, 5]
+weight_decay = 0.01
+warmup_steps = 1
 """
     return f"""models = ["{world}/model"]
 device = "cpu"
@@ -130,6 +129,12 @@ tasks = ["tiny_words"]
 levels = [0.5]
 limit = 10
 {text}{training}
+sweep_steps = 2
+sweep_blocks = 4
+learning_rates = [1e-3, 1e-2]
+sweep_level = 0.7
+seeds = [0, 1]
+steps = [2, 5]
 [e04]
 tasks = ["tiny_yes"]
 levels = [0.5]
@@ -139,13 +144,33 @@ train_items = 20
 calibration_items = 16
 sweep_items = 12
 sweep_level = 0.7
-train_batch_size = 4
 learning_rates = [1e-4, 1e-2]
 save_steps = 4
-{text}
+{tasks}{training}
 [e07]
 tasks = ["tiny_words"]
 levels = [0.5]
 limit = 10
-{text}{training.replace("steps = [2, 5]", "steps = 2")}learning_rate = 1e-3
+{text}{training}
+steps = 2
+learning_rate = 1e-3
 """
+
+
+def config_of(world, experiment, output, **changes):
+    """The experiment in the world, whose profile is tiny.toml there, with some options changed."""
+    settings = load_profile(str(world / "tiny.toml"))
+    settings[experiment] |= changes
+    return make_config(experiment, "tiny", settings, output)
+
+
+def table(output, name):
+    """Rows of a table of a run directory."""
+    with (output / "results" / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def samples(output, name):
+    """Rows of a table of samples."""
+    with gzip.open(output / "results" / "samples" / f"{name}.csv.gz", "rt") as file:
+        return list(csv.DictReader(file))

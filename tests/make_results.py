@@ -1,19 +1,53 @@
-"""Made-up results with the experiments' columns, for the tests of the report. No number here was measured.
+"""Made-up results and samples, built from the experiments' row types, for the tests of the report.
 
-Run `python -m tests.make_results DIR` to look at a report drawn from them.
+No number here was measured. Run `python -m tests.make_results DIR` to look at a report drawn from them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from reports.load import TABLES
+from experiments.framework.tables import (
+    AmdahlRow,
+    AttentionRow,
+    AttentionSample,
+    FinetuningRow,
+    FinetuningSample,
+    GreedyRow,
+    HistogramRow,
+    ItemSample,
+    LatencyRow,
+    LatencySample,
+    Row,
+    ShareRow,
+    SparsityRow,
+    SweepRow,
+    TaskFinetuningRow,
+    TaskFinetuningSample,
+    TaskSweepRow,
+    TextSample,
+    ThresholdRow,
+    ThroughputRow,
+    ZeroShotRow,
+    columns,
+    file_name,
+    pack_flags,
+    pack_numbers,
+    row_types,
+)
+from reports.core.load import Run
+from reports.core.section import discover
+from reports.core.section import row_types as read_types
 
+NAN = math.nan
 ACCURACY = {
     "dense": 0.70,
     "cats-50": 0.69,
@@ -22,7 +56,7 @@ ACCURACY = {
     "cats-matched": 0.52,
     "relufication": 0.40,
 }
-TARGET = {"dense": np.nan, "cats-50": 0.5, "cats-70": 0.7, "cats-90": 0.9, "cats-matched": 0.88, "relufication": np.nan}
+TARGET = {"dense": None, "cats-50": 0.5, "cats-70": 0.7, "cats-90": 0.9, "cats-matched": 0.88, "relufication": None}
 TASKS = [
     "next_line",
     "docstring",
@@ -33,247 +67,411 @@ TASKS = [
     "belongs",
     "operator",
 ]
-UNPAIRED = (np.nan, np.nan, 20000, np.nan)  # difference, difference_stderr, items, chance
+ITEMS = 500
 OTHER_SITES = {"attention_input": 0.498, "mlp_input": 0.499}
-PERPLEXITY = {"dense": 10, "cats-50": 10.5, "cats-70": 12, "cats-90": 30, "cats-matched": 28, "relufication": 20}
+PERPLEXITY = {"dense": 10, "cats-50": 10.1, "cats-70": 12, "cats-90": 30, "cats-matched": 28, "relufication": 20}
+BLOCKS = 64
+ROUNDS = 80
 
 
-def histogram(model: str = "made-up", scale: float = 0.05, layers: tuple[int, ...] = (0, 2, 4)) -> pd.DataFrame:
-    """Exponential activations of mean `scale` in 400 bins over [0, 20 scale]."""
+def frame(rows: Iterable[Row]) -> pd.DataFrame:
+    """Rows as the report reads them: None is NaN in a column of numbers."""
+    rows = list(rows)
+    table = pd.DataFrame([asdict(row) for row in rows])
+    for column, (kind, _) in columns(type(rows[0])).items():
+        if kind in (int, float):
+            table[column] = table[column].astype(float)
+    return table
+
+
+def criterion(variant: str) -> str:
+    """`gate-norm-50` -> `gate-norm`."""
+    plain = variant.removesuffix("-finetuned").removesuffix("-attention")
+    return plain if plain in ("dense", "relufication") else plain.rsplit("-", 1)[0]
+
+
+def level(variant: str) -> float | None:
+    """The target that a variant's name gives."""
+    plain = variant.removesuffix("-finetuned").removesuffix("-attention")
+    return TARGET[plain] if plain in TARGET else int(plain.rsplit("-", 1)[1]) / 100
+
+
+def path(variant: str) -> str:
+    """What runs on the accuracy path."""
+    return "dense" if variant == "dense" else "dense masked"
+
+
+def bits(share: float, count: int = ITEMS) -> str:
+    """Items answered correctly, the wrong ones last, so that two variants differ in as few items as possible."""
+    right = round(share * count)
+    return pack_flags([1] * right + [0] * (count - right))
+
+
+def histogram(
+    model: str = "made-up", scale: float = 0.05, layers: Sequence[int] = (0, 2, 4), control: float | None = 2.0
+) -> pd.DataFrame:
+    """Activations in 400 bins over [0, 20 scale]: exponential ones of mean `scale`, raised to a power for a tail.
+
+    `control` spreads the random weights' activations evenly over [0, control * scale]; None leaves the control out.
+    """
     edges = np.linspace(0, 20 * scale, 401)
     mass = np.diff(-np.exp(-edges / scale)) * 1e6
-    frames = [
-        pd.DataFrame(
-            {
-                "model": model,
-                "layer": f"model.layers.{layer}.mlp",
-                "layer_index": layer,
-                "bin_left": edges[:-1],
-                "bin_right": edges[1:],
-                "count": mass.round(),
-            }
-        )
+    counts = {"pretrained": mass.round()}
+    if control is not None:
+        inside = np.clip(control * scale - edges[:-1], 0, np.diff(edges))
+        counts["random"] = (1e6 * inside / inside.sum()).round()
+    return frame(
+        HistogramRow(model, weights, f"model.layers.{layer}.mlp", layer, left, right, count)
+        for weights, of in counts.items()
         for layer in layers
-    ]
-    return pd.concat(frames)
+        for left, right, count in zip(edges[:-1], edges[1:], of, strict=True)
+    )
 
 
 def thresholds(model: str = "made-up", scale: float = 0.05, layers: int = 5) -> pd.DataFrame:
     """The exponential's own quantiles."""
-    return pd.DataFrame(
-        [
-            (model, f"model.layers.{i}.mlp", i, s, -np.log(1 - s) * scale, s, s + 0.004 * (i - 2))
-            for i in range(layers)
-            for s in (0.5, 0.7, 0.9)
-        ],
-        columns=TABLES["e01_thresholds"],
+    return frame(
+        ThresholdRow(
+            *(model, "pretrained", "cats", f"model.layers.{i}.mlp", i, s, -np.log(1 - s) * scale, s),
+            sparsity_heldout=s + 0.004 * (i - 2),
+        )
+        for i in range(layers)
+        for s in (0.5, 0.7, 0.9)
     )
 
 
-def zero_shot(model: str = "made-up", accuracy: dict[str, float] | None = None, stderr: float = 0.02) -> pd.DataFrame:
+def measured_sparsity(variant: str) -> float:
+    """Close to the target."""
+    return {"relufication": 0.88, "dense": 0.0}.get(variant, (level(variant) or 0) + 0.003)
+
+
+def zero_shot(
+    model: str = "made-up", accuracy: dict[str, float] | None = None, stderr: float = 0.02,
+    perplexity: dict[str, float] | None = None,
+) -> pd.DataFrame:  # fmt: skip
     """Eight tasks around the given means (their mean is exact), and held-out perplexity."""
-    accuracy = accuracy or ACCURACY
-    offsets = np.linspace(-0.1, 0.1, len(TASKS))
+    accuracy, perplexity = accuracy or ACCURACY, PERPLEXITY if perplexity is None else perplexity
     rows = []
     for variant, mean in accuracy.items():
-        target = TARGET.get(variant, 0.5)
-        measured = {"relufication": 0.88, "dense": 0.0}.get(variant, target + 0.003)
-        for task, offset in zip(TASKS, offsets, strict=True):
-            difference = (np.nan, np.nan) if variant == "dense" else (mean - accuracy["dense"], stderr / 2)
-            rows.append((model, variant, target, measured, task, "acc", mean + offset, stderr, *difference, 500, 0.3))
-        if variant in PERPLEXITY:
+        common = {
+            "model": model, "criterion": criterion(variant), "variant": variant, "path": path(variant),
+            "sparsity_target": level(variant), "sparsity_measured": measured_sparsity(variant),
+        }  # fmt: skip
+        error = NAN if variant == "dense" else stderr / 2
+        change = 0.0 if variant == "dense" else mean - accuracy["dense"]
+        for task, offset in zip(TASKS, np.linspace(-0.1, 0.1, len(TASKS)), strict=True):
             rows.append(
-                (model, variant, target, measured, "heldout_text", "perplexity", PERPLEXITY[variant], 0.1, *UNPAIRED)
-            )
-    return pd.DataFrame(rows, columns=TABLES["e02_zero_shot"])
+                ZeroShotRow(**common, task=task, metric="acc", value=mean + offset, stderr=stderr, difference=change,
+                            difference_stderr=error, items=ITEMS, chance=0.3)
+            )  # fmt: skip
+        if variant in perplexity:
+            ratio = math.log(perplexity[variant] / perplexity["dense"])
+            rows.append(
+                ZeroShotRow(**common, task="heldout_text", metric="perplexity", value=perplexity[variant],
+                            difference=ratio, difference_stderr=0.001, items=20000)
+            )  # fmt: skip
+    return frame(rows)
 
 
-def finetuning(model: str = "made-up", final: dict[str, float] | None = None, seeds: int = 3) -> pd.DataFrame:
-    """Curves from ACCURACY to `final`."""
-    final = final or {"dense": 0.70, "cats-50": 0.70, "cats-70": 0.69, "cats-90": 0.62, "relufication": 0.55}
+def items(table: pd.DataFrame) -> pd.DataFrame:
+    """Samples that go with `zero_shot`: each task's share of items."""
+    table = table[table["metric"] == "acc"]
+    return frame(
+        ItemSample(row["model"], row["criterion"], row["variant"], row["task"], bits(row["value"]))
+        for row in table.to_dict("records")
+    )
+
+
+def with_item_values(table: pd.DataFrame) -> pd.DataFrame:
+    """Accuracies that whole items can have."""
+    at = table["metric"] == "acc"
+    return table.assign(value=table["value"].where(~at, (table["value"] * ITEMS).round() / ITEMS))
+
+
+def blocks(table: pd.DataFrame, noise: float = 0.01) -> pd.DataFrame:
+    """Losses of blocks that go with the perplexities of `zero_shot`."""
+    table = table[table["metric"] == "perplexity"]
+    text = np.linspace(-0.5, 0.5, BLOCKS)
+    wave = noise * np.tile([1, -1], BLOCKS // 2)
+    return frame(
+        TextSample(row["model"], row["criterion"], row["variant"], 128,
+                   pack_numbers(math.log(row["value"]) + text + (wave if row["variant"] != "dense" else 0)))
+        for row in table.to_dict("records")
+    )  # fmt: skip
+
+
+FINAL = {"dense": 0.70, "cats-50": 0.70, "cats-70": 0.69, "cats-90": 0.62, "relufication": 0.55}
+LOSS = {"dense": 1.30, "cats-50": 1.305, "cats-70": 1.35, "cats-90": 1.5, "relufication": 1.5}
+
+
+def finetuning(
+    model: str = "made-up", final: dict[str, float] | None = None, seeds: int = 3, spread: float = 0.004
+) -> pd.DataFrame:
+    """Curves from ACCURACY to `final`; seeds are `spread` apart, the same way for every variant but a tenth of it."""
     rows = []
-    for variant, end in final.items():
+    for variant, end in (final or FINAL).items():
         for seed in range(seeds):
             for step in (0, 50, 100, 200, 400):
                 start = ACCURACY[variant]
-                mean = start + (end - start) * (1 - 0.5 ** (step / 50)) + (0.004 * (seed - 1) if step else 0.0)
+                drift = spread * (seed - 1) * (1 if variant == "dense" else 1.1) if step else 0.0
+                mean = start + (end - start) * (1 - 0.5 ** (step / 50)) + drift
+                loss = LOSS[variant] + (400 - step) / 1000 + 0.0005 * seed * (variant != "dense")
                 for task in TASKS[:4]:
                     rows.append(
-                        (model, variant, seed, step, 1e-4, task, mean, 0.02, 500, 2 - step / 500, 2.1 - step / 500)
-                    )
-    return pd.DataFrame(rows, columns=TABLES["e03_finetuning"])
+                        FinetuningRow(model, criterion(variant), variant, seed, step, 1e-4, task, mean, 0.02, ITEMS,
+                                      2 - step / 500 if step else None, loss)
+                    )  # fmt: skip
+    return frame(rows)
 
 
-def finetuned_sparsity(model: str = "made-up", drift: float = -0.05, layers: int = 5) -> pd.DataFrame:
-    """Every layer off its target by `drift` before recalibration, on it after."""
-    return pd.DataFrame(
-        [
-            (
-                *(model, v, seed, 400, f"model.layers.{i}.mlp", i, TARGET[v]),
-                *(TARGET[v] + (0 if again else drift + 0.01 * (i - 2)), again, 0.69 + 0.002 * again),
-            )
-            for v in ("cats-50", "cats-70", "cats-90")
-            for seed in range(3)
-            for i in range(layers)
-            for again in (False, True)
-        ],
-        columns=TABLES["e03_sparsity"],
+def finetuning_items(table: pd.DataFrame) -> pd.DataFrame:
+    """Samples that go with `finetuning`."""
+    return frame(
+        FinetuningSample(*(row[name] for name in ("model", "criterion", "variant", "seed", "step", "task")),
+                         bits(row["accuracy"]))
+        for row in table.to_dict("records")
+    )  # fmt: skip
+
+
+def finetuned_sparsity(model: str = "made-up", drift: float = -0.03, layers: int = 5, seeds: int = 3) -> pd.DataFrame:
+    """Every layer off its target by `drift` before recalibration, on it after; seeds 0.1 points apart."""
+    return frame(
+        SparsityRow(
+            *(model, "cats", v, seed, 400, f"model.layers.{i}.mlp", i, TARGET[v]),
+            sparsity_measured=TARGET[v] + (0 if again else drift + 0.01 * (i - 2) + 0.001 * (seed - 1)),
+            recalibrated=again,
+            accuracy_mean=0.69 + 0.002 * again,
+        )
+        for v in ("cats-50", "cats-70", "cats-90")
+        for seed in range(seeds)
+        for i in range(layers)
+        for again in (False, True)
     )
 
 
 def sweep(model: str = "made-up") -> pd.DataFrame:
     """Three learning rates each."""
-    return pd.DataFrame(
-        [(model, v, lr, 100, 2.0 + abs(np.log10(lr) + 3.5) / 9, lr == 3e-4) for v in ("cats-70", "relufication")
-         for lr in (1e-4, 3e-4, 1e-3)],
-        columns=TABLES["e03_sweep"],
-    )  # fmt: skip
+    return frame(
+        SweepRow(model, criterion(v), v, lr, 100, 2.0 + abs(np.log10(lr) + 3.5) / 9, lr == 3e-4)
+        for v in ("dense", "cats-70", "relufication")
+        for lr in (1e-4, 3e-4, 1e-3)
+    )
 
 
 def task_sweep(model: str = "made-up") -> pd.DataFrame:
     """Two learning rates for each task."""
-    return pd.DataFrame(
-        [(model, task, v, lr, 16, 0.5 + lr, lr == 1e-4) for task in ("acceptability", "polarity", "yes_no")
-         for v in ("cats-70", "relufication") for lr in (1e-4, 1e-3)],
-        columns=TABLES["e04_sweep"],
-    )  # fmt: skip
-
-
-def task_finetuning(model: str = "made-up", accuracy: dict[str, float] | None = None) -> pd.DataFrame:
-    """Three tasks, two seeds."""
-    accuracy = accuracy or {"dense": 0.9, "cats-50": 0.898, "cats-70": 0.89, "cats-90": 0.85, "relufication": 0.72}
-    return pd.DataFrame(
-        [
-            (model, task, v, seed, mean + offset, 0.005, 1000, TARGET[v], TARGET[v] - 0.01, 0.5)
-            for v, mean in accuracy.items()
-            for task, offset in (("acceptability", -0.02), ("polarity", 0.02), ("yes_no", 0.0))
-            for seed in range(2)
-        ],
-        columns=TABLES["e04_task_finetuning"],
+    return frame(
+        TaskSweepRow(model, criterion(v), v, task, lr, 16, 0.5 + lr, lr == 1e-4)
+        for task in ("acceptability", "polarity", "yes_no")
+        for v in ("cats-70", "relufication")
+        for lr in (1e-4, 1e-3)
     )
 
 
+TASK_ACCURACY = {"dense": 0.9, "cats-50": 0.898, "cats-70": 0.89, "cats-90": 0.85, "relufication": 0.72}
+
+
+def task_finetuning(
+    model: str = "made-up", accuracy: dict[str, float] | None = None, seeds: int = 3, stderr: float = 0.0005
+) -> pd.DataFrame:
+    """Three tasks; seeds differ by 0.1 points, the same way for every variant but a tenth of it."""
+    return frame(
+        TaskFinetuningRow(
+            *(model, criterion(v), v, task, seed),
+            accuracy=mean + offset + 0.001 * (seed - 1) * (1 if v == "dense" else 1.1),
+            stderr=stderr,
+            items=1000,
+            sparsity_target=TARGET[v],
+            sparsity_measured=(TARGET[v] or 0.9) - 0.01,
+            chance=0.5,
+        )
+        for v, mean in (accuracy or TASK_ACCURACY).items()
+        for task, offset in (("acceptability", -0.02), ("polarity", 0.02), ("yes_no", 0.0))
+        for seed in range(seeds)
+    )
+
+
+def task_items(table: pd.DataFrame) -> pd.DataFrame:
+    """Samples that go with `task_finetuning`."""
+    return frame(
+        TaskFinetuningSample(*(row[name] for name in ("model", "criterion", "variant", "task", "seed")),
+                             bits(row["accuracy"], 1000))
+        for row in table.to_dict("records")
+    )  # fmt: skip
+
+
+COST = {"cats": 1.05, "fused-mask": 1.1, "fused-compact": 1.25, "gather": 1.6}
+SHAPES = (("Mistral-7B", 4096, 14336), ("Llama2-7B", 4096, 11008), ("Llama2-13B", 5120, 13824))
+
+
 def latency(
-    machine: str = "made-up machine", gain: float = 1.0, dtypes: tuple[str, ...] = ("float32", "bfloat16"),
-    slowdown: dict[str, float] | None = None, rows: tuple[int, ...] = (1, 2, 4, 8),
+    machine: str = "made-up machine", cost: dict[str, float] | None = None,
+    dtypes: Sequence[str] = ("float32", "bfloat16"), rows: Sequence[int] = (1, 2, 4, 8), compiled: float | None = 0.95,
 ) -> pd.DataFrame:  # fmt: skip
-    """Every kernel at its share of the bytes bound; `gain` scales CATS and fused-mask."""
-    cost = {"cats": 1.05, "fused-mask": 1.1, "fused-compact": 1.25, "gather": 1.6, **(slowdown or {})}
-    out = []
-    for shape, d, m in (("Mistral-7B", 4096, 14336), ("Llama2-7B", 4096, 11008), ("Llama2-13B", 5120, 13824)):
+    """Every kernel at its share of the bytes bound; the compiled dense takes `compiled` of dense's time."""
+    cost, out = {**COST, **(cost or {})}, []
+
+    def add(implementation: str, ms: float, target: float, place: dict) -> None:
+        kernel = implementation in COST
+        m, n = place["m"], place["rows"]
+        out.append(
+            LatencyRow(
+                **place, implementation=implementation, decider="gate" if kernel else "",
+                threshold="number" if kernel else "", path="sparse kernel" if kernel else "dense",
+                sparsity_target=target, sparsity=target + 0.001 if kernel else target,
+                active_neurons=round(m * (1 - target**n)) if kernel else None, geomean_ms=ms, p20_ms=ms * 0.97,
+                p50_ms=ms, p80_ms=ms * 1.04, rounds=ROUNDS, bytes_moved=3 * place["d"] * m * 4, gb_per_s=20.0,
+                bandwidth_gb_per_s=25.0, bound_ms=dense * (1 + 2 * (1 - target)) / 3 * 0.98, fraction_of_bound=0.9,
+                error="",
+            )
+        )  # fmt: skip
+
+    for shape, d, m in SHAPES:
         for dtype in dtypes:
             for n in rows:
                 dense = 3 * d * m * 4 / 3e7
+                place = {"machine": machine, "shape": shape, "d": d, "m": m, "dtype": dtype, "rows": n, "threads": 2,
+                         "condition": "figure" if n == 1 else "growth"}  # fmt: skip
+                add("dense", dense, 0.0, place)
+                if compiled is not None:
+                    add("dense-compiled", dense * compiled, 0.0, place)
                 for target in (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95):
-                    bound = dense * (1 + 2 * (1 - target)) / 3
-                    times = {"dense": dense, "optimal-all-three-shrunk": dense * (1 - target) + 0.2}
-                    times |= {k: c * bound / (gain if k in ("cats", "fused-mask") else 1) for k, c in cost.items()}
-                    for name, ms in times.items():
-                        sizes = (machine, shape, d, m, dtype, n, 2, target, target + 0.001, name)
-                        timing = (ms, ms * 0.97, ms, ms * 1.04, 80)
-                        traffic = (3 * d * m * 4, 20.0, 25.0, bound * 0.98, bound / ms, "")
-                        out.append((*sizes, *timing, *traffic))
-    return pd.DataFrame(out, columns=TABLES["e05_mlp_latency"])
+                    add("optimal-all-three-shrunk", dense * (1 - target) + 0.2, target, place)
+                    for name, factor in cost.items():
+                        add(name, factor * dense * (1 + 2 * (1 - target)) / 3, target, place)
+    return frame(out)
 
 
-def throughput(machine: str = "made-up machine", speedup: float = 1.2, model: str = "mistral-7b") -> pd.DataFrame:
-    """Figure 4's lengths in both loops, and growth over batch, context, sparsity and layers."""
-    rows = []
+def rounds(table: pd.DataFrame, noise: float = 0.01) -> pd.DataFrame:
+    """Samples that go with `latency`: rounds that drift together, and `noise` that they do not share."""
+    drift = np.linspace(1, 1.3, ROUNDS)
+    samples = []
+    for number, row in enumerate(table.to_dict("records")):
+        own = 1 + noise * np.random.default_rng(number).standard_normal(ROUNDS)
+        keys = {key: None if row[key] != row[key] else row[key] for key in LatencySample.key}
+        samples.append(LatencySample(**keys, milliseconds=pack_numbers(row["geomean_ms"] * drift * own)))
+    return frame(samples)
 
-    def add(dtype: str, layers: int, loop: str, batch: int, prompt_tokens: int, new: int, target: float) -> None:
-        for prompt in range(3):
-            dense = (8.0 if loop == "eager" else 10.0) * (1 + 0.01 * prompt) * 2 / layers / (1 + prompt_tokens / 4000)
-            gain = 1 + (speedup - 1) * target / 0.5 * (1.2 - batch * 0.2) * (1.05 if loop == "compiled" else 0.95)
-            variant = "cats-sparsity" if target not in (0.5, 0.7, 0.9) else f"cats-{round(100 * target)}"
-            for name, rate in (("dense", dense), (variant, dense * gain * (1 + 0.002 * prompt))):
-                at = np.nan if name == "dense" else target
-                condition = (
-                    machine,
-                    model,
-                    layers,
-                    dtype,
-                    name,
-                    at,
-                    at + 0.002,
-                    loop,
-                    batch,
-                    prompt,
-                    prompt_tokens,
-                    new,
-                )
-                rows.append((*condition, 0.1, new / rate, rate, 0.0 if loop == "eager" else 30.0, 3e9))
+
+def throughput(
+    machine: str = "made-up machine", speedup: float = 1.3, model: str = "mistral-7b", layers: int = 32,
+    loops: Sequence[str] = ("eager", "compiled"), prompts: int = 3, repeats: int = 2, noise: float = 0.002,
+) -> pd.DataFrame:  # fmt: skip
+    """Figure 4's lengths in the loops (dense is faster in the later ones), and growth over batch, context, sparsity."""
+    rows: list[ThroughputRow] = []
+
+    def add(condition: str, dtype: str, loop: str, batch: int, prompt_tokens: int, new: int, target: float) -> None:
+        for prompt in range(prompts):
+            for repeat in range(repeats):
+                dense = 8.0 * (1 + 0.25 * loops.index(loop)) * (1 + 0.01 * prompt) / (1 + prompt_tokens / 4000)
+                gain = 1 + (speedup - 1) * target / 0.5 * (1.2 - batch * 0.2)
+                gain *= 1 + noise * (prompt - 1) + noise / 2 * (2 * repeat - 1)
+                for variant, rate in (("dense", dense), (f"cats-{100 * target:g}", dense * gain)):
+                    is_dense = variant == "dense"
+                    rows.append(
+                        ThroughputRow(
+                            machine=machine, model=model, weights="random", layers=layers, model_layers=32,
+                            dtype=dtype, attention="sdpa", criterion="dense" if is_dense else "cats", variant=variant,
+                            condition=condition, path="dense" if is_dense else "sparse kernel",
+                            sparsity_target=None if is_dense else target,
+                            sparsity_measured=None if is_dense else target + 0.002, loop=loop, batch=batch,
+                            prompt=prompt, repeat=repeat, prompt_tokens=prompt_tokens, generated_tokens=new,
+                            prefill_s=0.1, decode_s=new / rate, tokens_per_second=rate,
+                            compile_s=0.0 if loop == "eager" else 30.0, peak_memory_bytes=3_000_000_000,
+                            cache_tokens=256,
+                        )
+                    )  # fmt: skip
 
     for dtype in ("float32", "bfloat16"):
-        for loop in ("eager", "compiled"):
+        for loop in loops:
             for new in (16, 32, 64):
-                add(dtype, 2, loop, 1, 16, new, 0.5)
+                add("figure", dtype, loop, 1, 16, new, 0.5)
     for batch in (2, 4, 8):
-        add("float32", 2, "eager", batch, 16, 16, 0.5)
+        add("growth", "float32", loops[0], batch, 16, 16, 0.5)
     for context in (128, 512):
-        add("float32", 2, "eager", 1, context, 16, 0.5)
+        add("growth", "float32", loops[0], 1, context, 16, 0.5)
     for target in (0.0, 0.7, 0.9):
-        add("float32", 2, "eager", 1, 16, 16, target)
-    add("float32", 4, "eager", 1, 16, 16, 0.5)
-    return pd.DataFrame(rows, columns=TABLES["e06_throughput"]).drop_duplicates()
+        add("growth", "float32", loops[0], 1, 16, 16, target)
+    return frame(rows)
 
 
 def shares(machine: str = "made-up machine") -> pd.DataFrame:
     """Where a token's time goes."""
     parts = (("mlp", 0.7), ("attention", 0.15), ("head", 0.1), ("other", 0.05))
-    return pd.DataFrame(
-        [(machine, "mistral-7b", 2, "float32", name, 100 * share, share) for name, share in parts],
-        columns=TABLES["e06_shares"],
+    return frame(
+        ShareRow(machine, "mistral-7b", 32, "float32", "eager", name, 100 * share, share) for name, share in parts
     )
 
 
 def amdahl(machine: str = "made-up machine") -> pd.DataFrame:
-    """One line of Amdahl's law."""
-    return pd.DataFrame(
-        [(machine, "mistral-7b", 2, dtype, 1.45, 0.7, 1.278, 1.2) for dtype in ("float32", "bfloat16")],
-        columns=TABLES["e06_amdahl"],
+    """Two lines of Amdahl's law."""
+    return frame(
+        AmdahlRow(machine, "mistral-7b", 32, dtype, "eager", "cats", "cats-50", 0.5, 1.45, 0.7, 1.278, 1.2, 0.94)
+        for dtype in ("float32", "bfloat16")
     )
 
 
 def greedy(machine: str = "made-up machine") -> pd.DataFrame:
     """Two checks, one of them failed."""
     checks = (("cats-0 against dense", 16), ("cats-50 against masked reference", 11))
-    return pd.DataFrame(
-        [(machine, "mistral-7b", 2, "float32", check, 16, same) for check, same in checks], columns=TABLES["e06_greedy"]
-    )
+    return frame(GreedyRow(machine, "mistral-7b", 32, "float32", check, 16, same) for check, same in checks)
 
 
-def attention(model: str = "made-up", accuracy: dict[str, float] | None = None) -> pd.DataFrame:
+def attention(
+    model: str = "made-up", accuracy: dict[str, float] | None = None, finetuned: bool = False
+) -> pd.DataFrame:
     """e07 from the same maker as e02, with the share of zeros at each site."""
-    table = zero_shot(model, accuracy or {"dense": 0.70, "cats-50": 0.69, "cats-50-attention": 0.67})
+    accuracy = accuracy or {"dense": 0.70, "cats-50": 0.69, "cats-50-attention": 0.68}
+    rows = []
+    for row in zero_shot(model, accuracy, perplexity={}).to_dict("records"):
+        wide = "attention" in row["variant"]
+        sites = "" if row["criterion"] == "dense" else "gate attention_input mlp_input" if wide else "gate"
+        name = row["variant"] + "-finetuned" * finetuned
+        common = {**row, "variant": name, "sites": sites, "finetuned": finetuned}
+        rows.append(AttentionRow(**common))
+        if row["criterion"] == "cats" and row["task"] == TASKS[0]:
+            common |= {"task": "heldout_text", "stderr": None, "difference": None, "difference_stderr": None,
+                       "chance": None}  # fmt: skip
+            shown = {"gate": 0.503, **(OTHER_SITES if wide else {})}
+            rows += [AttentionRow(**{**common, "metric": f"sparsity_{s}", "value": v}) for s, v in shown.items()]
+    return frame(rows)
+
+
+def attention_items(table: pd.DataFrame) -> pd.DataFrame:
+    """Samples that go with `attention`."""
     table = table[table["metric"] == "acc"]
-    first = table[table["variant"] != "dense"].drop_duplicates("variant")
-    sites = [("gate", 0.503, first)]
-    sites += [(site, share, first[first["variant"].str.contains("attention")]) for site, share in OTHER_SITES.items()]
-    unmeasured = {name: np.nan for name in ("stderr", "difference", "difference_stderr", "chance")}
-    rows = [
-        of.assign(task="heldout_text", metric=f"sparsity_{site}", value=share, **unmeasured)
-        for site, share, of in sites
-    ]
-    return pd.concat([table, *rows], ignore_index=True)
+    return frame(
+        AttentionSample(*(row[name] for name in ("model", "criterion", "variant", "finetuned", "task")),
+                        bits(row["value"]))
+        for row in table.to_dict("records")
+    )  # fmt: skip
 
 
 def all_tables() -> dict[str, pd.DataFrame]:
-    """Every table once."""
+    """Every table once, samples included."""
+    accuracy, tuned, speed = with_item_values(zero_shot()), finetuning(), latency(rows=(1, 4))
+    tasks, wide = task_finetuning(), with_item_values(attention())
     return {
         "e01_histogram": histogram(),
         "e01_thresholds": thresholds(),
-        "e02_zero_shot": zero_shot(),
-        "e03_finetuning": finetuning(),
+        "e02_zero_shot": accuracy,
+        "e02_items": items(accuracy),
+        "e02_blocks": blocks(accuracy),
+        "e03_finetuning": tuned,
+        "e03_items": finetuning_items(tuned),
         "e03_sparsity": finetuned_sparsity(),
         "e03_sweep": sweep(),
         "e04_sweep": task_sweep(),
-        "e04_task_finetuning": task_finetuning(),
-        "e05_mlp_latency": latency(),
+        "e04_task_finetuning": tasks,
+        "e04_items": task_items(tasks),
+        "e05_mlp_latency": speed,
+        "e05_rounds": rounds(speed),
         "e06_throughput": throughput(),
         "e06_shares": shares(),
         "e06_amdahl": amdahl(),
         "e06_greedy": greedy(),
-        "e07_attention": attention(),
+        "e07_attention": wide,
+        "e07_items": attention_items(wide),
     }
 
 
@@ -284,12 +482,13 @@ def provenance() -> dict[str, object]:
         "experiments": {
             f"e{i:02d}": {
                 "commit": "0123456789abcdef0123456789abcdef01234567",
-                "dirty": i == 3,
+                "dirty": {3: True, 4: "unknown"}.get(i, False),
+                "argv": ["run", f"e{i:02d}"],
                 "versions": {"python": "3.12.0", "torch": "2.11.0", "transformers": "5.17.0"},
                 "hardware": {"machine": "made-up machine", "cpu": "Imaginary CPU", "cores": 2, "memory_gib": 24},
                 "seed": 0,
-                "model_hash": "f" * 64,
-                "data_hash": "e" * 64,
+                "models": {"made-up": {"weights": "f" * 64}},
+                "data": {"source": "made-up", "sha256": "e" * 64},
                 "started": f"2001-01-0{i}T00:00:00+00:00",
                 "seconds": 61.5 * i,
             }
@@ -298,14 +497,31 @@ def provenance() -> dict[str, object]:
     }
 
 
+def loaded(**tables: pd.DataFrame) -> Run:
+    """A run that holds these tables, for rules and figures."""
+    return Run("made-up", Path(), tables)
+
+
+def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
+    """A table as its experiment would write it; a name that no row type has becomes a plain CSV."""
+    known = row_types().get(name)
+    file = folder / (file_name(known) if known else f"{name}.csv")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(file, index=False)
+
+
 def write_run(folder: Path, tables: dict[str, pd.DataFrame] | None = None, flat: bool = False) -> Path:
     """A run directory of these tables (default: all); `flat` puts the CSVs directly inside."""
     inside = folder if flat else folder / "results"
-    inside.mkdir(parents=True, exist_ok=True)
     for name, table in (all_tables() if tables is None else tables).items():
-        table.to_csv(inside / f"{name}.csv", index=False)
+        write_table(inside, name, table)
     (folder / "provenance.json").write_text(json.dumps(provenance()), encoding="utf-8")
     return folder
+
+
+def types_read() -> list[type[Row]]:
+    """The row types that the report's sections read."""
+    return read_types(discover())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """`python -m cats`: what each command prints and writes on a tiny local model, and what it says to bad input."""
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cats
+import cats.criteria
 from cats.__main__ import Clock, main, sample_text, token_batches
 from cats.structure import resolve_device
 
@@ -120,7 +123,16 @@ BAD = {
     "a file instead of a model": (["calibrate", "TEXT"], "is a file: give the directory"),
     "a device without numbers": (["bench", "MODEL", "--device", "meta"], "unknown device 'meta'"),
     "output is a folder": (["calibrate", "MODEL", "--text", "TEXT", "--output", "FOLDER"], "cannot be written"),
-    "output below a file": (["calibrate", "MODEL", "--output", "EMPTY/X.JSON"], "File exists"),
+    "output below a file": (["calibrate", "MODEL", "--output", "EMPTY/X.JSON"], "empty is a file and not a folder"),
+    "output is a device": (
+        ["calibrate", "MODEL", "--output", "/dev/null"],
+        "cannot be written: it is a device",
+    ),
+    "unknown criterion": (["calibrate", "MODEL", "--criterion", "best"], "unknown criterion 'best': allowed are cats"),
+    "unknown criterion of bench": (["bench", "MODEL", "--criterion", "best"], "unknown criterion 'best'"),
+    "text is a folder": (["calibrate", "MODEL", "--text", "FOLDER"], "cannot be read: Is a directory"),
+    "thresholds are a folder": (["sparsity", "MODEL", "--thresholds", "FOLDER"], "it is not a regular file"),
+    "seed too large": (["generate", "MODEL", "x", "--seed", "9" * 30], "--seed must be a whole number from 0 to 2^63"),
     "negative temperature": (["generate", "MODEL", "x", "--temperature", "-1"], "--temperature must be 0 or more"),
     "unknown device": (["bench", "MODEL", "--device", "tpu9"], "unknown device 'tpu9'"),
     "sparsity of 1": (["calibrate", "MODEL", "--text", "TEXT", "--sparsity", "1"], "[0, 1)"),
@@ -196,3 +208,42 @@ def test_module_runs_from_anywhere(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "cats", "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0
     assert all(command in done.stdout for command in ("calibrate", "sparsity", "generate", "bench"))
+
+
+@pytest.mark.parametrize("criterion", ["chess", "up-norm", "teal"])
+def test_every_criterion_goes_through_the_commands(criterion: str, model: str, text: str, tmp_path, capsys) -> None:
+    path = str(tmp_path / "made" / "t.json")
+    words = ["--text", text, "--tokens", "600"]
+    assert main(["calibrate", model, *words, "--criterion", criterion, "--output", path]) == 0
+    label = cats.criteria.label(criterion, 0.5)
+    count = 9 if criterion == "teal" else 3
+    assert capsys.readouterr().out.startswith(f"{label}: {count} thresholds from 600 tokens")
+    assert main(["sparsity", model, *words, "--thresholds", path, "--kernel", "reference"]) == 0
+    *layers, mean = capsys.readouterr().out.splitlines()
+    assert len(layers) == count and f"(target 0.5, {label})" in mean and abs(float(mean.split()[4]) - 0.5) < 0.01
+    options = ["--thresholds", path, "--kernel", "reference", "--prefill", "dense", "--new-tokens", "3"]
+    assert main(["generate", model, *options, "The quick"]) == 0
+    assert capsys.readouterr().out.startswith("The quick")
+
+
+def test_a_link_is_written_through_and_a_fifo_is_not_replaced(model: str, text: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "link.json").symlink_to("real.json")
+    os.mkfifo(tmp_path / "fifo")
+    words = ["calibrate", model, "--text", text, "--tokens", "600", "--output"]
+    assert main([*words, str(tmp_path / "link.json")]) == 0
+    assert (tmp_path / "link.json").is_symlink() and cats.Thresholds.load(tmp_path / "real.json").tokens == 600
+    assert main([*words, str(tmp_path / "fifo")]) == 2
+    assert "fifo cannot be written: it is a device, a FIFO or a socket" in capsys.readouterr().err
+    assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
+
+
+def test_a_handful_of_tokens_a_dense_model_and_too_many_positions_are_said(model, text, tmp_path, capsys) -> None:
+    path = str(tmp_path / "t.json")
+    assert main(["calibrate", model, "--text", text, "--tokens", "20", "--output", path]) == 0
+    assert "warning: these thresholds come from 20 tokens only" in capsys.readouterr().err
+    assert main(["generate", model, "--thresholds", path, "--new-tokens", "3", "The quick"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert main(["generate", model, "--new-tokens", "200", "The quick"]) == 0
+    shown = capsys.readouterr().err
+    assert "warning: no --thresholds: this is the dense model" in shown
+    assert "go beyond the 128 positions of this model" in shown

@@ -6,7 +6,6 @@ import io
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 
 import cats
 
@@ -27,8 +26,23 @@ def model() -> nn.Module:
     return tiny_model("Llama", num_hidden_layers=LAYERS)
 
 
-def by_layer(model: nn.Module) -> CompileCounter:
-    counter = CompileCounter()
+class Graphs:
+    """A backend that runs graphs as they are and keeps them."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, _inputs: list) -> object:
+        self.texts.append(graph.code)
+        return graph.forward
+
+    @property
+    def frame_count(self) -> int:
+        return len(self.texts)
+
+
+def by_layer(model: nn.Module) -> Graphs:
+    counter = Graphs()
     for layer in model.model.layers:
         layer.compile(backend=counter, fullgraph=True)
     return counter
@@ -43,9 +57,10 @@ def agrees(model: nn.Module, ids: torch.Tensor) -> None:
     assert torch.allclose(compiled, eager, atol=1e-5)
 
 
-@pytest.mark.parametrize("criterion", ["cats", "chess", "up-norm"])
-@pytest.mark.parametrize("kernel", ["auto", "reference"])
-def test_all_layers_share_one_graph(criterion: str, kernel: str, model, batches: list, operator_calls: list) -> None:
+@pytest.mark.parametrize(
+    ("criterion", "kernel"), [("cats", "auto"), ("chess", "auto"), ("up-norm", "auto"), ("up-norm", "reference")]
+)
+def test_all_layers_share_one_graph(criterion: str, kernel: str, model: nn.Module, batches: list) -> None:
     ids = batches[0]["input_ids"][:1, :4]
     made = cats.calibrate(model, batches, [0.5, 0.8], criterion=criterion)
     counter = by_layer(model)
@@ -54,7 +69,7 @@ def test_all_layers_share_one_graph(criterion: str, kernel: str, model, batches:
     cats.apply(model, made[0.5], kernel)
     agrees(model, ids)
     assert counter.frame_count == 2
-    assert bool(operator_calls) == (kernel == "auto")
+    assert ("cats.sparse_gated_mlp" in counter.texts[1]) == (kernel == "auto")
     with torch.no_grad():
         before = model(ids, use_cache=False).logits
     cats.apply(model, made[0.8], kernel)
@@ -82,7 +97,7 @@ def test_a_number_and_a_vector_are_two_graphs(model: nn.Module, batches: list) -
 @pytest.mark.parametrize("criterion", ["cats", "up-norm"])
 def test_a_whole_compiled_model_follows_apply_swap_and_remove(criterion: str, llama, batches: list) -> None:
     made = cats.calibrate(llama, batches, [0.5, 0.8], criterion=criterion)
-    counter, ids = CompileCounter(), batches[0]["input_ids"][:1, :4]
+    counter, ids = Graphs(), batches[0]["input_ids"][:1, :4]
     llama.compile(backend=counter, fullgraph=True)
     agrees(llama, ids)
     for count, change in (

@@ -2,12 +2,17 @@
 
 import copy
 import gc
+import logging
 import math
 import random
+import subprocess
+import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
+import tqdm
 from cats_kernels.reference import sparse_gated_mlp_reference
 from lm_eval.api.instance import Instance
 
@@ -174,3 +179,58 @@ def test_a_tokenizer_without_bos_and_eos_is_refused() -> None:
     check_tokenizer(tokenizer, "some/model")
     tokenizer.bos_token_id, tokenizer.eos_token_id = 1, None
     check_tokenizer(tokenizer, "some/model")
+
+
+def test_warnings_and_errors_are_shown_and_progress_is_not(world, loaded, capfd, monkeypatch):
+    model, tokenizer = loaded
+    tasks = load_tasks(["tiny_yes"], world / "tasks")
+    logged = logging.getLogger("lm_eval.models.huggingface")
+    forward, handler = model.forward, logging.StreamHandler()
+    logged.addHandler(handler)
+
+    def noisy(*args, **kwargs):
+        warnings.warn("the model says something", stacklevel=1)
+        logged.warning("Left truncation applied.")
+        logged.info("Model parallel was set to False.")
+        print("from C, say", file=sys.stderr)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", noisy)
+    with pytest.warns(UserWarning, match="the model says something"):
+        evaluate(model, tokenizer, tasks, limit=2)
+    logged.removeHandler(handler)
+    shown = capfd.readouterr().err
+    assert "Left truncation applied." in shown and "from C, say" in shown
+    for noise in ("it/s", "100%", "Model parallel", "already-initialized", "model kwarg"):
+        assert noise not in shown
+    assert not logged.filters and logging.getLogger("lm_eval").level == logging.NOTSET
+
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(model, "forward", broken)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        evaluate(model, tokenizer, tasks, limit=2)
+    from lm_eval.api import model as api
+
+    assert api.tqdm is tqdm.tqdm  # as it was
+
+
+@pytest.mark.parametrize(("module", "package"), [("evaluation", "lm_eval"), ("finetuning", "peft")])
+def test_a_missing_extra_is_one_sentence(module, package):
+    code = f"""
+import sys
+sys.modules[{package!r}] = None
+import cats
+cats.apply, cats.calibrate, cats.relufy, cats.measure_sparsity
+try:
+    import cats.{module}
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400)
+    expected = (
+        f"cats.{module} needs the package {package}, which is not installed: "
+        "pip install 'cats-sparsity[experiments]' brings it"
+    )
+    assert done.stdout.strip() == expected, done.stderr

@@ -244,10 +244,11 @@ def test_text_that_cannot_be_had_is_one_sentence(hub: FakeHub, client: Client) -
 PLAN = """
 import contextlib, io
 from pathlib import Path
+from experiments.framework.common_options import EvaluationOptions
 from experiments.framework.config import Config
 from experiments.framework.plan import print_plan
 data = {"source": "hub", "path": "tiny/corpus", "split": "train"}
-options = {"tasks": ["arc_easy", "boolq"], "levels": [0.5], "length": 64, "calibration_blocks": 4}
+options = EvaluationOptions(tasks=("arc_easy", "boolq"), levels=(0.5,), length=64, calibration_blocks=4)
 configs = [Config("e02", "toy", Path("nowhere/run"), models=%r, data=data, options=options)]
 out, err = io.StringIO(), io.StringIO()
 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -61,8 +61,8 @@ import importlib, pkgutil, sys
 for name in ("torch", "transformers", "cats", "cats_kernels", "triton", "numba"):
     sys.modules[name] = None
 import reports
-for module in pkgutil.iter_modules(reports.__path__):
-    importlib.import_module(f"reports.{module.name}")
+for module in pkgutil.walk_packages(reports.__path__, "reports."):
+    importlib.import_module(module.name)
 """
     done = run(code, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-1500:]

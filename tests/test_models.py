@@ -62,7 +62,7 @@ def test_a_path_that_does_not_exist_is_one_sentence(spec: str) -> None:
 
 def test_a_file_or_a_directory_without_a_model_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"1234")
-    with pytest.raises(ValueError, match="is a file, and not of GGUF"):
+    with pytest.raises(ValueError, match="is a file: give the directory that save_pretrained wrote, or a GGUF file"):
         resolve(str(tmp_path / "weights.bin"))
     with pytest.raises(ValueError, match=r"is a directory without config\.json"):
         resolve(str(tmp_path))

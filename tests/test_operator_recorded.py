@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import cats
 from tests.mlp_cases import threshold_of_kind
 
 OPERATOR = torch.ops.cats.sparse_gated_mlp
@@ -275,3 +276,23 @@ def test_the_operator_itself_refuses_bad_tensors(made):
         OPERATOR(x, gate, up, down_t, torch.ones(47), "silu", "auto", "gate")
     with pytest.raises(ValueError, match="decider is 'down'"):
         OPERATOR(x, gate, up, down_t, torch.ones(()), "silu", "auto", "down")
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_a_traced_patched_model_equals_eager(llama, batches, rows):
+    cats.apply(llama, cats.calibrate(llama, batches, 0.5), kernel="cpu")
+    first, second = (batch["input_ids"][:1, :rows] for batch in batches[:2])
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = llama
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.model(ids, use_cache=False).logits
+
+    with torch.no_grad():
+        traced = torch.jit.trace(Logits().eval(), first, check_trace=False)
+        assert str(traced.inlined_graph).count("cats::sparse_gated_mlp") == 3
+        for ids in (first, second):
+            assert torch.equal(traced(ids), llama(ids, use_cache=False).logits)

@@ -51,7 +51,6 @@ ACTIONS = {
     3: ("waits where it is told to", '''
         waiting = Path(config.options.journal + ".wait")
         while waiting.exists() and name == "b":
-            print("waiting", flush=True)
             time.sleep(0.05)'''),
 }  # fmt: skip
 REPORT = """

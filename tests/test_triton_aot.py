@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from cats_kernels.ablation.triton import VARIANTS, launch, plan
 from cats_kernels.triton.configs import CONFIGS, Config, choose_config
-from cats_kernels.triton.launch import Call, Launch, Target
+from cats_kernels.triton.launch import Call, Launch, Recorded, Target, aligned
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -177,6 +177,58 @@ def test_dependent_launch_only_where_the_chip_has_it():
         steps = plan("cats", meta_call(arch, torch.bfloat16, 1))
         waits = ["griddepcontrol" in compile_ahead(step, arch).asm["ptx"] for step in steps]
         assert waits == [arch >= 90] * 2
+
+
+class FakeKernel:
+    """Stands for a compiled kernel: notes the arguments of each launch, so that recording is tested without a GPU."""
+
+    def __init__(self, kernel: object) -> None:
+        self.arg_names = kernel.arg_names
+        self.launches: list[dict[str, object]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        if len(grid) == 3:  # of the compiled kernel: a recorded launch
+            return lambda *values: self.launches.append(dict(zip(self.arg_names, values, strict=True)))
+        return lambda **arguments: (self.launches.append(arguments), self)[1]
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("kind", "decider"), KINDS)
+def test_a_recorded_launch_takes_the_next_calls_tensors_and_threshold(rows: int, kind: str, decider: str):
+    target = Target(90, 132, True)
+
+    def call(number: float) -> Call:
+        x, gate, up, down_t = (torch.zeros(n, 1024) for n in (rows, 640, 640, 640))
+        threshold = {"number": number, "one": torch.tensor(number), "vector": torch.full((640,), number)}[kind]
+        return Call(x, gate, up, down_t, threshold, "silu", torch.empty_like(x), target, decider)
+
+    steps = plan("cats", call(0.25))
+    kernels = [FakeKernel(step.kernel) for step in steps]
+    for step, kernel in zip(steps, kernels, strict=True):
+        step.kernel = kernel
+    recorded, second = Recorded(steps), call(0.5)
+    recorded(second)
+    for step, kernel in zip(steps, kernels, strict=True):
+        first, again = kernel.launches
+        assert set(first) - set(again) <= {"num_warps", "launch_pdl"} and set(again) <= set(first)
+        for name, field in step.fields.items():
+            value = getattr(second, field)
+            assert again[name] == (value.data_ptr() if isinstance(value, torch.Tensor) else 0.5)
+        buffers = {name: value for name, value in step.buffers.items() if isinstance(value, torch.Tensor)}
+        assert all(isinstance(again[name], int) and again[name] % 16 == 0 for name in buffers)
+        assert {name: again[name] for name in step.constants} == step.constants
+        assert all(again[name] == value for name, value in step.buffers.items() if name not in buffers)
+    weights = kernels[0].launches[1]
+    deciding = second.gate_weight if decider == "gate" else second.up_weight
+    assert weights.get("deciding_ptr", weights.get("w_ptr")) == deciding.data_ptr()
+
+
+@pytest.mark.parametrize(("kind", "offset", "expected"), [("one", 1, True), ("vector", 1, False), ("vector", 4, True)])
+def test_only_aligned_vectors_are_recorded(kind: str, offset: int, expected: bool):
+    room = torch.zeros(700)
+    threshold = room[offset] if kind == "one" else room[offset : offset + 640]
+    x, weight = torch.zeros(1, 64), torch.zeros(640, 64)
+    assert aligned(Call(x, weight, weight, weight, threshold, "silu", x, Target(90, 132, True))) == expected
 
 
 def test_cpu_tensors_are_refused_without_the_interpreter():

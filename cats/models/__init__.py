@@ -56,8 +56,8 @@ def load_model(
 
     Raises:
         ValueError: unknown dtype, shape or path; a GGUF file of a kind that is not supported.
-        OSError: the hub is out of reach or refuses access, or the weights are not safetensors, damaged or incomplete.
-        ImportError: a GGUF file without the packages that reading it needs.
+        OSError: the hub is out of reach or refuses access; the weights are not safetensors, damaged or incomplete; a
+            GGUF file where the gguf package is not installed.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: allowed are auto, {', '.join(DTYPES)}")

@@ -20,7 +20,7 @@ def convert(source: str, folder: Path, dtype: str = "auto") -> None:
 
     Raises:
         ValueError: ``source`` is not a GGUF file, or ``folder`` is not empty.
-        OSError, ImportError: as `load_model`.
+        OSError: as `load_model`.
     """
     if not LOADER.claims(source):
         raise ValueError(f"{source} is not a GGUF file: only such files are converted")
@@ -48,7 +48,7 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     try:
         convert(arguments.source, arguments.folder, arguments.dtype)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {arguments.folder}")

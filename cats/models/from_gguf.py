@@ -48,18 +48,18 @@ class GGUFLoader(Loader):
             raise ValueError(f"{spec} does not exist: give the path of a GGUF file")
         with path.open("rb") as file:
             if not path.suffix == ".gguf" and file.read(4) != b"GGUF":
-                raise ValueError(f"{spec} is a file, and not of GGUF: give the directory that save_pretrained wrote")
+                raise ValueError(f"{spec} is a file: give the directory that save_pretrained wrote, or a GGUF file")
         return str(path)
 
     def header(self, spec: str) -> Header:
         """The file's head, once it is known that the file can be loaded here.
 
         Raises:
-            ValueError: another transformers than is needed; as `read_header`.
-            ImportError: the gguf package is missing.
+            ValueError: another transformers than is needed, or one part of a divided file; as `read_header`.
+            OSError: the gguf package is missing; as `read_header`.
         """
         if find_spec("gguf") is None:
-            raise ImportError(f"{spec} needs the package gguf: install it, or this package with the extra [gguf]")
+            raise OSError(f"{spec} needs the package gguf: pip install 'cats-sparsity[gguf]' brings it")
         if Version(transformers.__version__) < Version(OLDEST):
             advice = "install it, or convert the file where it is with python -m cats.models FILE.gguf DIRECTORY"
             raise ValueError(f"{spec} needs transformers {OLDEST} or newer, not {transformers.__version__}: {advice}")

@@ -123,11 +123,11 @@ def cost(config: Config[Options]) -> Cost:
 
 def compile_kernels(units: Sequence[tuple[str, str, int]]) -> None:
     """Compile the GPU kernels of all units in parallel; one by one they took 10 s per unit on an H200's host."""
-    tasks = [
-        Task(name, *SHAPES[shape], getattr(torch, dtype), rows)
-        for shape, dtype, rows in units
-        for name in variants("cuda")
-    ]
+    tasks = []
+    for shape, dtype, rows in units:
+        problem = (*SHAPES[shape], getattr(torch, dtype), rows)
+        tasks += [Task(name, *problem) for name in variants("cuda")]
+        tasks += [Task(OURS, *problem, vector=True), Task(OURS, *problem, decider="up")]
     precompile(tasks)  # what does not compile says so again where it is timed
 
 
@@ -186,7 +186,7 @@ def own_cases(
 
 def latency_rows(common: dict[str, Any], case: Case, timing: Timing | None, bandwidth: float) -> list[Row]:
     """The row of one case and, if it was timed, its sample."""
-    names = {"implementation": case.implementation, "decider": case.decider, "threshold": case.threshold}
+    names: dict[str, Any] = {key: getattr(case, key) for key in ("implementation", "decider", "threshold")}
     d, m = SHAPES[common["shape"]]
     measured: dict[str, Any] = dict.fromkeys(
         ("geomean_ms", "p20_ms", "p50_ms", "p80_ms", "rounds", "bytes_moved", "gb_per_s", "bandwidth_gb_per_s",

@@ -258,7 +258,7 @@ def compile_step(module: torch.nn.Module, loop: str, dependent_launch: bool = Tr
     device = next(module.parameters()).device
     if device.type == "cuda":
         able = dependent_launch and LOOPS[loop].graph and torch.cuda.get_device_capability(device) >= (9, 0)
-        options = {"triton.enable_pdl": able, "coordinate_descent_tuning": LOOPS[loop].tuned}
+        options: dict[str, Any] = {"triton.enable_pdl": able, "coordinate_descent_tuning": LOOPS[loop].tuned}
         return torch.compile(module, options=options)
     config = _compile_config(device)
     return torch.compile(module, backend="inductor" if config is None else config.backend)

@@ -26,8 +26,15 @@ def check_tokens(**blocks_and_length: int) -> None:
         raise ValueError(f"{name} must be at most {MOST_TOKENS // length} with length = {length}, not {blocks}")
 
 
+class Checked:
+    """Base of dataclasses whose ``__post_init__`` each checks something and then calls that of the next."""
+
+    def __post_init__(self) -> None:
+        """Nothing more to check."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
+class EvaluationOptions(Checked):
     """Tasks, texts and levels: what every accuracy experiment measures on.
 
     Attributes:
@@ -51,10 +58,11 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         check_tokens(calibration_blocks=self.calibration_blocks, length=self.length)
         check_tokens(heldout_blocks=self.heldout_blocks, length=self.length)
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
+class TrainingOptions(Checked):
     """LoRA training, shared by all variants.
 
     Attributes:
@@ -69,9 +77,15 @@ class TrainingOptions:
     weight_decay: NotNegative = 0.01
     warmup_steps: Whole = 10
 
+    def __post_init__(self) -> None:
+        batch, micro = self.train_batch_size, self.micro_batch_size
+        if micro is not None and micro < batch and batch % micro:
+            raise ValueError(f"micro_batch_size must divide train_batch_size ({batch}), not be {micro}")
+        super().__post_init__()
+
 
 @dataclass(frozen=True, kw_only=True)
-class SweepOptions:
+class SweepOptions(Checked):
     """Seeds, and the short runs that choose a learning rate.
 
     Attributes:

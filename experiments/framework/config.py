@@ -124,6 +124,7 @@ class Config(Generic[O]):
             stored = Unit(key, self.stamp(key), rows, added_notes(before, self.notes), seconds, **source_state())
             if is_main_process():
                 self.store.write(stored)
+                tqdm.write(f"{self.experiment} {key}: {seconds:.1f} s")
         else:
             merge_notes(self.notes, stored.notes)
         self.units[key] = {"seconds": stored.seconds, "commit": stored.commit, "dirty": stored.dirty}

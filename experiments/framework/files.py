@@ -1,14 +1,11 @@
-"""The one name under which this suite writes files: whole or not at all."""
-
-from pathlib import Path
+"""The one name under which this suite writes files: whole or not at all. Free of torch, for the reports' sake."""
 
 try:
     from cats.files import write_bytes_atomically, write_text_atomically
 except ImportError:  # until cats/files.py is here
     import os
     import tempfile
-
-    from cats.calibration import write_text_atomically
+    from pathlib import Path
 
     def write_bytes_atomically(path: str | Path, content: bytes) -> None:
         """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never a part."""
@@ -25,6 +22,10 @@ except ImportError:  # until cats/files.py is here
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+    def write_text_atomically(path: str | Path, text: str) -> None:
+        """`write_bytes_atomically` of ``text`` in UTF-8."""
+        write_bytes_atomically(path, text.encode())
 
 
 __all__ = ["write_bytes_atomically", "write_text_atomically"]

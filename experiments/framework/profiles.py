@@ -158,6 +158,8 @@ def make_config(experiment: str, name: str, profile: Mapping[str, Any], output: 
         raise ValueError(f"unknown experiment {experiment!r}: allowed are {', '.join(EXPERIMENTS)}")
     if experiment not in profile:
         raise ValueError(f"profile {name} has no table [{experiment}] with the options of this experiment")
+    if not isinstance(profile[experiment], Mapping):
+        raise ValueError(f"{experiment} must be a table of options, not {profile[experiment]!r}")
     table = dict(profile[experiment])
     own = {key: table.pop(key) for key in COMMON if key in table}
     given = {key: profile[key] for key in COMMON if key in profile}

@@ -22,6 +22,8 @@ class Task:
     dtype: torch.dtype
     rows: int
     config: object = None  # a cats_kernels.triton.configs.Config, or None for the chosen one
+    decider: str = "gate"
+    vector: bool = False  # a threshold for each neuron
 
 
 def precompile(tasks: Sequence[Task], workers: int | None = None) -> list[str]:
@@ -29,7 +31,7 @@ def precompile(tasks: Sequence[Task], workers: int | None = None) -> list[str]:
 
     Args:
         tasks: what to compile.
-        workers: processes; default one a CPU, at most 16.
+        workers: processes; by default one per CPU, at most 16.
 
     Returns:
         One message for each task that does not compile or fit the chip: a result, not a failure.
@@ -47,7 +49,9 @@ def _compile(task: Task) -> str:
     x, weight = (torch.empty(n, task.d, dtype=task.dtype, device="meta") for n in (task.rows, task.m))
     config = task.config if isinstance(task.config, Config) else None
     try:
-        call = Call(x, weight, weight, weight, 0.5, "silu", x, target_of(torch.device("cuda", 0)))
+        threshold = torch.empty(task.m, device="meta") if task.vector else 0.5
+        target = target_of(torch.device("cuda", 0))
+        call = Call(x, weight, weight, weight, threshold, "silu", x, target, task.decider)
         for launch in plan(task.variant, call, config):
             launch.compile()
     except Exception as error:

@@ -6,6 +6,10 @@ compete for the same cores, so a call on several threads holds a lock. A call on
 neither the lock nor the interpreter's: a server with a worker per core and ``torch.set_num_threads(1)`` runs them side
 by side.
 
+Where other programs share the cores, OpenMP threads that spin while they wait cost the most.
+``OMP_WAIT_POLICY=passive``, set before torch is imported, took a call from 114 to 32 ms and the dense MLP from 90 to 36
+(two cores with sixteen other runnable threads, d=2048, m=8192, float32, 50 %).
+
 No layer's threads survive a fork. A child whose parent had started them would hang (OpenMP) or abort (numba notices),
 so it computes on one thread, and says so once.
 """

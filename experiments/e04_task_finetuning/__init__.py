@@ -1,0 +1,180 @@
+"""Tables 2 and 3: LoRA fine-tuning on three yes/no tasks; accuracy of each variant and the sparsity left.
+
+Purpose: what sparsity costs after fine-tuning on the task itself. CoLA, SST-2 and BoolQ as instructions answered by yes
+or no (`instructions/*.yaml`); in pocket three tasks of the same forms over the standard library. Thresholds are
+calibrated on samples of the task itself, then fixed. Only the answer is trained on. Accuracy is lm-eval's, over the
+task's test split; every item is kept. The learning rate of the dense model, of CATS and of ReLUfication is chosen for
+each task by short runs and the loss on training items set aside.
+Cost: variants x seeds x tasks short runs, and shorter ones for each learning rate; seven minutes for the pocket model
+on two cores.
+
+    nox -s experiment -- e04 --model PATH_OR_HUB_ID
+    accelerate launch --num_processes 8 -m experiments run e04 --profile paper      # the same batch, split over 8 GPUs
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+import cats
+from cats.evaluation import Tasks, evaluate
+from cats.finetuning import finetune
+from experiments.e04_task_finetuning.subject import IGNORED, TaskSubject, instruction_folder
+from experiments.framework.common_options import SweepOptions, TrainingOptions
+from experiments.framework.config import Config
+from experiments.framework.cost import (
+    FORWARD,
+    OTHER_TASK,
+    TASKS,
+    TRAINING,
+    TRAINING_ITEMS,
+    Cost,
+    evaluation_tokens,
+    memory_per_parameter,
+)
+from experiments.framework.options import Count, Range, Sparsity, Whole
+from experiments.framework.subject import SWEEP_SEED, check, mean
+from experiments.framework.tables import Row, TaskFinetuningRow, TaskFinetuningSample, TaskSweepRow, pack_flags
+from experiments.framework.training import adapted
+from experiments.framework.variants import DENSE, RELUFICATION, Variant, variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TrainingOptions, SweepOptions):
+    """Options of e04.
+
+    Attributes:
+        tasks: names of lm-eval tasks with a training split, or of YAML files in ``include_path``.
+        levels: target sparsities of CATS.
+        limit: test items per task at most; all when None.
+        batch_size: items at once; lowered when memory runs out.
+        length: tokens of an item at most; its end is kept.
+        calibration_items: training items that thresholds are calibrated on, and test items that give the sparsity.
+        train_items: training items per epoch at most.
+        epochs: of training.
+        sweep_items: of the training split, set aside to choose the rate on; each short run has as many others.
+        save_steps: steps between checkpoints.
+        include_path: folder of the user's own lm-eval tasks.
+    """
+
+    tasks: tuple[str, ...]
+    levels: tuple[Sparsity, ...]
+    limit: Annotated[int, Range(2)] | None = None
+    batch_size: Count = 8
+    length: Annotated[int, Range(2)] = 512
+    calibration_items: Count = 200
+    train_items: Count = 1000
+    epochs: Count = 1
+    sweep_items: Whole = 256
+    save_steps: Count = 100
+    include_path: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.learning_rates) > 1 and not self.sweep_items:
+            raise ValueError("sweep_items must be at least 1 with several learning_rates, not 0")
+
+
+def run(config: Config[Options]) -> Iterable[Row]:
+    """Sweep if there are several learning rates, then fine-tune and measure every variant on every task and model."""
+    check(config, instruction_folder)
+    for name in config.models:
+        subject = TaskSubject(config, name)
+        for task in config.progress(config.options.tasks, f"{name} tasks"):
+            yield from measure_task(subject, task)
+
+
+def cost(config: Config[Options]) -> Cost:
+    """Training and evaluation of every variant, seed and task; in the sweep as many items again for the loss."""
+    options = config.options
+    variants = (len(options.levels) + 2) * len(options.seeds)
+    rates = len(options.learning_rates)
+    flops = 0.0
+    for task in options.tasks:
+        tokens = TASKS.get(task, OTHER_TASK)[2]
+        items = min(options.train_items, TRAINING_ITEMS.get(task, options.train_items))
+        flops += variants * TRAINING * options.epochs * items * tokens
+        flops += variants * FORWARD * (evaluation_tokens([task], options.limit) + options.calibration_items * tokens)
+        flops += (TRAINING + FORWARD) * options.sweep_items * tokens * (3 * rates if rates > 1 else 0)
+    return Cost(flops=flops, memory=memory_per_parameter([config.dtype], trains=True))
+
+
+def measure_task(subject: TaskSubject, task: str) -> Iterator[Row]:
+    """All rows of one task."""
+    config, options = subject.config, subject.config.options
+    swept = (DENSE, variant("cats", options.sweep_level), RELUFICATION)
+    rates = dict.fromkeys((v.criterion for v in swept), options.learning_rates[0])
+    for v in swept if len(options.learning_rates) > 1 else ():
+        for row in sweep(subject, task, v):
+            if row.chosen:
+                rates[v.criterion] = row.learning_rate
+            yield row
+    levels = [variant("cats", level) for level in options.levels]
+    runs = [(v, config.seed + seed) for v in (DENSE, *levels, RELUFICATION) for seed in options.seeds]
+    for v, seed in config.progress(runs, f"{subject.name} {task}", len(runs)):
+        compute = partial(measure, subject, task, v, levels, rates[v.criterion], seed)
+        key = f"{subject.name}/{task}/{v.name}/{seed}"
+        yield from config.unit(key, compute, (TaskFinetuningRow, TaskFinetuningSample))
+
+
+def sweep(subject: TaskSubject, task: str, v: Variant) -> list[TaskSweepRow]:
+    """Short runs at each learning rate, over as many items as are set aside; the lowest loss on these is chosen."""
+    rows: list[Any] = []
+    for rate in subject.config.options.learning_rates:
+        key = f"{subject.name}/{task}/{v.name}/rate {rate:g}"
+        rows += subject.config.unit(key, partial(_sweep_one, subject, task, v, rate, key), (TaskSweepRow,))
+    best = min(rows, key=lambda row: row.eval_loss)
+    return [replace(row, chosen=row is best) for row in rows]
+
+
+def _sweep_one(subject: TaskSubject, name: str, v: Variant, rate: float, key: str) -> list[Row]:
+    task, count = subject.tasks[name], subject.config.options.sweep_items
+    data = subject.items(task, "train", count)
+    settings = subject.settings(math.ceil(len(data) / subject.config.options.train_batch_size), rate, SWEEP_SEED)
+    with adapted(subject, v, subject.task_thresholds(name, [v]).get(v), SWEEP_SEED) as model:
+        finetune(model, data, settings, subject.config.workdir(key), collator=subject.collate)
+        loss = answer_loss(model, subject.task_batches(task, "sweep", count))
+    outcome: dict[str, Any] = {"learning_rate": rate, "step": settings.steps, "eval_loss": loss, "chosen": False}
+    return [TaskSweepRow(**subject.columns(v), task=name, **outcome)]
+
+
+@torch.no_grad()
+def answer_loss(model: Any, batches: Iterable[dict[str, Tensor]]) -> float:
+    """Mean loss over the tokens of the answers, in nats."""
+    total, count = 0.0, 0
+    for batch in batches:
+        tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
+        total += tokens * float(model(**{key: value.to(model.device) for key, value in batch.items()}).loss)
+        count += tokens
+    return total / count
+
+
+def measure(
+    subject: TaskSubject, name: str, v: Variant, levels: Sequence[Variant], rate: float, seed: int
+) -> list[Row]:
+    """Fine-tune one variant on one task and measure it."""
+    options, task = subject.config.options, subject.tasks[name]
+    data = subject.items(task, "train", options.train_items)
+    steps = math.ceil(options.epochs * len(data) / options.train_batch_size)
+    with adapted(subject, v, subject.task_thresholds(name, levels).get(v), seed) as model:
+        workdir = subject.config.workdir(f"{subject.name}/{name}/{v.name}/{seed}")
+        saved = range(options.save_steps, steps, options.save_steps)
+        finetune(model, data, subject.settings(steps, rate, seed), workdir, saved, collator=subject.collate)
+        (result,) = evaluate(model, subject.tokenizer, Tasks({name: task}), options.limit, options.batch_size)
+        test = subject.task_batches(task, "test", options.calibration_items)
+        measured = mean(cats.measure_sparsity(model, test).values())
+    who = {**subject.columns(v), "task": name, "seed": seed}
+    row = TaskFinetuningRow(
+        **who,
+        accuracy=result.accuracy,
+        stderr=result.stderr,
+        items=result.items,
+        sparsity_target=v.sparsity,
+        sparsity_measured=measured,
+        chance=result.chance,
+    )
+    return [row, TaskFinetuningSample(**who, correct=pack_flags(result.correct))]

@@ -1,0 +1,98 @@
+"""Words for the protocol table: what a run did, read off its tables and its provenance, beside what the paper did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from string import Formatter
+from typing import Any
+
+import pandas as pd
+
+from experiments.framework.tables import Row
+from reports.core import style
+from reports.core.document import escape
+from reports.core.load import Run
+from reports.core.section import Section
+
+Words = Callable[[Run], str]
+
+
+def of(row_type: type[Row], words: Callable[[pd.DataFrame], str]) -> Words:
+    """Words from one table; nothing for a run without it."""
+
+    def say(run: Run) -> str:
+        table = run.table(row_type)
+        return "" if table is None else words(table)
+
+    return say
+
+
+def values(table: pd.DataFrame, column: str) -> str:
+    """The distinct values of a column; numbers are whole ones."""
+    distinct = table[column].dropna().unique()
+    if table[column].dtype == float:
+        return ", ".join(f"{value:.0f}" for value in sorted(distinct))
+    names = (style.model_name(style.task_name(style.dtype_name(str(value)))) for value in distinct)
+    return ", ".join(dict.fromkeys(names))
+
+
+def span(table: pd.DataFrame, column: str) -> str:
+    """`24` or `24 to 150`."""
+    low, high = table[column].min(), table[column].max()
+    return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
+
+
+def options(run: Run, experiment: str) -> dict[str, Any]:
+    """The options of the profile, as recorded, and where the text came from (`source`)."""
+    settings: dict[str, Any] = run.provenance.get(experiment, {}).get("settings") or {}
+    data = settings.get("data") or {}
+    return {"source": data.get("path") or data.get("source"), **(settings.get("options") or {})}
+
+
+def phrases(experiment: str, *templates: str) -> Words:
+    """Phrases with the options filled in, `{length} tokens`; those whose options were not recorded are left out."""
+
+    def say(run: Run) -> str:
+        recorded = {name: style.listed(value) for name, value in options(run, experiment).items()}
+        wanted = [(phrase, [name for _, name, _, _ in Formatter().parse(phrase) if name]) for phrase in templates]
+        return "; ".join(
+            phrase.format(**recorded) for phrase, names in wanted if all(recorded.get(name) for name in names)
+        )
+
+    return say
+
+
+def tasks_and_items(table: pd.DataFrame) -> str:
+    """`8 tasks: ...; 150 items each`, of a table in the layout of e02."""
+    part = table[table["metric"] == "acc"]
+    return f"{part['task'].nunique()} tasks: {values(part, 'task')}; {span(part, 'items')} items each"
+
+
+def swept(table: pd.DataFrame) -> str:
+    """For which variants a learning rate was swept, and what that means for the dense model."""
+    names = [style.variant_name(str(name)) for name in table["variant"].unique()]
+    own = "" if "dense" in set(table["variant"]) else "; the base model takes that of CATS, which favours CATS"
+    return f"swept for {', '.join(names)}{own}"
+
+
+CALIBRATION = ("{calibration_blocks} blocks of {length} tokens, text: {source}",)
+TRAINING = (
+    "LoRA with the {lora}'s settings",
+    "batch {train_batch_size}",
+    "weight decay {weight_decay}",
+    "{warmup_steps} warm-up steps",
+)
+
+
+def protocol(section: Section, runs: list[Run]) -> pd.DataFrame:
+    """A row per aspect: the paper's, then each run's. Runs that did the same share a column."""
+    ours: dict[tuple[str, ...], list[str]] = {}
+    for run in runs:
+        said = tuple(escape(aspect.ours(run)) or style.DASH for aspect in section.protocol)
+        ours.setdefault(said, []).append(escape(run.label))
+    columns = {", ".join(labels): list(said) for said, labels in ours.items()}
+    first = {
+        "": [aspect.name for aspect in section.protocol],
+        "The paper": [escape(aspect.paper) for aspect in section.protocol],
+    }
+    return pd.DataFrame({**first, **columns})

@@ -1,0 +1,114 @@
+"""The rule of C9: generation throughput."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from experiments.framework.tables import ThroughputRow
+from reports.core.load import Run, paper_model
+from reports.core.provenance import processor
+from reports.core.style import dtype_name, model_name, percent, times, times_range
+from reports.core.verdicts import GPU, NOT_TESTED, UNDECIDED, Finding, decide, untested
+from reports.measures.generation import BENCH, figure_4, over_lengths, pairs
+
+BARS = {"Llama2-7B": 1.18, "Mistral-7B": 1.21}
+PAPER_LOOP = "eager"
+FLOATS = ("float32", "bfloat16", "float16")  # quantised weights are no condition of the paper
+TUNED = {GPU: "graph-tuned", "CPU": "compiled"}  # the loop in which dense has its strongest form
+EAGER_ASPECT, FASTEST_ASPECT = "eager loop, as in the paper", "fastest loop"
+
+
+def c9_generation(run: Run) -> list[Finding]:
+    """Holds here if CATS-50 generates at batch 1 at least 1.18 (Llama2-7B) or 1.21 (Mistral-7B) times the tokens per
+    second of dense, in the geometric mean over generated lengths; once in the paper's loop (eager), once in the loop in
+    which dense is fastest.
+
+    Lengths of one prompt and repeat count once, and the error is over prompts and repeats (Student's t): undecided with
+    a single prompt, or with a single repeat, where the drift from run to run is unknown. Models with fewer layers than
+    published decide nothing, nor do models without a figure in the paper. The fastest loop is undecided where dense was
+    not timed in its strongest form (graph-tuned on a GPU, compiled on a CPU).
+    """
+    table = run.table(ThroughputRow)
+    if table is None:
+        return []
+    at = figure_4(pairs(table[table["dtype"].isin(FLOATS)]))
+    bench = [name for name in BENCH if name not in ("loop", "attention")]
+    findings = []
+    for _, part in at.groupby(bench, sort=False):
+        part = _strongest_attention(part)
+        loops = _by_dense_speed(part)
+        if problem := _undecidable(part):
+            shown = [_finding(run, part[part["loop"] == loop], "") for loop in loops]
+            findings += [replace(finding, verdict=NOT_TESTED, reason=problem) for finding in shown]
+            continue
+        chosen = [(EAGER_ASPECT, PAPER_LOOP)] if PAPER_LOOP in loops else []
+        chosen.append((FASTEST_ASPECT, loops[0]))
+        if PAPER_LOOP not in loops:
+            findings.append(replace(_named(run, part), aspect=EAGER_ASPECT, reason="the eager loop was not timed"))
+        for aspect, loop in chosen:
+            findings.append(_judged(_finding(run, part[part["loop"] == loop], aspect), part, loop, loops))
+    return findings
+
+
+def _undecidable(part: pd.DataFrame) -> str:
+    """Why this model cannot decide the claim; nothing where it can."""
+    first = part.iloc[0]
+    if first["layers"] != first["model_layers"]:
+        return f"{first['layers']:.0f} of {first['model_layers']:.0f} layers: shown, decides nothing"
+    known = paper_model(str(first["model"])) in BARS
+    return "" if known else "the paper gives no figure for this model"
+
+
+def _strongest_attention(part: pd.DataFrame) -> pd.DataFrame:
+    """Where a loop was timed with several kinds of attention: that with which dense is fastest."""
+    rates = np.log(part.set_index(["loop", "attention"])["dense_tokens_per_second"]).groupby(level=[0, 1]).mean()
+    best = set(rates.groupby(level=0).idxmax())
+    return part[[pair in best for pair in zip(part["loop"], part["attention"], strict=True)]]
+
+
+def _by_dense_speed(part: pd.DataFrame) -> list[str]:
+    """The loops, that in which dense is fastest first; compared at the lengths that all have, if there are any."""
+    common = part.groupby("generated_tokens")["loop"].transform("nunique") == part["loop"].nunique()
+    rates = np.log((part[common] if common.any() else part).set_index("loop")["dense_tokens_per_second"])
+    return [str(loop) for loop in rates.groupby(level=0).mean().sort_values(ascending=False).index]
+
+
+def _named(run: Run, part: pd.DataFrame) -> Finding:
+    """A finding without verdict that says what was measured."""
+    first = part.iloc[0]
+    condition = dtype_name(str(first["dtype"]))
+    if first["layers"] != first["model_layers"]:
+        condition += f", {first['layers']:.0f} of {first['model_layers']:.0f} layers"
+    return untested(model_name(str(first["model"])), "", processor(run, str(first["machine"])), condition=condition)
+
+
+def _finding(run: Run, part: pd.DataFrame, aspect: str) -> Finding:
+    """The measured ratio in one loop, without a verdict."""
+    ratio, first = over_lengths(part), part.iloc[0]
+    finding = _named(run, part)
+    lengths = [of["log_ratio"].mean() for _, of in part.groupby("generated_tokens")]
+    ends = times_range(math.exp(min(lengths)), math.exp(max(lengths)))
+    ours = f"{times(ratio.value)} in the loop {first['loop']} (lengths {ends})"
+    uncertainty = f"{times_range(ratio.low, ratio.high)}, " if ratio.known else ""
+    uncertainty += f"{ratio.how}; measured sparsity {percent(part['sparsity_measured'].mean())}"
+    return replace(finding, aspect=aspect, ours=ours, uncertainty=uncertainty)
+
+
+def _judged(finding: Finding, part: pd.DataFrame, loop: str, loops: list[str]) -> Finding:
+    """The finding with its verdict, from the rows of all loops of one model."""
+    part = part[part["loop"] == loop]
+    bar = BARS[paper_model(finding.model) or ""]
+    verdict, reason = decide([(f"the bar of {bar:.2f}x", over_lengths(part).shifted(-bar))])
+    finding = replace(finding, verdict=verdict, reason=reason)
+    if part["prompt"].nunique() < 2:
+        return replace(finding, verdict=UNDECIDED, reason="a single prompt")
+    if part["repeat"].nunique() < 2:
+        return replace(finding, verdict=UNDECIDED, reason="a single repeat: drift from run to run is unknown")
+    tuned = TUNED[finding.column]
+    if finding.aspect == FASTEST_ASPECT and tuned not in loops:
+        return replace(finding, verdict=UNDECIDED, reason=f"dense was not timed in the loop {tuned}")
+    return finding

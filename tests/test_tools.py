@@ -1,0 +1,396 @@
+"""Tools and families around a patched model: the masked function, or one sentence. docs/OWN_MODEL.md lists them."""
+
+import copy
+import re
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils import parameters_to_vector, parametrize, prune
+
+import cats
+from cats.structure import parts_of
+
+from .conftest import TINY, masked_reference_logits, tiny_model
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids).logits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# families
+
+
+OTHER_NAMES = {  # (gate, up, down, activation) by family; None where there is none
+    "Llama": ("gate_proj", "up_proj", "down_proj", "act_fn"),
+    "Phi3": ("gate_up_proj", None, "down_proj", "activation_fn"),
+    "Lfm2": ("w1", "w3", "w2", None),
+}
+
+
+@pytest.mark.parametrize("family", OTHER_NAMES)
+@pytest.mark.parametrize("criterion", ["cats", "up-norm", "teal"])
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_projections_are_told_apart_by_their_role(family: str, criterion: str, kernel: str, batches, operator_calls):
+    if kernel == "auto" and criterion == "teal":
+        pytest.skip("no kernel")
+    extra = {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False}
+    model = tiny_model(family, **(extra if family == "Lfm2" else {}))
+    mlps = cats.gated_mlps(model)
+    of = parts_of(next(iter(mlps.values())))
+    assert (of.gate, of.up, of.down, of.activation) == OTHER_NAMES[family] and len(mlps) == 3
+    thresholds = cats.calibrate(model, batches, 0.5, criterion=criterion)
+    before = {name: type(module) for name, module in model.named_modules()}
+    ids = batches[0]["input_ids"][:1, :5]
+    reference, dense = copy.deepcopy(model).double(), logits(model, ids)
+    for name, mlp in cats.gated_mlps(reference).items():
+
+        def forward(x, mlp=mlp, name=name, of=of):
+            def masked(site: str, key: str, v: torch.Tensor) -> torch.Tensor:
+                t = getattr(thresholds, site).get(key)
+                return v if t is None else v * (v.abs() >= t)
+
+            def into(part: str) -> torch.Tensor:
+                return masked("mlp_linears", f"{name}.{part}", x) @ getattr(mlp, part).weight.T
+
+            g, u = into(of.gate).chunk(2, -1) if of.up is None else (into(of.gate), into(of.up))
+            h = masked("gate", name, nn.functional.silu(g)) * masked("up", name, u)
+            return masked("mlp_linears", f"{name}.{of.down}", h) @ getattr(mlp, of.down).weight.T
+
+        mlp.forward = forward
+    expected = logits(reference, ids)
+    cats.apply(model, thresholds, kernel)
+    assert error(logits(model, ids), expected) < 1e-5 and error(dense, expected) > 1e-2
+    assert len(operator_calls) == (3 if kernel == "auto" else 0)
+    assert error(logits(copy.deepcopy(model), ids), expected) < 1e-5
+    assert all(abs(f - 0.5) < 0.1 for f in cats.measure_sparsity(model, batches).values())
+    cats.remove(model)
+    assert torch.equal(logits(model, ids), dense)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+class Renamed(nn.Module):
+    """Equation 1 with names of nobody, in an unusual order, and d = m."""
+
+    def __init__(self, width: int = 24, act: str = "gelu") -> None:
+        super().__init__()
+        self.out, self.b, self.a = (nn.Linear(width, width, False) for _ in range(3))
+        self.act = act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(getattr(nn.functional, self.act)(self.a(x)) * self.b(x))
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "relu"])
+def test_parts_are_found_by_running_the_block(act: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict({"block": Renamed(act=act)}), torch.randn(3, 24)
+    of = parts_of(cats.gated_mlps(model)["block"])
+    assert (of.gate, of.up, of.down, type(of.function).__name__.lower()) == ("a", "b", "out", act)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cats.apply(model, cats.Thresholds(0.5, {"block": 0.3}))
+    block = model["block"]
+    v = getattr(nn.functional, act)(block.a(x))
+    assert torch.allclose(block(x), block.out(v * (v.abs() >= 0.3) * block.b(x)), atol=1e-6)
+    cats.remove(model)
+    assert torch.equal(block(x), block.out(v * block.b(x))) and type(block) is Renamed
+
+
+def test_blocks_that_only_look_alike_are_none() -> None:
+    class Bilinear(Renamed):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.a(x) * self.b(x))
+
+    for block in (Bilinear(), nn.Sequential(nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 4))):
+        with pytest.raises(ValueError, match="has no gated MLP"):
+            cats.gated_mlps(nn.ModuleDict({"block": block}))
+
+
+@pytest.mark.parametrize(
+    ("family", "extra"),
+    [
+        ("Mixtral", {"num_local_experts": 4}),
+        ("Qwen3Moe", {"moe_intermediate_size": 16, "num_experts": 4, "head_dim": 8}),
+        ("Olmoe", {"num_experts": 4}),
+    ],
+)
+def test_stacked_experts_are_not_yet_supported(family: str, extra: dict) -> None:
+    config = getattr(transformers, f"{family}Config")(**{**TINY, **extra})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"is a mixture of experts, stacked in .*, which is not yet supported"):
+        cats.gated_mlps(model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# wrapped and quantised modules
+
+
+def dense_masked(model: nn.Module, thresholds: cats.Thresholds, reason: str) -> None:
+    """Apply, expecting the warning that names ``reason``."""
+    with pytest.warns(UserWarning, match=f"run on the dense masked path, without speed-up .*{reason}"):
+        cats.apply(model, thresholds)
+
+
+@pytest.mark.parametrize("criterion", ["cats", "gate-norm", "up-norm", "wina"])
+def test_dynamically_quantised(criterion: str, llama: nn.Module, batches: list) -> None:
+    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(llama), {nn.Linear}, dtype=torch.qint8)
+    assert not list(quantised.model.layers[0].mlp.parameters())
+    ids = batches[0]["input_ids"][:1, :4]
+    thresholds = cats.calibrate(quantised, batches, 0.8, criterion=criterion)
+    assert thresholds.sites.keys() == cats.calibrate(llama, batches, 0.8, criterion=criterion).sites.keys()
+    dense = logits(quantised, ids)
+    dense_masked(quantised, thresholds, "runs as masks" if criterion == "wina" else "not torch's nn.Linear")
+    masked = logits(quantised, ids)
+    cats.apply(llama, thresholds, "reference")
+    assert error(masked, logits(llama, ids)) < error(masked, dense) / 2
+    assert all(abs(f - 0.8) < 0.1 for f in cats.measure_sparsity(quantised, batches).values())
+    with pytest.raises(ValueError, match=r'kernel="cpu" cannot serve model\.layers\.0\.mlp'):
+        cats.apply(quantised, thresholds, "cpu")
+    cats.remove(quantised)
+    assert torch.equal(logits(quantised, ids), dense)
+
+
+class Int8Linear(nn.Module):
+    """As GPTQ and bitsandbytes hold weights: integers and scales, nothing floating but buffers."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scales = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scales", scales)
+        self.weight = nn.Parameter((linear.weight.detach() / scales).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.weight.to(x.dtype) * self.scales).T
+
+
+@pytest.mark.parametrize("criterion", ["cats", "up-norm"])
+def test_integer_weights_of_others(criterion: str, llama: nn.Module, batches: list) -> None:
+    rounded = copy.deepcopy(llama)
+    for mlp in (*cats.gated_mlps(llama).values(),):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(mlp, name, Int8Linear(getattr(mlp, name)))
+    for name, linear in llama.named_modules():
+        if isinstance(linear, Int8Linear):
+            rounded.get_submodule(name).weight.data = linear.weight.float() * linear.scales
+    thresholds = cats.calibrate(llama, batches, 0.6, criterion=criterion)
+    own = cats.calibrate(rounded, batches, 0.6, criterion=criterion)
+    site = "up" if criterion == "up-norm" else "gate"
+    for name, t in getattr(own, site).items():
+        assert torch.allclose(torch.as_tensor(getattr(thresholds, site)[name]), torch.as_tensor(t), rtol=2e-3)
+    dense_masked(llama, thresholds, "Int8Linear, not torch's nn.Linear")
+    cats.apply(rounded, thresholds, "reference")
+    ids = batches[0]["input_ids"][:1, :4]
+    assert error(logits(llama, ids), logits(rounded, ids)) < 1e-4
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("first", ["tool", "patch"])
+@pytest.mark.parametrize("tool", ["parametrize", "prune", "weight_norm", "bias"])
+def test_weights_computed_by_others(tool: str, first: str, llama: nn.Module, batches: list, operator_calls) -> None:
+    def put(model: nn.Module) -> None:
+        for mlp in cats.gated_mlps(model).values():
+            if tool == "parametrize":
+                parametrize.register_parametrization(mlp.down_proj, "weight", Doubled())
+            elif tool == "prune":
+                prune.random_unstructured(mlp.up_proj, "weight", 0.5)
+            elif tool == "weight_norm":
+                nn.utils.weight_norm(mlp.gate_proj)
+            else:
+                mlp.gate_proj.bias = nn.Parameter(torch.full((88,), 0.2))
+
+    if tool == "bias" and first == "patch":
+        pytest.skip("a bias that comes later changes the model itself")
+    ids, plain = batches[0]["input_ids"][:1, :4], copy.deepcopy(llama)
+    thresholds = cats.calibrate(llama, batches, 0.6)
+    for model, kernel in ((llama, "auto"), (plain, "reference")):
+        torch.manual_seed(0)
+        if first == "tool":
+            put(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cats.apply(model, thresholds, kernel)
+        if first == "patch":
+            put(model)
+    assert torch.allclose(logits(llama, ids), logits(plain, ids), atol=1e-5) and operator_calls == []
+    if first == "tool":
+        dense_masked(llama, thresholds, "a projection")
+    cats.remove(llama)
+    cats.remove(plain)
+    assert torch.allclose(logits(llama, ids), logits(plain, ids), atol=1e-5)
+
+
+PEFT = {
+    "lora": peft.LoraConfig(r=2, target_modules=["gate_proj", "down_proj"], init_lora_weights=False),
+    "dora": peft.LoraConfig(r=2, target_modules=["up_proj", "down_proj"], use_dora=True, init_lora_weights=False),
+    "all-linear": peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"),
+    "ia3": peft.IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
+    ),
+    "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("form", PEFT)
+@pytest.mark.parametrize("criterion", ["cats", "up-norm"])
+def test_peft_in_all_forms(form: str, criterion: str, llama: nn.Module, batches: list) -> None:
+    """Patched before and after the adapters come: the same, and what is written out by hand."""
+    ids = batches[0]["input_ids"][:1, :4]
+    thresholds = cats.calibrate(llama, batches, 0.6, criterion=criterion)
+    before, after = copy.deepcopy(llama), copy.deepcopy(llama)
+    cats.apply(before, thresholds)
+    wrapped = []
+    for model in (before, after, llama):
+        torch.manual_seed(0)
+        wrapped.append(peft.get_peft_model(model, PEFT[form]).eval())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cats.apply(wrapped[1], thresholds)
+    for mlp in cats.gated_mlps(wrapped[2]).values():
+
+        def forward(x, mlp=mlp, t=None):
+            a, u = mlp.act_fn(mlp.gate_proj(x)), mlp.up_proj(x)
+            return mlp.down_proj(a * u * ((u if criterion == "up-norm" else a).abs() >= t))
+
+        name = next(n for n, other in cats.gated_mlps(wrapped[2]).items() if other is mlp)
+        t = (thresholds.up or thresholds.gate)[name]
+        mlp.forward = lambda x, forward=forward, t=t: forward(x, t=t)
+    expected = logits(wrapped[2], ids)
+    assert error(logits(wrapped[0], ids), expected) < 1e-5 and error(logits(wrapped[1], ids), expected) < 1e-5
+    assert list(cats.gated_mlps(wrapped[1])) == list(thresholds.up or thresholds.gate)
+    if form in ("lora", "dora", "all-linear", "ia3"):
+        assert error(logits(wrapped[0].merge_and_unload(), ids), expected) < 1e-4
+    cats.remove(wrapped[1])
+    assert not any("cats" in name for name, _ in wrapped[1].named_modules())
+
+
+def test_data_parallel(llama: nn.Module, batches: list) -> None:
+    ids = batches[0]["input_ids"][:2, :4]
+    thresholds = cats.calibrate(llama, batches, 0.6)
+    expected = masked_reference_logits(llama, ids, thresholds)
+    wrapped = nn.DataParallel(llama)
+    assert cats.calibrate(wrapped, batches, 0.6) == thresholds
+    cats.apply(wrapped, thresholds)
+    assert error(logits(wrapped, ids), expected) < 1e-5
+    assert cats.measure_sparsity(wrapped, batches) == cats.measure_sparsity(llama, batches)
+    mlp, x = llama.model.layers[0].mlp, torch.randn(1, 2, 32)
+    replica = mlp._replicate_for_data_parallel()  # as on a second GPU, where weights are plain tensors
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        linear = getattr(mlp, name)._replicate_for_data_parallel()
+        linear.weight, linear.bias = getattr(mlp, name).weight.detach().clone(), None
+        replica._modules[name] = linear
+    with torch.no_grad():
+        assert not list(replica.parameters()) and torch.allclose(replica(x), mlp(x), atol=1e-6)
+    cats.remove(wrapped)
+    assert type(llama.model.layers[0].mlp).__name__ == "LlamaMLP"
+
+
+@pytest.fixture
+def process_group(tmp_path: Path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("first", ["fsdp", "patch"])
+@pytest.mark.parametrize("criterion", ["cats", "up-norm"])
+def test_fully_sharded(first: str, criterion: str, llama: nn.Module, batches: list) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    ids, twin = batches[0]["input_ids"][:1, :4], copy.deepcopy(llama)
+    thresholds, mesh = cats.calibrate(llama, batches, 0.6, criterion=criterion), init_device_mesh("cpu", (1,))
+    dense = logits(llama, ids)
+    cats.apply(twin, thresholds, "reference")
+    expected = logits(twin, ids)
+    if first == "patch":
+        cats.apply(llama, thresholds, "reference")
+    for layer in llama.model.layers:
+        fully_shard(layer.mlp, mesh=mesh)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(llama, mesh=mesh)
+    if first == "fsdp":
+        assert cats.calibrate(llama, batches, 0.6, criterion=criterion) == thresholds
+        dense_masked(llama, thresholds, "DTensor")
+    assert error(logits(llama, ids), expected) < 1e-5
+    cats.remove(llama)
+    assert error(logits(llama, ids), dense) < 1e-5
+    assert not any(name.startswith("CATS") or "CATS" in name for name in (type(m).__name__ for m in llama.modules()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dtypes and layout
+
+
+@pytest.mark.parametrize("criterion", ["cats", "up-norm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_gives_the_dtype_of_the_dense_block(criterion: str, dtype: torch.dtype, llama, batches) -> None:
+    llama.to(dtype)
+    mlp, x = llama.model.layers[0].mlp, torch.randn(1, 2, 32).to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        dense = mlp(x)
+    cats.apply(llama, cats.calibrate(llama, batches, 0.6, criterion=criterion))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        sparse = mlp(x)
+    assert sparse.dtype == dense.dtype == torch.bfloat16
+    cats.apply(llama, cats.calibrate(llama, batches, 0.6, criterion=criterion), "reference")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert error(sparse, mlp(x)) < 0.05
+
+
+def test_the_way_round_the_transposed_parameter(tmp_path: Path, llama: nn.Module, batches: list) -> None:
+    """One storage has one order: rows per neuron for the kernel, or (d, m) for what insists on contiguous parameters.
+
+    The documented ways: ``state_dict()`` for saving, ``kernel="reference"`` for everything else.
+    """
+    before = {name: value.clone() for name, value in llama.state_dict().items()}
+    thresholds = cats.calibrate(llama, batches, 0.6)
+    cats.apply(llama, thresholds)
+    down = llama.model.layers[0].mlp.down_proj.weight
+    assert not down.is_contiguous() and down.t().is_contiguous()
+    save_file(llama.state_dict(), tmp_path / "saved.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in load_file(tmp_path / "saved.safetensors").items())
+    cats.apply(llama, thresholds, kernel="reference")
+    assert llama.model.layers[0].mlp.down_proj.weight is down and down.is_contiguous()
+    save_file(dict(llama.named_parameters()), tmp_path / "saved.safetensors")
+    vector = parameters_to_vector(llama.parameters())
+    assert vector.numel() == sum(p.numel() for p in llama.parameters())
+    optimizer = torch.optim.LBFGS(llama.parameters(), max_iter=1)
+    ids = batches[0]["input_ids"]
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = llama(ids, labels=ids).loss
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    prune.l1_unstructured(llama.model.layers[0].mlp.down_proj, "weight", 0.1)
+
+
+def test_bad_batches_and_ids_are_one_sentence(llama: nn.Module) -> None:
+    with pytest.raises(ValueError, match="no tokens to look at"):
+        cats.calibrate(llama, [torch.zeros(0, 5, dtype=torch.long)])
+    with pytest.raises(ValueError, match="input_ids must lie in 0 to 63"):
+        cats.calibrate(llama, [torch.full((1, 4), 64)])
+    with pytest.raises(TypeError, match=re.escape("input_ids must be whole numbers, not torch.float32")):
+        cats.calibrate(llama, [torch.zeros(1, 4)])
