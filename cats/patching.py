@@ -292,7 +292,7 @@ def _check_fit(model: nn.Module, thresholds: Thresholds) -> None:
     if missing or unknown:
         raise ValueError(
             "these thresholds were made for another model: "
-            f"they lack {', '.join(missing) or 'none'} of its layers, and it lacks {', '.join(unknown) or 'none'}"
+            f"they lack {', '.join(dict.fromkeys(missing)) or 'none'} of its layers, and it lacks {', '.join(unknown) or 'none'}"
         )
 
 

@@ -1,7 +1,7 @@
 """Which criterion keeps the most quality at the same bytes: every criterion of `cats.criteria`, on one model after another.
 
-Purpose: the printed comparisons of training-free criteria contradict each other. Here all of them run as float32 masks
-on the same model, text and tasks, at levels that read the same bytes per token: neuron criteria at k, input criteria
+Purpose: the printed comparisons of training-free criteria contradict each other. Here all of them run as masks, compared
+in float32, on the same model, text and tasks, at levels that read the same bytes per token: neuron criteria at k, input criteria
 (teal, wina) at 2k/3 of the MLPs' inputs, and once more over attention and MLPs at the bytes of the model. Random is the
 floor and oracle the ceiling. What is skipped is measured on held-out text; a row whose sparsity misses its target by
 more than a point says so (``on_target``). Differences from the dense model and from cats are paired.
@@ -146,7 +146,9 @@ def measure(subject: Comparison, case: Case, dense: Samples | None, versus: Samp
     torch.manual_seed(config.seed)  # of criteria that draw at random
     losses, skipped = losses_and_skipped(model, subject.heldout_on_device)
     if not math.isfinite(mean(losses)):
-        raise ValueError(f"the loss of {case.key} on held-out text is {mean(losses)}: the model is broken in this dtype")
+        raise ValueError(
+            f"the loss of {case.key} on held-out text is {mean(losses)}: the model is broken in this dtype"
+        )
     results = subject.evaluate(model) if config.options.tasks else []
     measurement = Measurement(0.0, results, losses, config.options.length)
     return _rows(subject, case, measurement, skipped, dense, versus)
