@@ -290,9 +290,10 @@ def _check_fit(model: nn.Module, thresholds: Thresholds) -> None:
                     f"{site} has {len(value)} of them for {name}, which has {widths[name]} values"
                 )
     if missing or unknown:
+        missing = list(dict.fromkeys(missing))
         raise ValueError(
             "these thresholds were made for another model: "
-            f"they lack {', '.join(dict.fromkeys(missing)) or 'none'} of its layers, and it lacks {', '.join(unknown) or 'none'}"
+            f"they lack {', '.join(missing) or 'none'} of its layers, and it lacks {', '.join(unknown) or 'none'}"
         )
 
 

@@ -17,7 +17,7 @@ from cats.criteria.base import Searched
 from cats.equation import GatedMLP, activation_of, gate_and_up
 from cats.histogram import Histogram
 from cats.observe import Batches, observe
-from cats.structure import eval_mode, execution_device, gated_mlps, parts_of
+from cats.structure import eval_mode, gated_mlps, parts_of
 from cats.thresholds import Value
 
 SAMPLE = 2048
@@ -112,8 +112,8 @@ def candidates(path: str, mlp: GatedMLP, x: Tensor, targets: Sequence[float]) ->
             histogram = Histogram(x.device)
             try:
                 histogram.add(magnitude if weights is None else magnitude * weights)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+            except ValueError as broken:
+                raise ValueError(f"{path}: {broken}") from broken
             for target in targets:
                 quantile = histogram.threshold(target)
                 value = quantile if weights is None or quantile == 0 else quantile / weights

@@ -39,8 +39,8 @@ class Thresholds:
     Attributes:
         sparsity: the target k in [0, 1).
         gate, up: module path of an MLP to the threshold of ``act(x W_gate)`` or ``x W_up``; the one that is given for
-            an MLP decides there. A value is a number, or a float32 vector (m,) on the CPU with one threshold per neuron; infinity in
-            a vector skips the neuron always.
+            an MLP decides there. A value is a number, or a float32 vector (m,) on the CPU with one threshold per
+            neuron; infinity in a vector skips the neuron always.
         neurons: module path of an MLP to the parameter of a criterion that masks ``act(x W_gate) * (x W_up)``.
         attention_input, mlp_input: module path of a block to the threshold of its input (appendix B).
         mlp_linears, attention_linears: module path of a linear layer to the threshold of its input.

@@ -37,7 +37,7 @@ def plain_errors(mlp: nn.Module, x: torch.Tensor, sparsity: float) -> dict[tuple
         weights = {"none": 1.0, "rms": rms(other), "rms and norm": rms(other) * down.norm(dim=0)}[kind]
         score = v.abs() * weights
         lost = a * u * (score < torch.quantile(score.flatten()[: 2**24], sparsity))
-        errors[side, kind] = float(((lost @ down.T).square().sum() / ((a * u) @ down.T).square().sum()))
+        errors[side, kind] = float((lost @ down.T).square().sum() / ((a * u) @ down.T).square().sum())
     return errors
 
 

@@ -1,10 +1,11 @@
-"""Which criterion keeps the most quality at the same bytes: every criterion of `cats.criteria`, on one model after another.
+"""Which criterion keeps the most quality at the same bytes: every criterion of `cats.criteria` on the same model.
 
-Purpose: the printed comparisons of training-free criteria contradict each other. Here all of them run as masks, compared
-in float32, on the same model, text and tasks, at levels that read the same bytes per token: neuron criteria at k, input criteria
-(teal, wina) at 2k/3 of the MLPs' inputs, and once more over attention and MLPs at the bytes of the model. Random is the
-floor and oracle the ceiling. What is skipped is measured on held-out text; a row whose sparsity misses its target by
-more than a point says so (``on_target``). Differences from the dense model and from cats are paired.
+Purpose: the printed comparisons of training-free criteria contradict each other. Here all of them run as masks,
+compared in float32, on the same model, text and tasks, at levels that read the same bytes per token: neuron criteria at
+k, input criteria (teal, wina) at 2k/3 of the MLPs' inputs, and once more over attention and MLPs at the bytes of the
+model. Random is the floor and oracle the ceiling. What is skipped is measured on held-out text; a row whose sparsity
+misses its target by more than a point says so (``on_target``). Differences from the dense model and from cats are
+paired.
 Cost: one calibration per family of criteria whatever the number of levels, then a pass over the held-out text and an
 evaluation of the tasks per criterion and level; a minute for the pocket model on two cores without tasks.
 
@@ -124,7 +125,7 @@ class Comparison(Subject):
 
 
 def _family(case: Case) -> tuple[object, ...]:
-    """Cases that share it share a calibration: criteria of one kind and scope; one that has a search of its own is alone."""
+    """Cases that share it share a calibration: criteria of one kind and scope; one with a search of its own is alone."""
     if case == DENSE_CASE:
         return (case.criterion,)
     own = case.criterion if get(case.criterion).searches else ""
