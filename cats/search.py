@@ -1,8 +1,9 @@
 """Choosing, for each MLP, which product decides and with what weights, by the error of its output; see `cats.search`.
 
 One pass over the text keeps a sample of each MLP's inputs. Layer by layer the products are formed again from them, and
-for every candidate and target the part of the output that would be lost is computed: its size relative to the output,
-over all sampled tokens, is the error. Float32 scores are compared as `cats.apply` compares them.
+for every candidate and target the part of the output that would be lost is computed: its squared norm relative to the
+output's, token by token, is the error, so that a few tokens with large outputs do not decide. Float32 scores are
+compared as `cats.apply` compares them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,7 +34,7 @@ class Choice:
     Attributes:
         side: the product that decides.
         weights: one of `WEIGHTS`.
-        error: squared norm of what is lost of the output, over the squared norm of the output.
+        error: squared norm of what is lost of a token's output over that of the output, the mean over tokens.
         value: the threshold, as `cats.Thresholds` holds it.
     """
 
@@ -103,7 +104,7 @@ def candidates(path: str, mlp: GatedMLP, x: Tensor, targets: Sequence[float]) ->
     values = {"gate": _inner(mlp)(gate), "up": up}
     neurons = values["gate"] * up
     nothing = down.forward(torch.zeros_like(neurons[:1])).float()  # forward: a mask on its input must not act
-    whole = (down.forward(neurons).float() - nothing).square().sum()
+    whole = (down.forward(neurons).float() - nothing).square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     norms = column_norms(down).to(x.device)
     for side, other in (SIDES, SIDES[::-1]):
         magnitude = values[side].float().abs()
@@ -118,7 +119,7 @@ def candidates(path: str, mlp: GatedMLP, x: Tensor, targets: Sequence[float]) ->
                 quantile = histogram.threshold(target)
                 value = quantile if weights is None or quantile == 0 else quantile / weights
                 lost = down.forward(neurons.masked_fill(magnitude >= value, 0.0)).float() - nothing
-                error = float(lost.square().sum() / whole) if whole > 0 else 0.0
+                error = float((lost.square().sum(-1) / whole).mean())
                 kept = value.cpu() if isinstance(value, Tensor) else value
                 yield target, Choice(side, kind, error, kept)
 

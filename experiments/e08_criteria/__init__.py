@@ -125,7 +125,7 @@ class Comparison(Subject):
 
 
 def _family(case: Case) -> tuple[object, ...]:
-    """Cases that share it share a calibration: criteria of one kind and scope; one with a search of its own is alone."""
+    """Cases that share it share a calibration: criteria of one kind and scope; each that searches is alone."""
     if case == DENSE_CASE:
         return (case.criterion,)
     own = case.criterion if get(case.criterion).searches else ""

@@ -466,7 +466,7 @@ class AttentionTextSample(Row):
 class CriterionRow(Row):
     """One criterion at one level on one task (metric acc or exact_match) or on held-out text (metric perplexity).
 
-    ``scope``: ``mlp``, or ``model`` where the attention's linear layers are sparse too. ``sparsity_target`` is the k of a
+    ``scope``: ``mlp``, or ``model`` with the attention's linear layers too. ``sparsity_target`` is the k of a
     neuron criterion that reads as many bytes per token: of the MLPs, or of the model where the scope is that. Measured
     the same way: the fraction of neurons skipped, or the k of as many bytes where inputs are skipped, whose fraction s
     is ``input_sparsity``. ``on_target``: whether the two are within a point of each other; empty without a target.
