@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cats.criteria import BLOCK_INPUTS, Criterion, get
+from cats.criteria.base import Searched
 from cats.devices import compute_dtype, execution_device
 from cats.files import write_text_atomically
 from cats.histogram import Histogram
@@ -240,6 +241,11 @@ def _thresholds(
     return Thresholds(level, model=fingerprint(model), tokens=seen, criterion=criterion.name, **by_site)
 
 
+def _of_search(model: nn.Module, criterion: Criterion, target: float, searched: Searched) -> Thresholds:
+    sites = searched.sites[target]
+    return Thresholds(target, model=fingerprint(model), tokens=searched.tokens, criterion=criterion.name, **sites)
+
+
 def _parameter(criterion: Criterion, target: float, weights: Tensor | None, histogram: Histogram | None) -> Value:
     return criterion.parameter(target, weights, histogram.threshold if histogram is not None else lambda _k: math.nan)
 
@@ -285,7 +291,7 @@ def calibrate(
         batches: mappings with ``input_ids`` and optionally ``attention_mask`` (padding is left out), as a tokenizer
             returns them, or tensors of ids. Gone through once, however many targets and criteria there are; twice, over
             a copy of the ids, where a criterion weighs its score with a root mean square (chess, gate-norm, up-norm);
-            not at all where none has a score (oracle, random, relufication).
+            not at all where none has a score (oracle, random, relufication). One that searches (auto) keeps a sample.
         sparsity: the target k in [0, 1), or several.
         sites: where thresholds act: None for the criterion's own; for CATS ``gate``, and for appendix B
             ``attention_input`` and ``mlp_input`` too; for teal and wina ``mlp_linears`` and ``attention_linears``.
@@ -308,13 +314,21 @@ def calibrate(
     if not criteria:
         raise ValueError("no criterion given: criterion must be a name or a sequence of names")
     sites_of = {c.name: _sites_of(c, sites) for c in criteria}
-    statistics, tokens = _stream(model, batches, criteria, sites_of)
+    if any(c.searches for c in criteria):
+        batches = list(batches)
+    plain = [c for c in criteria if not c.searches]
+    statistics, tokens = _stream(model, batches, plain, sites_of)
+    searched = {c.name: c.search(model, cast(list[Any], batches), targets) for c in criteria if c.searches}
+    tokens = max([tokens, *(result.tokens for result in searched.values())])
     if 0 < tokens < FEW_TOKENS:
         warnings.warn(
             f"these thresholds come from {tokens} tokens only; quantiles settle with a few thousand", stacklevel=2
         )
     made: dict[str, Any] = {}
     for c in criteria:
-        by_target = {t: _thresholds(model, c, sites_of[c.name], t, statistics, tokens) for t in targets}
+        if c.searches:
+            by_target = {t: _of_search(model, c, t, searched[c.name]) for t in targets}
+        else:
+            by_target = {t: _thresholds(model, c, sites_of[c.name], t, statistics, tokens) for t in targets}
         made[c.name] = by_target if isinstance(sparsity, Iterable) else by_target[targets[0]]
     return made[criterion] if isinstance(criterion, str) else made

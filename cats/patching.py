@@ -206,7 +206,7 @@ def swap_thresholds(model: nn.Module, thresholds: Thresholds) -> None:
             places |= {INPUT + part: thresholds.mlp_linears.get(f"{name}.{part}") for part in of.linears}
             masks = {place: value for place, value in places.items() if value is not None}
             _set_masks(mlp, masks, criterion, sparsity)
-            state.criterion, state.decider = criterion.name, thresholds.decider or "gate"
+            state.criterion, state.decider = criterion.name, thresholds.decider_of(name) or "gate"
             state.written_out = bool(masks) or of.activation is None
         inputs = {**thresholds.mlp_input, **thresholds.attention_input, **thresholds.attention_linears}
         plain = get("cats") if not thresholds.attention_linears else criterion
@@ -280,7 +280,8 @@ def _check_fit(model: nn.Module, thresholds: Thresholds) -> None:
         values: ByModule = getattr(thresholds, site)
         widths = _widths(model, site)
         if site not in ("attention_input", "mlp_input"):
-            missing += [name for name in widths if name not in values]
+            present = {**thresholds.gate, **thresholds.up} if site in ("gate", "up") else values
+            missing += [name for name in widths if name not in present]
         unknown += [name for name in values if name not in widths]
         for name, value in values.items():
             if isinstance(value, Tensor) and name in widths and len(value) != widths[name]:
@@ -289,6 +290,7 @@ def _check_fit(model: nn.Module, thresholds: Thresholds) -> None:
                     f"{site} has {len(value)} of them for {name}, which has {widths[name]} values"
                 )
     if missing or unknown:
+        missing = list(dict.fromkeys(missing))
         raise ValueError(
             "these thresholds were made for another model: "
             f"they lack {', '.join(missing) or 'none'} of its layers, and it lacks {', '.join(unknown) or 'none'}"

@@ -38,9 +38,9 @@ class Thresholds:
 
     Attributes:
         sparsity: the target k in [0, 1).
-        gate, up: module path of an MLP to the threshold of ``act(x W_gate)`` or ``x W_up``; the one that is given
-            decides. A value is a number, or a float32 vector (m,) on the CPU with one threshold per neuron; infinity in
-            a vector skips the neuron always.
+        gate, up: module path of an MLP to the threshold of ``act(x W_gate)`` or ``x W_up``; the one that is given for
+            an MLP decides there. A value is a number, or a float32 vector (m,) on the CPU with one threshold per
+            neuron; infinity in a vector skips the neuron always.
         neurons: module path of an MLP to the parameter of a criterion that masks ``act(x W_gate) * (x W_up)``.
         attention_input, mlp_input: module path of a block to the threshold of its input (appendix B).
         mlp_linears, attention_linears: module path of a linear layer to the threshold of its input.
@@ -69,8 +69,9 @@ class Thresholds:
                 raise ValueError(f"{site} must map module paths to thresholds, not be a {type(values).__name__}")
             checked = {_module_path(site, name): _value(f"{site}[{name!r}]", value) for name, value in values.items()}
             object.__setattr__(self, site, checked)
-        if self.gate and self.up:
-            raise ValueError("gate and up cannot both have thresholds: one of the two products decides")
+        both = [name for name in self.gate if name in self.up]
+        if both:
+            raise ValueError(f"gate and up cannot both have thresholds of {both[0]}: one of the two products decides")
         if not isinstance(self.model, dict):
             raise ValueError(f"model must be a mapping of what the thresholds were made for, not {_short(self.model)}")
         if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or not 0 <= self.tokens < 2**63:
@@ -85,8 +86,15 @@ class Thresholds:
 
     @property
     def decider(self) -> str | None:
-        """The product that decides which neurons are kept, "gate" or "up"; None where masks of another kind do."""
+        """The product that decides which neurons are kept, "gate" or "up", or "mixed" where it is not the same in every
+        MLP (`decider_of` tells); None where masks of another kind do."""
+        if self.gate and self.up:
+            return "mixed"
         return "up" if self.up else "gate" if self.gate else None
+
+    def decider_of(self, name: str) -> str | None:
+        """The product that decides in the MLP of module path ``name``: "gate" or "up", or None."""
+        return "up" if name in self.up else "gate" if name in self.gate else None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Thresholds):

@@ -12,7 +12,7 @@ from cats.observe import observe
 
 from .conftest import tiny_model
 
-ALL = ("cats", "chess", "gate-norm", "oracle", "random", "relufication", "teal", "up", "up-norm", "wina")
+ALL = ("auto", "cats", "chess", "gate-norm", "oracle", "random", "relufication", "teal", "up", "up-norm", "wina")
 NEURONS = ("cats", "chess", "gate-norm", "up", "up-norm")
 MASKS = ("oracle", "random", "teal", "wina")
 
@@ -55,7 +55,7 @@ def test_all_criteria_are_there_by_name() -> None:
     assert criteria.label("cats", 0.5) == "CATS-50" and criteria.label("chess", 0.625) == "CHESS-62.5"
     assert criteria.label("relufication", 0.5) == "ReLUfication" and criteria.label("teal") == "TEAL"
     for name in ("CATS", "none", 3, None):
-        with pytest.raises(ValueError, match=r"unknown criterion .*: allowed are cats, chess, gate-norm"):
+        with pytest.raises(ValueError, match=r"unknown criterion .*: allowed are auto, cats, chess, gate-norm"):
             criteria.get(name)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 BLOCK_INPUTS = ("attention_input", "mlp_input")
 """Sites that any criterion may have in addition: plain thresholds on the inputs of whole blocks (appendix B)."""
@@ -23,6 +24,19 @@ class Layer(Protocol):
         the down projection (m of them); at the input of a linear layer, of its own columns."""
 
 
+@dataclass(frozen=True)
+class Searched:
+    """What `Criterion.search` found.
+
+    Attributes:
+        sites: target to site to module path to value, as `cats.Thresholds` holds them.
+        tokens: how many were looked at.
+    """
+
+    sites: dict[float, dict[str, dict[str, float | Tensor]]]
+    tokens: int
+
+
 class Criterion:
     """Decides which neurons, or inputs of linear layers, are skipped. The defaults are those of CATS.
 
@@ -35,9 +49,11 @@ class Criterion:
         source: the paper.
         sites: where its thresholds act when calibration is not told otherwise, of `cats.observe.SITES`.
         other_sites: where they may act as well when asked for.
-        decider: the product that is read whole and decides, "gate" or "up"; None where none of the two can.
+        decider: the product that is read whole and decides, "gate" or "up", or "mixed" where each MLP has its own; None
+            where none of the two can.
         rms_of: the sites whose root mean square `weights` asks for: these take a second pass over the text.
         scored: whether T is needed, a pass over the calibration text.
+        searches: whether `search` makes the thresholds, in place of one score for all layers.
         has_level: whether it has a target sparsity.
         activation: what replaces the model's own activation: None, or "relu".
         no_kernel: why no sparse kernel serves it, in one sentence; empty where one does.
@@ -48,9 +64,10 @@ class Criterion:
     source: str = ""
     sites: tuple[str, ...] = ("gate",)
     other_sites: tuple[str, ...] = BLOCK_INPUTS
-    decider: Literal["gate", "up"] | None = "gate"
+    decider: Literal["gate", "up", "mixed"] | None = "gate"
     rms_of: tuple[str, ...] = ()
     scored: bool = True
+    searches: bool = False
     has_level: bool = True
     activation: Literal["relu"] | None = None
     no_kernel: str = ""
@@ -77,6 +94,10 @@ class Criterion:
         if weights is None or threshold == 0:
             return threshold
         return threshold / weights  # torch: a positive number over 0 is infinity
+
+    def search(self, model: nn.Module, batches: Sequence[Any], targets: Sequence[float]) -> Searched:
+        """Thresholds of ``model`` at each of ``targets``, for a criterion that `searches`; see `cats.calibrate`."""
+        raise NotImplementedError(f"{self.name} says that it searches, but has no search")
 
     def mask(self, values: Tensor, parameter: Tensor, sparsity: float) -> Tensor:
         """``values`` (..., n) with 0 for what is skipped; ``parameter`` () or (n,) float32 on their device."""

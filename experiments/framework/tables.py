@@ -462,6 +462,74 @@ class AttentionTextSample(Row):
     nats: str
 
 
+@dataclass(frozen=True)
+class CriterionRow(Row):
+    """One criterion at one level on one task (metric acc or exact_match) or on held-out text (metric perplexity).
+
+    ``scope``: ``mlp``, or ``model`` with the attention's linear layers too. ``sparsity_target`` is the k of a
+    neuron criterion that reads as many bytes per token: of the MLPs, or of the model where the scope is that. Measured
+    the same way: the fraction of neurons skipped, or the k of as many bytes where inputs are skipped, whose fraction s
+    is ``input_sparsity``. ``on_target``: whether the two are within a point of each other; empty without a target.
+    ``mlp_bytes`` and ``model_bytes``: fraction of the weights (of all MLPs; of everything that a token reads) that is
+    read, as if the criterion could be decided from what it reads. Differences are from the dense model, and from cats
+    at the same target: paired over items, for perplexity the logarithm of the ratio, paired over blocks of text.
+    """
+
+    table: ClassVar[str] = "e08_criteria"
+    key: ClassVar[tuple[str, ...]] = ("model", "variant", "scope", "task", "metric")
+    model: str
+    criterion: str
+    variant: str
+    scope: str
+    path: str
+    sparsity_target: float | None
+    sparsity_measured: float | None
+    on_target: bool | None
+    input_sparsity: float | None
+    mlp_bytes: float
+    model_bytes: float
+    task: str
+    metric: str
+    value: float
+    stderr: float | None = None
+    difference: float | None = None
+    difference_stderr: float | None = None
+    cats_difference: float | None = None
+    cats_difference_stderr: float | None = None
+    items: int | None = None
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
+class CriterionSample(Row):
+    """`ItemSample` of one criterion at one level."""
+
+    table: ClassVar[str] = "e08_items"
+    key: ClassVar[tuple[str, ...]] = ("model", "variant", "scope", "task")
+    samples: ClassVar[bool] = True
+    model: str
+    criterion: str
+    variant: str
+    scope: str
+    task: str
+    correct: str
+
+
+@dataclass(frozen=True)
+class CriterionTextSample(Row):
+    """`TextSample` of one criterion at one level."""
+
+    table: ClassVar[str] = "e08_blocks"
+    key: ClassVar[tuple[str, ...]] = ("model", "variant", "scope")
+    samples: ClassVar[bool] = True
+    model: str
+    criterion: str
+    variant: str
+    scope: str
+    tokens_per_block: int
+    nats: str
+
+
 def row_types() -> dict[str, type[Row]]:
     """Table name -> row class, for every class that has been defined, a third party's included."""
     types: dict[str, type[Row]] = {}

@@ -1,0 +1,72 @@
+"""Loss on held-out text and what is skipped there, in one pass that waits for the device once, at its end."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import cats
+from cats.devices import eval_mode
+from cats.observe import input_mask, masks_of
+from cats.sparse_forward import INPUT
+from cats.structure import activation_name, named_modules
+
+
+def deciders(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules whose output is zero where the criterion in force skips.
+
+    Keyed by the module path of the MLP, or of the linear layer where its inputs are skipped; empty for a model that is
+    not patched.
+    """
+    made: dict[str, nn.Module] = {}
+    for path, mlp in cats.gated_mlps(model).items():
+        if "cats_state" not in mlp.__dict__:
+            continue
+        masks: dict[str, Any] = dict(masks_of(mlp))
+        for place, mask in masks.items():
+            made[f"{path}.{place.removeprefix(INPUT)}" if place.startswith(INPUT) else path] = mask
+        if not masks:
+            made[path] = mlp._modules[activation_name(mlp)]
+    for path, module in named_modules(model):
+        mask_of_input = input_mask(module)
+        if mask_of_input is not None:
+            made[path] = mask_of_input
+    return made
+
+
+@torch.no_grad()
+def losses_and_skipped(model: Any, text: Sequence[Tensor]) -> tuple[list[float], dict[str, float]]:
+    """Measure a model as it is.
+
+    Args:
+        model: a causal language model, patched or not; its mode is restored.
+        text: batches of token ids (batch, length) on the model's device, of two tokens or more, without padding.
+
+    Returns:
+        Mean negative log-likelihood of each block in nats per token, of every token but its first; and the fraction of
+        values skipped, by path as `deciders` gives it.
+    """
+    zeros: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    handles = []
+    for path, module in deciders(model).items():
+
+        def count(_module: nn.Module, _args: Any, output: Tensor, path: str = path) -> None:
+            skipped = (output == 0).sum()
+            zeros[path] = zeros[path] + skipped if path in zeros else skipped
+            counts[path] = counts.get(path, 0) + output.numel()
+
+        handles.append(module.register_forward_hook(count))
+    losses = []
+    try:
+        with eval_mode(model):
+            for ids in text:
+                logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+                nats = nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+                losses.append(nats.view(len(ids), -1).double().mean(1))
+                del logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat(losses).tolist(), {path: float(total) / counts[path] for path, total in zeros.items()}
