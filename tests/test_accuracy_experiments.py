@@ -224,7 +224,7 @@ def test_e07_without_training_needs_no_training_options(world, tmp_path):
         ("e02", {"tasks": ["tiny_words", "no_such_task"]}, "unknown task no_such_task"),
         ("e02", {"tasks": []}, "e02.tasks must be a list of at least one"),
         ("e02", {"levels": [0.5, 1.0]}, r"e02.levels must be .* in \[0, 1\), not \[0.5, 1.0\]"),
-        ("e02", {"criteria": ["kats"]}, "e02.criteria must be .* one of cats, chess"),
+        ("e02", {"criteria": ["kats"]}, "e02.criteria must be .* one of auto, cats, chess"),
         ("e02", {"calibration_blocks": 0}, "calibration_blocks must be a whole number, 1 or more"),
         ("e02", {"models": ["shape:small"]}, "needs real weights and a tokenizer"),
         ("e02", {"models": ["./nowhere"]}, "does not exist"),
