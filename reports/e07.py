@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.framework.tables import AttentionRow, AttentionSample
+from experiments.framework.tables import AttentionRow, AttentionSample, AttentionTextSample
 from reports.core import style
 from reports.core.document import Block, Table, escape
 from reports.core.load import Run, paper_table
@@ -120,7 +120,7 @@ def contents(run: Run) -> list[Block]:
 SECTION = Section(
     experiment="e07",
     title="CATS in the attention block (appendix B)",
-    tables=(AttentionRow, AttentionSample),
+    tables=(AttentionRow, AttentionSample, AttentionTextSample),
     protocol=PROTOCOL,
     figures=(Drawing("e07_attention", AttentionRow, attention_figure, ATTENTION_CAPTION),),
     contents=contents,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -38,13 +41,13 @@ PROTOCOL = (
 FIGURE_CAPTION = """
 Increase of perplexity on held-out text (log scale) against the bytes of the MLPs that a token reads, as a fraction of
 dense: the lower left is better. Every point of one level reads the same bytes. Oracle (black) is what nobody can decide
-without computing everything, the ceiling; random, the floor, lies above the figure. Criteria that are not in colour are
-grey. TEAL and WINA skip inputs of the MLP's three products, for which this project has no kernel; the others share one."""
+without computing everything, the ceiling; random, the floor, lies at the top or above it. Criteria without a colour of
+their own are grey. One kernel of this project serves all of them but TEAL, WINA, oracle and random."""
 TABLE_CAPTION = """
 increase of perplexity on held-out text at the bytes of a sparsity of 30, 50 and 70 % of the neurons, ± one standard
 error, paired with the dense model over blocks of text; in brackets the measured sparsity where it misses the target by
-more than a point. “Against CATS”: the ratio of the two perplexities at 50 %, paired. “model” in a name: the linear layers of the
-attention skip inputs too, at the same bytes of the whole model."""
+more than a point. “Against CATS”: the ratio of the two perplexities at 50 %, paired. “model” in a name: the linear
+layers of the attention skip inputs too, at the same bytes of the whole model."""
 
 
 def title(criterion: str) -> str:
@@ -52,7 +55,7 @@ def title(criterion: str) -> str:
     return TITLES.get(criterion, criterion)
 
 
-def _name(row: dict[str, object]) -> str:
+def _name(row: Mapping[Any, Any]) -> str:
     return title(str(row["criterion"])) + (", model" if row["scope"] == "model" else "")
 
 

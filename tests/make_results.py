@@ -19,6 +19,8 @@ from experiments.framework.tables import (
     AmdahlRow,
     AttentionRow,
     AttentionSample,
+    AttentionTextSample,
+    CriterionRow,
     FinetuningRow,
     FinetuningSample,
     GreedyRow,
@@ -447,6 +449,42 @@ def attention_items(table: pd.DataFrame) -> pd.DataFrame:
     )  # fmt: skip
 
 
+def attention_blocks(table: pd.DataFrame) -> pd.DataFrame:
+    """Losses per block, one sample per variant of `attention`."""
+    keys = ["model", "criterion", "variant", "finetuned"]
+    return frame(
+        AttentionTextSample(*(row[name] for name in keys), 128, pack_numbers([2.5, 2.6]))
+        for row in table.drop_duplicates(keys).to_dict("records")
+    )
+
+
+def criterion_row(
+    name: str, level: float | None, ratio: float, scope: str = "mlp", on_target: bool | None = True
+) -> CriterionRow:
+    """One criterion of e08 whose perplexity is `ratio` times the dense model's, and CATS's 1.2 times."""
+    dense = level is None
+    skipped = level or 0.0
+    return CriterionRow(
+        "a/model", name, name if dense else f"{name}-{100 * skipped:g}", scope, "dense masked", level,
+        None if dense else skipped + 0.02 * (not on_target), None if dense else on_target, None, 1 - 2 * skipped / 3,
+        1 - skipped / 3, "heldout_text", "perplexity", 20 * ratio, None, math.log(ratio), 0.01,
+        None if dense else math.log(ratio / 1.2), 0.01, 48, None,
+    )  # fmt: skip
+
+
+def criteria() -> pd.DataFrame:
+    """e08: CATS, a made-up criterion, one that skips inputs and misses its target, and one that destroys the model."""
+    rows = [criterion_row("dense", None, 1.0)]
+    for level in (0.3, 0.5, 0.7):
+        rows += [
+            criterion_row("cats", level, 1.2),
+            criterion_row("made-up", level, 1.1),
+            criterion_row("random", level, 300.0),
+        ]
+        rows.append(criterion_row("teal", level, 1.05, "model", False))
+    return frame(rows)
+
+
 def all_tables() -> dict[str, pd.DataFrame]:
     """Every table once, samples included."""
     accuracy, tuned, speed = with_item_values(zero_shot()), finetuning(), latency(rows=(1, 4))
@@ -472,6 +510,8 @@ def all_tables() -> dict[str, pd.DataFrame]:
         "e06_greedy": greedy(),
         "e07_attention": wide,
         "e07_items": attention_items(wide),
+        "e07_blocks": attention_blocks(wide),
+        "e08_criteria": criteria(),
     }
 
 
@@ -492,7 +532,7 @@ def provenance() -> dict[str, object]:
                 "started": f"2001-01-0{i}T00:00:00+00:00",
                 "seconds": 61.5 * i,
             }
-            for i in range(1, 8)
+            for i in range(1, 9)
         },
     }
 

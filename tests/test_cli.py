@@ -128,7 +128,10 @@ BAD = {
         ["calibrate", "MODEL", "--output", "/dev/null"],
         "cannot be written: it is a device",
     ),
-    "unknown criterion": (["calibrate", "MODEL", "--criterion", "best"], "unknown criterion 'best': allowed are auto, cats"),
+    "unknown criterion": (
+        ["calibrate", "MODEL", "--criterion", "best"],
+        "unknown criterion 'best': allowed are auto, cats",
+    ),
     "unknown criterion of bench": (["bench", "MODEL", "--criterion", "best"], "unknown criterion 'best'"),
     "text is a folder": (["calibrate", "MODEL", "--text", "FOLDER"], "cannot be read: Is a directory"),
     "thresholds are a folder": (["sparsity", "MODEL", "--thresholds", "FOLDER"], "it is not a regular file"),
