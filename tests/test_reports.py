@@ -547,6 +547,7 @@ def test_numbers_are_written_one_way() -> None:
     errors = [style.ratio_error(x) for x in (0.654, 0.0049, 1e-5, float("nan"))]
     assert errors == [" ± 0.65", " ± 0.005", " ± 0.001", ""]
     assert style.listed({"float32": [0.5, 0.7], "empty": {}, "n": 1e-5}) == "float32 0.5, 0.7; n 1e-05"
+    assert style.model_name("a-1b.Q4_K_M.gguf") == "a-1b (Q4_K_M)"
     assert [style.model_name(x) for x in ("shape:llama2-7b", "pocket", "/a/b/c")] == ["Llama2-7B", "pocket", "c"]
     assert style.percent(0.5) == "50.0 %"
     assert [style.signed_percent(x) for x in (0.0121, -0.5)] == ["+1.2 %", f"{style.MINUS}50.0 %"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,12 @@ def variant_name(variant: str) -> str:
 
 
 def model_name(model: str) -> str:
-    """A shape's name as the paper writes it, `mistral-7b` -> `Mistral-7B`; of a path the last part; others stay."""
+    """A shape's name as the paper writes it, `mistral-7b` -> `Mistral-7B`; of a path the last part; others stay.
+
+    Of a GGUF file the model and how its weights were quantised: `a-1b.Q4_K_M.gguf` -> `a-1b (Q4_K_M)`.
+    """
     name = model.rstrip("/").rsplit("/", 1)[-1] if model.startswith(("/", "./", "../", "~")) else model
+    name = re.sub(r"[.-](\w+)\.gguf$", r" (\1)", name)
     return MODEL_NAMES.get(name.removeprefix("shape:"), name)
 
 
