@@ -46,7 +46,8 @@ def options(run: Run, experiment: str) -> dict[str, Any]:
     """The options of the profile, as recorded, and where the text came from (`source`)."""
     settings: dict[str, Any] = run.provenance.get(experiment, {}).get("settings") or {}
     data = settings.get("data") or {}
-    return {"source": data.get("path") or data.get("source"), **(settings.get("options") or {})}
+    source = "a local folder (--data)" if data.get("folder") else data.get("path") or data.get("source")
+    return {"source": source, **(settings.get("options") or {})}
 
 
 def phrases(experiment: str, *templates: str) -> Words:
