@@ -1,31 +1,43 @@
 """Threads of the CPU kernel: how many, several callers at once and processes forked after the first call, by layer."""
 
 import os
+import statistics
 import subprocess
 import sys
 import threading
+import time
 
+import numpy as np
 import pytest
 import torch
 from cats_kernels.cpu import threads
-from cats_kernels.cpu.launch import sparse_gated_mlp_cpu
+from cats_kernels.cpu.kernels import serial_kernel
+from cats_kernels.cpu.launch import as_array, as_thresholds, sparse_gated_mlp_cpu
+from cats_kernels.cpu.team import open_region, team_kernel
 from cats_kernels.problem import Problem
+from torch.nn.functional import linear, silu
 
-LAYERS = ("workqueue", "omp", "tbb")
+LAYERS = ("torch", "workqueue", "omp", "tbb")
+"""torch: its own OpenMP threads; the others are numba's layers."""
 NOT_HERE = 77
 SETUP = """
-try: import numba.np.ufunc.{module}
-except ImportError: raise SystemExit(77)
 import multiprocessing, os, sys, threading, warnings
 import numba, torch
 from cats_kernels import sparse_gated_mlp
+from cats_kernels.cpu.team import open_region
 from cats_kernels.problem import Problem
+if {layer!r} == "torch":
+    if open_region() is None: raise SystemExit(77)
+else:
+    assert open_region() is None
+    try: __import__("numba.np.ufunc." + ({layer!r} if {layer!r} == "workqueue" else {layer!r} + "pool"))
+    except ImportError: raise SystemExit(77)
 torch.set_num_threads(2)
 made = Problem(256, 2048, 1)  # enough weights for two threads
 arguments = made.arguments(made.threshold(0.5))[:5]
 call = lambda: sparse_gated_mlp(*arguments, backend="cpu")
 expected = call()
-if numba.config.NUMBA_NUM_THREADS > 1:
+if numba.config.NUMBA_NUM_THREADS > 1 and {layer!r} != "torch":
     assert numba.threading_layer() == {layer!r}, numba.threading_layer()
 """
 SIX_CALLERS = """
@@ -81,13 +93,12 @@ print("fork-busy")
 def test_every_threading_layer_is_safe(layer: str):
     """Several callers at once, forks afterwards, and forks while another thread calls; in one process, for its start
     takes longer than they do."""
-    module = "workqueue" if layer == "workqueue" else f"{layer}pool"
     scripts = [SIX_CALLERS, *((FORKED, FORKED_WHILE_CALLING) if hasattr(os, "fork") else ())]
-    code = SETUP.format(layer=layer, module=module) + "".join(scripts)
-    environment = {**os.environ, "NUMBA_THREADING_LAYER": layer}
+    code = SETUP.format(layer=layer) + "".join(scripts)
+    environment = {**os.environ, "NUMBA_THREADING_LAYER": "" if layer == "torch" else layer}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
     if done.returncode == NOT_HERE:
-        pytest.skip(f"numba has no {layer} layer here")
+        pytest.skip(f"no {layer} threads here")
     expected = ["callers", "fork", "fork-busy"][: len(scripts)]
     # TBB prints a note of its own about a fork
     lines = [line for line in done.stdout.split() if line in expected]
@@ -124,3 +135,66 @@ def test_one_thread_needs_no_lock():
         worker.start()
         worker.join(60)
     assert len(done) == 1 and torch.equal(done[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "m"), [(1, 256), (1, 1000), (3, 700), (8, 2050)])
+def test_a_team_computes_what_one_thread_does(dtype: torch.dtype, rows: int, m: int):
+    region = open_region()
+    if region is None:
+        pytest.skip("torch has no OpenMP threads to call here")
+    x, gate, up, down, t = Problem(96, m, rows, dtype=dtype).arguments(0.1)[:5]
+    vector = torch.rand(m) * 0.2
+    for threshold, options in ((t, (False, False)), (vector, (True, False)), (vector, (False, True))):
+        arguments = as_array(x.float()), *map(as_array, (gate, up, down)), as_thresholds(threshold), *options
+        expected = np.empty((rows, 96), np.float32)
+        serial_kernel(*arguments, expected)
+        for number in (1, 2, 5):  # more threads than cores and than blocks
+            y = np.full((rows, 96), np.nan, np.float32)
+            team_kernel(region, *arguments, y, number)
+            assert np.array_equal(y, expected)
+
+
+NEIGHBOUR = """
+import torch
+torch.set_num_threads(2)
+a = torch.randn(1000, 1000)
+print("ready", flush=True)
+while True: a @ a
+"""
+
+
+def test_faster_than_dense_beside_a_busy_neighbour():
+    """Another program with two threads on the cores: 0.8 to 0.9 times dense with numba's OpenMP threads beside torch's,
+    1.5 to 1.6 on torch's own (two cores, float32, 50 %)."""
+    if open_region() is None or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs torch's OpenMP threads and two cores")
+    torch.set_num_threads(2)
+    made = Problem(2048, 8192, 1)
+    x, gate, up, down_t, t = made.arguments(made.threshold(0.5))[:5]
+    down = down_t.t().contiguous()
+    calls = {
+        "dense": lambda: linear(silu(linear(x, gate)) * linear(x, up), down),
+        "sparse": lambda: sparse_gated_mlp_cpu(x, gate, up, down_t, t),
+    }
+    neighbour = subprocess.Popen([sys.executable, "-c", NEIGHBOUR], stdout=subprocess.PIPE)
+    ratios = []
+    try:
+        assert neighbour.stdout is not None and neighbour.stdout.readline() == b"ready\n"
+        for _ in range(4):
+            seconds: dict[str, list[float]] = {name: [] for name in calls}
+            with torch.no_grad():
+                for _ in range(12):
+                    for name, call in calls.items():
+                        for _ in range(3):
+                            start = time.perf_counter()
+                            call()
+                            seconds[name].append(time.perf_counter() - start)
+            ratios.append(statistics.median(seconds["dense"]) / statistics.median(seconds["sparse"]))
+            if ratios[-1] > 1:
+                return
+    finally:
+        neighbour.kill()
+        neighbour.wait()
+        neighbour.stdout.close()
+    raise AssertionError(ratios)

@@ -261,6 +261,13 @@ def add_partial(partial: Array, chunk: int, y: Array) -> None:
                 out[k] += part[k]
 
 
+@jit(nogil=True)
+def add_all_partial(partial: Array, y: Array) -> None:
+    """``y = partial.sum(0)`` on the calling thread."""
+    for chunk in range((y.shape[1] + COLUMNS - 1) // COLUMNS):
+        add_partial(partial, chunk, y)
+
+
 @jit(parallel=True, nogil=True)
 def parallel_kernel(
     x: Array,
@@ -305,5 +312,4 @@ def serial_kernel(
     partial = np.empty((blocks, x.shape[0], x.shape[1]), np.float32)
     counter = np.zeros(1, np.int64)
     take_blocks(counter, x, deciding, other, down, thresholds, gelu, up_decides, partial)
-    for chunk in range((y.shape[1] + COLUMNS - 1) // COLUMNS):
-        add_partial(partial, chunk, y)
+    add_all_partial(partial, y)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from cats_kernels.cpu.kernels import parallel_kernel, serial_kernel
-from cats_kernels.cpu.threads import parallel_region, threads_for
+from cats_kernels.cpu.team import open_region, team_kernel
+from cats_kernels.cpu.threads import parallel_region, threads_for, torch_region
 from cats_kernels.reference import check_decider, gate_activation
 from cats_kernels.thresholds import Threshold
 from cats_kernels.weights import MAX_ROWS
@@ -56,11 +57,15 @@ def sparse_gated_mlp_cpu(
     weights = as_array(deciding), as_array(other), as_array(down_weight_t)
     options = as_thresholds(threshold), activation == "gelu_tanh", decider == "up"
     inputs, output = as_array(x.float()), as_array(y)
-    threads = threads_for(3 * gate_weight.numel())
+    threads, region = threads_for(3 * gate_weight.numel()), open_region()
     for i in range(0, x.shape[0], MAX_ROWS):
+        arrays = (inputs[i : i + MAX_ROWS], *weights, *options, output[i : i + MAX_ROWS])
         if threads == 1:
-            serial_kernel(inputs[i : i + MAX_ROWS], *weights, *options, output[i : i + MAX_ROWS])
+            serial_kernel(*arrays)
+        elif region is not None:
+            with torch_region():
+                team_kernel(region, *arrays, threads)
         else:
             with parallel_region(threads):
-                parallel_kernel(inputs[i : i + MAX_ROWS], *weights, *options, output[i : i + MAX_ROWS], threads)
+                parallel_kernel(*arrays, threads)
     return y.to(x.dtype)

@@ -1,14 +1,14 @@
 """Threads of the CPU kernel: how many, and what makes it safe to call from several threads and after a fork.
 
-As many as torch uses (``torch.get_num_threads()``), in numba's threading layer: OpenMP where it finds a runtime, else
-TBB, else its own work queue. Two calls at once in the work queue abort the process, and in the other layers they would
-compete for the same cores, so a call on several threads holds a lock. A call on one thread enters no layer and holds
-neither the lock nor the interpreter's: a server with a worker per core and ``torch.set_num_threads(1)`` runs them side
-by side.
+As many as torch uses (``torch.get_num_threads()``), on torch's own OpenMP threads (see `cats_kernels.cpu.team`). Where
+torch has none that can be called, or NUMBA_THREADING_LAYER is set, in numba's threading layer: TBB or OpenMP where it
+finds a runtime, else its own work queue. Two calls at once in the work queue abort the process, and everywhere they
+would compete for the same cores, so a call on several threads holds a lock. A call on one thread enters no layer and
+holds neither the lock nor the interpreter's: a server with a worker per core and ``torch.set_num_threads(1)`` runs them
+side by side.
 
-Where other programs share the cores, OpenMP threads that spin while they wait cost the most.
-``OMP_WAIT_POLICY=passive``, set before torch is imported, took a call from 114 to 32 ms and the dense MLP from 90 to 36
-(two cores with sixteen other runnable threads, d=2048, m=8192, float32, 50 %).
+Where other programs share the cores, OpenMP threads that spin while they wait still cost the most, ours and torch's
+alike: ``OMP_WAIT_POLICY=passive``, set before torch is imported, is worth trying there.
 
 No layer's threads survive a fork. A child whose parent had started them would hang (OpenMP) or abort (numba notices),
 so it computes on one thread, and says so once.
@@ -63,6 +63,14 @@ def threads_for(weights: int) -> int:
             )
         return 1
     return threads
+
+
+@contextmanager
+def torch_region() -> Iterator[None]:
+    """Holds the lock that a call on several of torch's threads needs; do not nest."""
+    with _process.lock:
+        _process.started = True
+        yield
 
 
 @contextmanager
