@@ -82,10 +82,11 @@ def cost(config: Config[Options]) -> Cost:
     work = sum(tokens.get(kind, 0) for kind in kinds) + CALIBRATION_PASSES * options.length * options.calibration_blocks
     batches = -(-options.generation_items // options.generation_batch_size) * len(options.generation_tasks)
     steps = kinds.count("answers") * batches * MOST_TOKENS
-    fixed, variants = STEP_SECONDS * steps, len(options.timed()) + 1
+    fixed = STEP_SECONDS * steps
     if "mlp-speed" in kinds:
-        steps += variants * options.speed_rounds
+        steps += (len(options.timed()) + 1) * options.speed_rounds
     if "token-speed" in kinds:
+        variants = len(options.timed(options.token_criteria)) + 1
         steps += variants * options.speed_generations * options.speed_length
         fixed += COMPILE_SECONDS * variants
     read = steps * BYTES[config.dtype]

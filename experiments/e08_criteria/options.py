@@ -49,6 +49,7 @@ class Options(EvaluationOptions):
         generation_items: items per task.
         generation_batch_size: sequences generated at once; lowered when memory runs out.
         speed_levels, speed_criteria: of what is timed, where a kernel serves it; nothing where the levels are empty.
+        token_criteria: those of them whose decode steps are timed too (on a GPU each is compiled, for half a minute).
         speed_tokens: tokens of held-out text whose inputs the MLPs are timed on, and so many prompts of
             ``speed_prompt_tokens`` are generated from.
         speed_rounds: of the MLPs; ``speed_generations``: of whole generations.
@@ -72,6 +73,7 @@ class Options(EvaluationOptions):
     generation_batch_size: Count = 32
     speed_levels: Levels = ()
     speed_criteria: tuple[CriterionName, ...] = ("cats", "chess", "gate-norm", "up", "up-norm", "auto")
+    token_criteria: tuple[CriterionName, ...] = ("cats", "up-norm", "auto")
     speed_tokens: Count = 4
     speed_rounds: Count = 30
     speed_generations: Count = 8
@@ -123,9 +125,9 @@ class Options(EvaluationOptions):
         chosen = [case for case in self.cases() if case.criterion in criteria and case.level in (None, *levels)]
         return [DENSE_CASE, *chosen]
 
-    def timed(self) -> list[Case]:
-        """Cases whose speed is measured: those that a kernel serves."""
-        served = [name for name in self.speed_criteria if not get(name).no_kernel]
+    def timed(self, criteria: Sequence[str] | None = None) -> list[Case]:
+        """Cases whose speed is measured, of ``criteria`` alone if given: those that a kernel serves."""
+        served = [name for name in self.speed_criteria if not get(name).no_kernel and name in (criteria or names())]
         return [case for case in self.cases() if case.criterion in served and case.level in self.speed_levels]
 
 

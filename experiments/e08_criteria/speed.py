@@ -38,9 +38,8 @@ def mlp_rows(subject: Comparison) -> list[Row]:
     options, model = subject.config.options, subject.model
     timed = {case: subject.thresholds_of(case) for case in options.timed()}
     cats.remove(model)
-    # inputs of tokens after the first few, which every model treats in a way of its own
-    text = [ids[:1] for ids in subject.heldout_on_device[:1]]
-    inputs, count = sample_inputs(model, text, options.speed_tokens)
+    sampled, count = sample_inputs(model, [subject.heldout_on_device[0][:1]], options.speed_tokens + 1)
+    inputs, count = {path: x[1:] for path, x in sampled.items()}, count - 1  # a text's first token is like no other
     sparsity = {case: mean(_skipped(model, inputs, case, timed[case])) for case in timed}
     try:
         times = _mlp_times(subject, timed_blocks(model, timed), inputs, count)
@@ -121,7 +120,7 @@ def _skipped(model: nn.Module, inputs: dict[str, Tensor], case: Case, thresholds
 def token_rows(subject: Comparison) -> list[Row]:
     """Milliseconds of one decode step of the whole model, from whole generations that take turns."""
     options, model = subject.config.options, subject.model
-    timed = {case: subject.thresholds_of(case) for case in options.timed()}
+    timed = {case: subject.thresholds_of(case) for case in options.timed(options.token_criteria)}
     sparsity = {}
     for case in timed:  # over the same text as accuracy: what decoding skips differs from prompt to prompt
         subject.become(case)
