@@ -28,7 +28,7 @@ import triton.language as tl
 from cats_kernels.ablation.triton import VARIANTS, launch, plan
 from cats_kernels.triton.configs import CONFIGS, Config, choose_config
 from cats_kernels.triton.launch import Call, Launch, Target
-from cats_kernels.triton.recorded import Recorded, Repeated, aligned
+from cats_kernels.triton.recorded import Recorded, aligned
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

@@ -32,8 +32,8 @@ def facts(tensor: Any) -> Facts:
 
 
 def ordinary(x: Any) -> bool:
-    """Whether ``x`` is a plain tensor and nothing records, transforms, times or casts calls: then a call of the operator
-    goes straight to its kernel."""
+    """Whether ``x`` is a plain tensor and nothing records, transforms, times or casts calls: then the operator goes
+    straight to its kernel."""
     return (
         type(x) is Tensor
         and not has_torch_function_unary(x)  # by a function mode
