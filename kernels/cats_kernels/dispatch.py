@@ -94,6 +94,16 @@ def _triton() -> tuple[Implementation, Implementation]:
     return sparse_gated_mlp_triton, dense_masked
 
 
+@cache
+def repeat_by(backend: str) -> Callable[..., Callable[[Tensor], Tensor | None] | None]:
+    """What makes a `cats_kernels.repeated.Repeat` for calls of the sparse kernel of a resolved backend."""
+    if backend == "triton":
+        from cats_kernels.triton.mlp import repeated
+
+        return repeated
+    return lambda *_: None
+
+
 def resolve(backend: str, x: Tensor) -> str:
     """The backend for ``x``; the environment variable CATS_BACKEND replaces "auto"."""
     if backend == "auto":
