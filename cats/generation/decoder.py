@@ -50,6 +50,7 @@ class Settings:
         room: tokens that the cache holds from the start, at least.
         own_attention: keep the model's own attention in every step.
         fused: join the weights of the query, key and value projections.
+        kernel: attention of a step is one kernel; None for that on a GPU. See `DecodeBlock`.
         dependent_launch: as in `compile_options`.
         options: further options of inductor.
     """
@@ -62,6 +63,7 @@ class Settings:
     room: int = 0
     own_attention: bool = False
     fused: bool = True
+    kernel: bool | None = None
     dependent_launch: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -188,10 +190,11 @@ class _Call:
         if not self._static or settings.own_attention:
             self.blocks: dict[nn.Module, DecodeBlock] = {}
             return
-        if decoder.blocks_for != (settings.fused, self.mark):
-            decoder.blocks = decode_blocks(self.model, settings.fused)
+        how = settings.fused, settings.kernel
+        if decoder.blocks_for != (how, self.mark):
+            decoder.blocks = decode_blocks(self.model, *how)
             self.mark = fingerprint(self.model)  # joined weights have moved
-            decoder.blocks_for = settings.fused, self.mark
+            decoder.blocks_for = how, self.mark
         self.blocks = decoder.blocks
 
     def _make_room(self) -> None:
@@ -297,7 +300,7 @@ class _Call:
                 torch._dynamo.maybe_mark_dynamic(mask, 1)
         decoder, graph = self.decoder, self.on_gpu and LOOPS[self.loop].graph
         given = self.settings
-        how = (self.loop, given.sampling, given.own_attention, given.dependent_launch, given.options)
+        how = (self.loop, given.sampling, given.own_attention, given.fused, given.kernel, given.dependent_launch, given.options)
         ready_for = (how, mask is not None, cache.capacity, self.mark)
         if decoder.ready_for != ready_for or (graph and decoder.graph is None):
             decoder.ready_for = decoder.graph = None

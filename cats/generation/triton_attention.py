@@ -176,7 +176,7 @@ def decode_attention_triton(
             KV_HEADS=kv_heads, GROUP=group, BLOCK_GROUP=1 if group == 1 else max(16, power_of_2(group)), D=d,
             SPLIT=split, TILE=min(64, split) if keys.element_size() == 2 else 32, SPLITS=splits,
             BLOCK_SPLITS=power_of_2(splits), DOT=group > 1, PDL=pdl,
-            num_warps=4, **({"launch_pdl": True} if pdl else {}),
+            num_warps=8 if group == 1 and keys.element_size() == 2 else 4, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return out
 
