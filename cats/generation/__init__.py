@@ -80,7 +80,7 @@ def generate(
     if loop == "auto" and reason is None:
         loop = default_loop(ids.device, len(ids))
     elif loop not in ("auto", "transformers"):
-        check_loop(loop)
+        check_loop(loop, ids.device)
     stop, pad = _special_tokens(itself, eos_token_id, pad_token_id)
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(_check_seed(seed))
     settings = Settings(loop, sampling, generator, stop, pad, room=cache_tokens)

@@ -53,6 +53,7 @@ class Settings:
         kernel: attention of a step is one kernel; None for that on a GPU. See `DecodeBlock`.
         dependent_launch: as in `compile_options`.
         options: further options of inductor.
+        backend: torch.compile's.
     """
 
     loop: str
@@ -66,6 +67,14 @@ class Settings:
     kernel: bool | None = None
     dependent_launch: bool = True
     options: dict[str, Any] = field(default_factory=dict)
+    backend: str = "inductor"
+
+    @property
+    def of_step(self) -> tuple[Any, ...]:
+        """Those that decide what a step is."""
+        options = tuple(sorted(self.options.items()))
+        attention = self.own_attention, self.fused, self.kernel
+        return self.loop, self.sampling, attention, self.dependent_launch, options, self.backend
 
 
 class Decoder:
@@ -262,9 +271,11 @@ class _Call:
             return self._eager_step
         try:
             return self._static_step()
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"the decode step cannot be compiled, so it runs uncompiled: {reason}", stacklevel=6)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # torch's exceptions of dynamo, inductor and capture
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            warnings.warn(f'the loop "{self.loop}" cannot serve this model, so "eager" does: {reason}', stacklevel=6)
             self.decoder.refused.add(self.loop)
             self.loop, self.cache.exact = "eager", True
             return self._eager_step
@@ -299,9 +310,7 @@ class _Call:
             if mask is not None:
                 torch._dynamo.maybe_mark_dynamic(mask, 1)
         decoder, graph = self.decoder, self.on_gpu and LOOPS[self.loop].graph
-        given = self.settings
-        how = (self.loop, given.sampling, given.own_attention, given.fused, given.kernel, given.dependent_launch, given.options)
-        ready_for = (how, mask is not None, cache.capacity, self.mark)
+        ready_for = (self.settings.of_step, mask is not None, cache.capacity, self.mark)
         if decoder.ready_for != ready_for or (graph and decoder.graph is None):
             decoder.ready_for = decoder.graph = None
             self._rehearse((lambda: setattr(decoder, "graph", capture(step))) if graph else step)
@@ -324,9 +333,9 @@ class _Call:
         if not loop.compiled:
             return plain
         options = compile_options(self.device, loop.tuned, self.settings.dependent_launch) | self.settings.options
-        key = (plain, tuple(sorted(options.items())), self.device)
+        key = (plain, tuple(sorted(options.items())), self.settings.backend, self.device)
         if key not in self.decoder.compiled:
-            self.decoder.compiled[key] = compile_function(plain, options)
+            self.decoder.compiled[key] = compile_function(plain, options, self.settings.backend)
         return self.decoder.compiled[key]
 
 

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -42,10 +43,12 @@ def default_loop(device: torch.device, batch: int) -> str:
     return "graph-tuned" if batch == 1 else "graph"
 
 
-def check_loop(name: str) -> None:
+def check_loop(name: str, device: torch.device) -> None:
     """Raises ValueError for an unknown loop, or one that needs a compiler that is missing."""
     if name not in LOOPS:
         raise ValueError(f"unknown loop {name!r}: allowed are auto, transformers, {', '.join(LOOPS)}")
+    if device.type == "cpu" and LOOPS[name].compiled and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise ValueError('compiling on a CPU needs a C++ compiler (c++, g++ or clang++): use the loop "eager"')
 
 
 def compile_options(device: torch.device, tuned: bool, dependent_launch: bool = True) -> dict[str, Any]:
@@ -55,8 +58,6 @@ def compile_options(device: torch.device, tuned: bool, dependent_launch: bool = 
     (from compute capability 9.0): at batch 1 there are hundreds of them per token, of one or two microseconds each.
     """
     if device.type != "cuda":
-        if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
-            raise ValueError('compiling on a CPU needs a C++ compiler (c++, g++ or clang++): use the loop "eager"')
         return {}
     able = dependent_launch and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"triton.enable_pdl": able, "coordinate_descent_tuning": tuned}
@@ -87,12 +88,10 @@ def logits_step(model: Any, cache: DecodeCache, token: Tensor, mask: Tensor | No
     return logits_of(model, cache, token, mask).float()
 
 
-def compile_function(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+def compile_function(function: Any, options: dict[str, Any], backend: str = "inductor") -> Callable[..., Any]:
     """``function`` compiled, in a code object of its own: torch keeps and counts what it compiled by code object."""
-    own = type(function)(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, None
-    )  # type: ignore[call-overload]
-    return torch.compile(own, fullgraph=True, **({"options": options} if options else {}))
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(own, backend=backend, **({"options": options} if options else {}))
 
 
 def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:

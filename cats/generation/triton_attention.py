@@ -134,7 +134,9 @@ def decode_attention_kernel(
                 totals = tl.load(stats + SPLITS * GROUP, mask=valid, other=0.0, cache_modifier=".cg")
                 factors = tl.exp2(tops - tl.max(tops, 0))
                 rows = (head * SPLITS + each) * GROUP + index
-                parts = tl.load(partial_ptr + rows[:, None] * D + column, mask=valid[:, None], other=0.0, cache_modifier=".cg")
+                parts = tl.load(
+                    partial_ptr + rows[:, None] * D + column, mask=valid[:, None], other=0.0, cache_modifier=".cg"
+                )
                 out = tl.sum(parts * factors[:, None], 0) / tl.sum(totals * factors, 0)
                 to = (head * GROUP + index) * D + tl.arange(0, D)
                 tl.store(out_ptr + to, out.to(out_ptr.dtype.element_ty))
