@@ -43,7 +43,7 @@ def generate(
 ) -> Tensor:
     """Continue ``input_ids``; greedily unless a temperature is given.
 
-    The same tokens as ``model.generate`` with the same settings, up to rounding: on a GPU products are summed in another
+    The same tokens as ``model.generate`` with the same settings, up to rounding: on a GPU sums are taken in another
     order. Of the model's ``generation_config`` only the end and padding tokens count.
 
     Args:

@@ -173,7 +173,7 @@ def _fusible(attention: Any) -> bool:
 def _fuse(attention: Any) -> tuple[Tensor, Tensor | None]:
     """One weight and one bias of which the three projections' own become views: the same values, no more memory."""
     linears = [attention._modules[name] for name in PROJECTIONS[:3]]
-    joined = []
+    joined: list[Tensor | None] = []
     for name in ("weight", "bias"):
         parts = [getattr(linear, name) for linear in linears]
         if parts[0] is None:
@@ -230,7 +230,7 @@ def decode_blocks(model: Any, fused: bool = True, kernel: bool | None = None) ->
             continue
         if not _candidate(module, kernel):
             return {}
-        kind = (type(module), *(module._modules[name].weight.shape for name in PROJECTIONS))  # type: ignore[union-attr]
+        kind = (type(module), *(module._modules[name].weight.shape for name in PROJECTIONS))
         if kind not in seen:
             seen[kind] = _agrees(module, DecodeBlock(module, 0, False, kernel), config)
         if not seen[kind]:

@@ -33,7 +33,7 @@ class DecodeLayer(CacheLayerMixin):
         self.cache = cache
 
     @property
-    def is_compileable(self) -> bool:
+    def is_compileable(self) -> bool:  # type: ignore[override]
         """What transformers asks before it leaves a mask out, which it may for a step over the filled part alone."""
         return not self.cache.exact
 

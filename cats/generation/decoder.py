@@ -37,6 +37,9 @@ VARIANTS = 64
 """Compiled variants of one step that are kept: dense and sparse, of every batch size."""
 
 
+GREEDY = Sampling()
+
+
 @dataclass(frozen=True)
 class Settings:
     """How one call generates.
@@ -57,7 +60,7 @@ class Settings:
     """
 
     loop: str
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
     generator: torch.Generator | None = None
     stop: frozenset[int] = frozenset()
     pad: int = 0
@@ -67,7 +70,7 @@ class Settings:
     kernel: bool | None = None
     dependent_launch: bool = True
     options: dict[str, Any] = field(default_factory=dict)
-    backend: str = "inductor"
+    backend: Any = "inductor"
 
     @property
     def of_step(self) -> tuple[Any, ...]:
@@ -90,6 +93,10 @@ class Decoder:
         self.blocks_for: Any = None  # what the blocks were made for
         self.ready_for: Any = None  # what was compiled or captured last
         self.graph: Any = None
+        self.kept: Any = None  # a mask that the graph reads
+        self.token: Any = None  # int64 (batch, 1): the last one
+        self.tokens: Any = None  # int64 (batch, capacity)
+        self.noise: Any = None  # float32 (batch, vocabulary), for draws
         self.captures = 0
 
     def run(
@@ -120,7 +127,8 @@ class Decoder:
     def release(self) -> None:
         """Free the cache and the graph; what was compiled stays."""
         with self.lock:
-            self.cache = self.shape = self.blocks_for = self.ready_for = self.graph = None
+            self.cache = self.shape = self.blocks_for = self.ready_for = self.graph = self.kept = None
+            self.token = self.tokens = self.noise = None
             self.blocks = {}
 
 
@@ -218,7 +226,6 @@ class _Call:
             decoder.shape = shape
             decoder.token = torch.zeros(self.batch, 1, dtype=torch.int64, device=self.device)
             decoder.tokens = torch.zeros(self.batch, capacity, dtype=torch.int64, device=self.device)
-            decoder.noise = None
         self.cache, self.token, self.tokens = decoder.cache, decoder.token, decoder.tokens
         self.cache.first.zero_()
         if self.prompt_mask is not None:

@@ -90,8 +90,9 @@ def logits_step(model: Any, cache: DecodeCache, token: Tensor, mask: Tensor | No
 
 def compile_function(function: Any, options: dict[str, Any], backend: str = "inductor") -> Callable[..., Any]:
     """``function`` compiled, in a code object of its own: torch keeps and counts what it compiled by code object."""
-    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    return torch.compile(own, backend=backend, **({"options": options} if options else {}))
+    own: Any = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    compiled: Callable[..., Any] = torch.compile(own, backend=backend, options=options or None)
+    return compiled
 
 
 def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:

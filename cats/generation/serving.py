@@ -36,7 +36,8 @@ def obstacle(model: Any) -> str | None:
         return f"{name} has layers of type {', '.join(others)}"
     if getattr(config, "num_kv_shared_layers", 0):
         return f"{name} shares keys and values among its layers"
-    if type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+    prepare = "prepare_inputs_for_generation"
+    if getattr(type(model), prepare) is not getattr(GenerationMixin, prepare):
         return f"{name} prepares its inputs in a way of its own"
     missing = [argument for argument in NEEDED if argument not in inspect.signature(model.forward).parameters]
     if missing:

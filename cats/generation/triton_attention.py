@@ -1,4 +1,4 @@
-"""Attention of one new token per sequence on a GPU, as one kernel: rotary embedding, cache write, softmax, weighted sum.
+"""Attention of one new token per sequence as one kernel: rotary embedding, cache write, softmax and weighted sum.
 
 A program takes the new queries of one key-value head (a whole group shares what is read) and one split of the cache.
 Splits beyond the filled part end at once, so a token reads only what is filled, whatever the cache's capacity. The

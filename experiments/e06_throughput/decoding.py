@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from cats.generation import LOOPS as GENERATION_LOOPS
-from cats.generation import Loop, Settings
 from cats.generation import Decoder as GraphDecoder
+from cats.generation import Loop, Settings
 from cats.generation.loops import compile_options
 from experiments.e06_throughput.memory import peak_memory, reset_peak_memory
 
@@ -41,7 +41,7 @@ LOOPS = {
     **{name: GENERATION_LOOPS[name] for name in ("graph", "graph-tuned")},
 }
 ATTENTION = "cats"
-"""The attention of `cats.generate`'s steps, where it serves the model; other names are transformers' implementations."""
+"""The attention of `cats.generate`'s steps, where it serves the model; the other names are those of transformers."""
 WARM_TOKENS = 6
 """New tokens of a warm-up: prefill, then steps to compile, to warm the graph's memory, to record and to replay."""
 WARM_PROMPT = MAX_ROWS + 1
