@@ -13,12 +13,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cats_kernels.quantized import QuantizedWeight
+from cats_kernels.quantized import QuantizedWeight, count_groups, data_columns
 from cats_kernels.thresholds import Threshold, kind_of
 from cats_kernels.triton.configs import MAX_FUSED_WIDTH, Config
-from cats_kernels.triton.launch import INTERPRETED, Call, Launch, Recorded, aligned, cdiv, on, power_of_2, run, target_of
+from cats_kernels.triton.launch import (
+    INTERPRETED,
+    Call,
+    Launch,
+    Recorded,
+    Target,
+    aligned,
+    cdiv,
+    on,
+    power_of_2,
+    run,
+    target_of,
+)
 from cats_kernels.triton.mlp import count_programs, plan_reduce
 from cats_kernels.triton.quantized_configs import choose_quantized_config
+from cats_kernels.triton.quantized_device import HIGH_BITS, LOW_BITS
 from cats_kernels.triton.quantized_kernels import fused_quantized_kernel
 from cats_kernels.weights import MAX_ROWS
 
@@ -56,7 +69,7 @@ class QuantizedCall(Call):
     def packing(self) -> dict[str, int]:
         """The compile-time constants that say how a row is packed; a chunk of its bytes lies within one group."""
         group_bytes = self.group_size * self.bits // 8
-        chunk = math.gcd(group_bytes, 16)
+        chunk = math.gcd(group_bytes, 16 // self.x.element_size())
         return {
             "BITS": self.bits,
             "GROUP": self.group_size,
@@ -108,6 +121,30 @@ def make_quantized_call(
     )
 
 
+def meta_call(
+    rows: int,
+    d: int,
+    m: int,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+    target: Target,
+    decider: str = "gate",
+    threshold: Threshold = 0.5,
+) -> QuantizedCall:
+    """A call with tensors that hold nothing, for compiling ahead of time; the scales have x's dtype."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, scales = empty(rows, d), empty(m, count_groups(group_size, d))
+    data = empty(m, data_columns(bits, group_size, d), dtype=torch.int8 if bits == 8 else torch.uint8)
+    sides = dict.fromkeys(QuantizedCall.TENSORS[len(Call.TENSORS) :], scales)
+    form = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    return QuantizedCall(x, data, data, data, threshold, "silu", x, target, decider, **sides, **form)  # type: ignore[arg-type]
+
+
 def plan_quantized(call: QuantizedCall, config: Config | None = None) -> list[Launch]:
     """The launches for one or two rows of x, in order; tensors on the "meta" device will do for compiling ahead."""
     config = config or choose_quantized_config(call.bits, call.rows, call.row_bytes)
@@ -129,6 +166,8 @@ def plan_quantized(call: QuantizedCall, config: Config | None = None) -> list[La
             indices_ptr=call.buffer(call.m, dtype=torch.int32),
             partial_ptr=sums,
             m=call.m,
+            low_bits=LOW_BITS,
+            high_bits=HIGH_BITS,
         ),
         dict(
             call.rule,

@@ -12,25 +12,29 @@ row, ROW_BYTES, CHUNK, CHUNKS a power of two, D columns)."""
 import triton
 import triton.language as tl
 
+LOW_BITS, HIGH_BITS = 0x4B000000, 0x49000000
+"""2^23 and 2^19 as float32: what `low_values` and `high_values` write into."""
+
 
 @triton.jit
-def low_values(w, BITS: tl.constexpr):
+def low_values(w, low_bits, BITS: tl.constexpr):
     """q of int8 data, or nibble - 8 of the low nibbles, as float32.
 
     Written into the mantissa of 2^23, of which one float addition takes it out exactly: fewer instructions than a
-    conversion, and not on the few units that convert."""
+    conversion, and not on the few units that convert. ``low_bits`` are those of 2^23 (`LOW_BITS`): an argument, since
+    one instruction does the masking and the writing only if one of its two numbers is no constant."""
     if BITS == 8:
-        bits = (w.to(tl.uint8, bitcast=True).to(tl.int32) ^ 0x80) | 0x4B000000
+        bits = (w.to(tl.uint8, bitcast=True).to(tl.int32) ^ 0x80) | low_bits
         return bits.to(tl.float32, bitcast=True) - 8388736.0  # 2^23 + 128
     else:
-        bits = (w.to(tl.int32) & 0x0F) | 0x4B000000
+        bits = (w.to(tl.int32) & 0x0F) | low_bits
         return bits.to(tl.float32, bitcast=True) - 8388616.0  # 2^23 + 8
 
 
 @triton.jit
-def high_values(w):
+def high_values(w, high_bits):
     """nibble - 8 of the high nibbles, as float32: not shifted, but in the mantissa of 2^19, whose bit 4 is worth 1."""
-    bits = (w.to(tl.int32) & 0xF0) | 0x49000000
+    bits = (w.to(tl.int32) & 0xF0) | high_bits
     return bits.to(tl.float32, bitcast=True) - 524296.0  # 2^19 + 8
 
 
@@ -40,9 +44,10 @@ def chunk_columns(GROUP: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr, 
     first_byte = tl.arange(0, CHUNKS)[None, None, :, None] * CHUNK
     byte = tl.arange(0, CHUNK)[None, None, None, :]
     if BITS == 8:
-        return first_byte + byte
+        column = first_byte + byte
     else:
-        return first_byte // (GROUP // 2) * GROUP + first_byte % (GROUP // 2) + byte
+        column = first_byte // (GROUP // 2) * GROUP + first_byte % (GROUP // 2) + byte
+    return tl.max_contiguous(tl.multiple_of(column, [1, 1, 1, CHUNK]), [1, 1, 1, CHUNK])
 
 
 @triton.jit
@@ -75,11 +80,11 @@ def load_scales(
 
 
 @triton.jit
-def dot_packed(x_low, x_high, x_sum, w, scale, zero, BITS: tl.constexpr, ZEROS: tl.constexpr):
+def dot_packed(x_low, x_high, x_sum, w, scale, zero, low_bits, high_bits, BITS: tl.constexpr, ZEROS: tl.constexpr):
     """x times packed rows: float32 [BLOCK_ROWS, TILE]. A thread sums its chunk before it multiplies with its scale."""
-    z = tl.sum(x_low * low_values(w, BITS), axis=3, keep_dims=True)
+    z = tl.sum(x_low * low_values(w, low_bits, BITS), axis=3, keep_dims=True)
     if BITS == 4:
-        z += tl.sum(x_high * high_values(w), axis=3, keep_dims=True)
+        z += tl.sum(x_high * high_values(w, high_bits), axis=3, keep_dims=True)
     z *= scale
     if ZEROS:
         z += x_sum * zero

@@ -37,6 +37,8 @@ def fused_quantized_kernel(
     partial_ptr,  # float32 (programs, ROWS, D)
     threshold,
     m,
+    low_bits,  # LOW_BITS and HIGH_BITS
+    high_bits,
     THRESHOLD: tl.constexpr,
     UP_DECIDES: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -86,7 +88,8 @@ def fused_quantized_kernel(
             zero = scale
             if ZEROS:
                 zero = load_scales(deciding_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS)
-            v = deciding(dot_packed(x_low, x_high, x_sum, w, scale, zero, BITS, ZEROS), ACTIVATION, UP_DECIDES)
+            z = dot_packed(x_low, x_high, x_sum, w, scale, zero, low_bits, high_bits, BITS, ZEROS)
+            v = deciding(z, ACTIVATION, UP_DECIDES)
             limit = threshold_of(threshold, neuron[None, :], valid[None, :], THRESHOLD)
             keep = kept(v, limit) & valid[None, :] & (row < ROWS)
             active = tl.max(keep.to(tl.int32), 0)
@@ -109,12 +112,12 @@ def fused_quantized_kernel(
             if ZEROS:
                 other_zero = load_scales(other_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS)
                 down_zero = load_scales(down_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS)
-            z = dot_packed(x_low, x_high, x_sum, other, other_scale, other_zero, BITS, ZEROS)
+            z = dot_packed(x_low, x_high, x_sum, other, other_scale, other_zero, low_bits, high_bits, BITS, ZEROS)
             h = gated(v, z, ACTIVATION, UP_DECIDES)[:, :, None, None]
             scaled = h * down_scale
-            sums_low += tl.sum(scaled * low_values(down, BITS), axis=1, keep_dims=True)
+            sums_low += tl.sum(scaled * low_values(down, low_bits, BITS), axis=1, keep_dims=True)
             if BITS == 4:
-                sums_high += tl.sum(scaled * high_values(down), axis=1, keep_dims=True)
+                sums_high += tl.sum(scaled * high_values(down, high_bits), axis=1, keep_dims=True)
             if ZEROS:
                 sums_zero += tl.sum(h * down_zero, axis=1, keep_dims=True)
     partial = partial_ptr + program * (ROWS * D) + tl.arange(0, BLOCK_ROWS)[:, None, None, None] * D
