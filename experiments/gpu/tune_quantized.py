@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from cats_kernels.problem import TOLERANCE, Problem, relative_error
 from cats_kernels.quantized_problem import QuantizedProblem
-from cats_kernels.triton.configs import Config
 from cats_kernels.triton.mlp import sparse_gated_mlp_triton
 from cats_kernels.triton.quantized import sparse_gated_mlp_quantized
+from cats_kernels.triton.quantized_configs import QuantizedConfig
 
 from experiments.e05_mlp_latency import SHAPES
 from experiments.e05_mlp_latency.compiled import compiled_dense_mlp
@@ -39,27 +39,29 @@ FORMATS: tuple[tuple[int, int | None], ...] = ((8, None), (8, 128), (4, 32), (4,
 COPIES = {8: 4, 4: 6}
 """Of the weights, by bits: together several times the L2 cache, with what lies between."""
 
-# (gate_tile, gate_stages, tile, stages, warps, programs, parts)
+# (gate_tile, gate_stages, tile, stages, warps, programs, parts, paired)
 SPACE: dict[int, tuple[tuple[int, ...], ...]] = {
     8: (
-        *((4, 3, 2, 3, 4, 2, 1), (4, 3, 2, 3, 4, 2, 8), (2, 4, 1, 4, 4, 3, 1), (2, 4, 1, 4, 4, 2, 1)),
-        *((4, 3, 2, 3, 8, 2, 1), (4, 3, 2, 3, 8, 1, 1), (4, 4, 2, 4, 8, 1, 8), (2, 4, 2, 3, 4, 3, 1)),
-        *((2, 1, 1, 1, 4, 4, 1), (4, 1, 2, 1, 4, 3, 1), (2, 1, 2, 1, 8, 2, 1), (2, 3, 1, 3, 4, 4, 1)),
-        *((8, 3, 4, 3, 8, 1, 1), (4, 4, 4, 3, 4, 1, 1), (1, 6, 1, 4, 4, 3, 1), (4, 3, 1, 4, 4, 2, 1)),
+        *((4, 3, 2, 3, 4, 2, 1, 1), (4, 3, 2, 3, 4, 2, 1, 0), (2, 4, 1, 4, 4, 3, 1, 1), (2, 4, 1, 4, 4, 3, 1, 0)),
+        *((4, 3, 2, 3, 8, 2, 1, 1), (4, 3, 2, 3, 8, 2, 1, 0), (4, 4, 2, 4, 8, 1, 8, 1), (2, 4, 2, 3, 4, 3, 1, 1)),
+        *((2, 1, 1, 1, 4, 4, 1, 0), (4, 1, 2, 1, 4, 3, 1, 0), (2, 1, 2, 1, 8, 2, 1, 0), (2, 3, 1, 3, 4, 4, 1, 0)),
+        *((4, 3, 2, 3, 4, 2, 8, 1), (2, 4, 1, 4, 4, 2, 1, 1), (1, 6, 1, 4, 4, 3, 1, 1), (4, 3, 1, 4, 4, 2, 1, 0)),
     ),
     4: (
-        *((8, 3, 4, 3, 4, 2, 1), (8, 3, 4, 3, 4, 2, 8), (4, 4, 2, 4, 4, 2, 1), (4, 4, 2, 4, 4, 3, 1)),
-        *((4, 3, 2, 3, 4, 4, 1), (2, 4, 1, 4, 4, 4, 1), (2, 4, 2, 3, 4, 3, 1), (4, 4, 4, 3, 4, 3, 1)),
-        *((4, 1, 2, 1, 4, 4, 1), (2, 1, 1, 1, 4, 4, 1), (8, 1, 4, 1, 4, 2, 1), (4, 1, 4, 1, 4, 3, 1)),
-        *((4, 4, 2, 4, 4, 2, 8), (8, 4, 4, 4, 4, 1, 1), (8, 3, 4, 3, 8, 2, 1), (4, 3, 4, 3, 2, 4, 1)),
-        *((2, 4, 1, 4, 2, 4, 1), (4, 3, 2, 3, 2, 4, 1), (1, 6, 1, 4, 4, 4, 1), (8, 3, 2, 4, 4, 3, 1)),
+        *((8, 3, 4, 3, 4, 2, 1, 1), (8, 3, 4, 3, 4, 2, 1, 0), (4, 4, 2, 4, 4, 3, 1, 1), (4, 4, 2, 4, 4, 3, 1, 0)),
+        *((4, 3, 2, 3, 4, 4, 1, 1), (4, 3, 2, 3, 4, 4, 1, 0), (2, 4, 1, 4, 4, 4, 1, 1), (2, 4, 1, 4, 4, 4, 1, 0)),
+        *((4, 1, 2, 1, 4, 4, 1, 0), (2, 1, 1, 1, 4, 4, 1, 0), (8, 1, 4, 1, 4, 2, 1, 0), (4, 1, 4, 1, 4, 3, 1, 0)),
+        *((4, 4, 2, 4, 4, 2, 1, 1), (4, 4, 2, 4, 4, 2, 8, 1), (4, 4, 4, 3, 4, 3, 1, 1), (2, 4, 2, 3, 4, 3, 1, 1)),
+        *((8, 3, 4, 3, 8, 2, 1, 1), (4, 3, 4, 3, 2, 4, 1, 1), (2, 4, 1, 4, 2, 4, 1, 1), (1, 6, 1, 4, 4, 4, 1, 1)),
     ),
 }
 
 
-def fused(gate_tile: int, gate_stages: int, tile: int, stages: int, warps: int, programs: int, parts: int) -> Config:
+def fused(
+    gate_tile: int, gate_stages: int, tile: int, stages: int, warps: int, programs: int, parts: int, paired: int
+) -> QuantizedConfig:
     """A configuration of the kernel."""
-    return Config(gate_tile, tile, warps, programs, gate_stages, stages, parts)
+    return QuantizedConfig(gate_tile, tile, warps, programs, gate_stages, stages, parts, paired=bool(paired))
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Kind:
         return QuantizedProblem(*shape, self.dtype, "cuda", seed, activation, self.decider)
 
 
-def compile_task(task: tuple[Kind, Config | None]) -> str:
+def compile_task(task: tuple[Kind, QuantizedConfig | None]) -> str:
     """Compile into Triton's cache; a message if that fails."""
     from cats_kernels.triton.launch import target_of
     from cats_kernels.triton.quantized import meta_call, plan_quantized
@@ -97,7 +99,7 @@ def compile_task(task: tuple[Kind, Config | None]) -> str:
     return ""
 
 
-def precompile(tasks: Sequence[tuple[Kind, Config | None]]) -> None:
+def precompile(tasks: Sequence[tuple[Kind, QuantizedConfig | None]]) -> None:
     """Compile all tasks in processes."""
     with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn")) as pool:
         for message in filter(None, pool.map(compile_task, tasks)):
@@ -192,7 +194,7 @@ def time_shape(shape: str, bandwidth: float, compiled: bool, search: bool) -> li
     return results
 
 
-def quantized_call(problem: QuantizedProblem, threshold: float, config: Config | None) -> Callable[[], Any]:
+def quantized_call(problem: QuantizedProblem, threshold: float, config: QuantizedConfig | None) -> Callable[[], Any]:
     """A call of our kernel."""
     arguments = problem.quantized_arguments(threshold)
     return lambda: sparse_gated_mlp_quantized(*arguments, config)
@@ -265,7 +267,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     kinds = checked()
-    tasks: list[tuple[Kind, Config | None]] = [(kind, None) for kind in kinds]
+    tasks: list[tuple[Kind, QuantizedConfig | None]] = [(kind, None) for kind in kinds]
     for shape, (bits, group_size) in itertools.product(options.shapes, FORMATS):
         kind = Kind(*SHAPES[shape], 1, bits, group_size)
         tasks += [(kind, None), *((kind, fused(*config)) for config in SPACE[bits])]

@@ -9,7 +9,6 @@ from cats_kernels.problem import Problem, products
 from cats_kernels.quantized import QuantizedWeight, dequantize, quantize
 from cats_kernels.thresholds import Threshold
 
-
 QuantizedArguments = tuple[Tensor, QuantizedWeight, QuantizedWeight, QuantizedWeight, Threshold, str, str]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cats_kernels.quantized import QuantizedWeight, count_groups, data_columns
 from cats_kernels.thresholds import Threshold, kind_of
-from cats_kernels.triton.configs import MAX_FUSED_WIDTH, Config
+from cats_kernels.triton.configs import MAX_FUSED_WIDTH
 from cats_kernels.triton.launch import (
     INTERPRETED,
     Call,
@@ -30,7 +30,7 @@ from cats_kernels.triton.launch import (
     target_of,
 )
 from cats_kernels.triton.mlp import count_programs, plan_reduce
-from cats_kernels.triton.quantized_configs import choose_quantized_config
+from cats_kernels.triton.quantized_configs import QuantizedConfig, choose_quantized_config
 from cats_kernels.triton.quantized_device import HIGH_BITS, LOW_BITS
 from cats_kernels.triton.quantized_kernels import fused_quantized_kernel
 from cats_kernels.weights import MAX_ROWS
@@ -38,7 +38,7 @@ from cats_kernels.weights import MAX_ROWS
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedCall(Call):
-    """One call on quantised weights: the fields of the weights hold their packed rows, (m, bytes of a row).
+    """One call on quantised weights: the fields of the weights hold their packed rows, uint8 (m, bytes of a row).
 
     Attributes:
         gate_scales, up_scales, down_scales, gate_zeros, up_zeros, down_zeros: (m, groups); zero points are the scales
@@ -105,9 +105,7 @@ def make_quantized_call(
     zeros = {f"{name}_zeros": w.scales if w.zeros is None else w.zeros for name, w in weights.items()}
     return QuantizedCall(
         x,
-        gate_weight.data,
-        up_weight.data,
-        down_weight_t.data,
+        *(weight.data.view(torch.uint8) for weight in weights.values()),
         threshold.contiguous() if isinstance(threshold, Tensor) else float(threshold),
         activation,
         torch.empty_like(x),
@@ -139,13 +137,13 @@ def meta_call(
         return torch.empty(shape, dtype=dtype, device="meta")
 
     x, scales = empty(rows, d), empty(m, count_groups(group_size, d))
-    data = empty(m, data_columns(bits, group_size, d), dtype=torch.int8 if bits == 8 else torch.uint8)
+    data = empty(m, data_columns(bits, group_size, d), dtype=torch.uint8)
     sides = dict.fromkeys(QuantizedCall.TENSORS[len(Call.TENSORS) :], scales)
     form = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     return QuantizedCall(x, data, data, data, threshold, "silu", x, target, decider, **sides, **form)  # type: ignore[arg-type]
 
 
-def plan_quantized(call: QuantizedCall, config: Config | None = None) -> list[Launch]:
+def plan_quantized(call: QuantizedCall, config: QuantizedConfig | None = None) -> list[Launch]:
     """The launches for one or two rows of x, in order; tensors on the "meta" device will do for compiling ahead."""
     config = config or choose_quantized_config(call.bits, call.rows, call.row_bytes)
     pdl = call.target.dependent_launch and config.dependent
@@ -176,6 +174,7 @@ def plan_quantized(call: QuantizedCall, config: Config | None = None) -> list[La
             BLOCK_ROWS=power_of_2(call.rows),
             D=call.d,
             ZEROS=not call.symmetric,
+            PAIRED=config.paired and call.gate_scales.element_size() == 2 and call.gate_scales.numel() % 2 == 0,
             GATE_TILE=config.gate_tile,
             GATE_STAGES=config.gate_stages,
             TILE=config.tile,
@@ -197,7 +196,7 @@ def sparse_gated_mlp_quantized(
     threshold: Threshold,
     activation: str = "silu",
     decider: str = "gate",
-    config: Config | None = None,
+    config: QuantizedConfig | None = None,
 ) -> Tensor:
     """The sparse gated MLP (eq. 1, 4, 5) on quantised weights, which are read packed and unpacked in registers.
 
@@ -227,7 +226,7 @@ def sparse_gated_mlp_quantized(
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
 
 
-def _launch(call: QuantizedCall, config: Config | None) -> Tensor:
+def _launch(call: QuantizedCall, config: QuantizedConfig | None) -> Tensor:
     """Enqueue a call of one or two rows; returns its y."""
     device = call.x.device
     if INTERPRETED or not aligned(call):

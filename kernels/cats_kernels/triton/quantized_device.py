@@ -1,11 +1,13 @@
 """Device functions of the Triton kernels for quantised weights: loads of packed rows, and products with them.
 
-A tensor of weights is [1, TILE, CHUNKS, CHUNK]: rows, and the bytes of a row in chunks of at most 16, so that one thread
-loads a chunk and needs one scale for it. x and the sums are [BLOCK_ROWS, 1, CHUNKS, CHUNK], in two parts where a byte
-holds two columns: that of the low nibbles, the first half of each group, and that of the high ones.
+A tensor of weights is [1, TILE, CHUNKS, CHUNK]: rows, and the bytes of a row in chunks, each of one group, so that one
+thread loads a chunk and needs one scale for it. A chunk has as many bytes as a load of 16 bytes has columns of x: the
+compiler then gives x and the weights to threads in the same way, and moves neither in the loops. x and the sums are
+[BLOCK_ROWS, 1, CHUNKS, CHUNK], in two parts where a byte holds two columns: that of the low nibbles, the first half of
+each group, and that of the high ones.
 
-LAYOUT, a tuple of compile-time numbers, says how a row is packed: (BITS, GROUP columns that share a scale, GROUPS of a
-row, ROW_BYTES, CHUNK, CHUNKS a power of two, D columns)."""
+GROUP: columns that share a scale, in GROUP_BYTES bytes; GROUPS: of a row, in ROW_BYTES bytes; CHUNKS: a power of two.
+"""
 
 # mypy: disable-error-code=no-untyped-def
 
@@ -18,13 +20,13 @@ LOW_BITS, HIGH_BITS = 0x4B000000, 0x49000000
 
 @triton.jit
 def low_values(w, low_bits, BITS: tl.constexpr):
-    """q of int8 data, or nibble - 8 of the low nibbles, as float32.
+    """q of int8 data read as uint8, or nibble - 8 of the low nibbles, as float32.
 
     Written into the mantissa of 2^23, of which one float addition takes it out exactly: fewer instructions than a
     conversion, and not on the few units that convert. ``low_bits`` are those of 2^23 (`LOW_BITS`): an argument, since
     one instruction does the masking and the writing only if one of its two numbers is no constant."""
     if BITS == 8:
-        bits = (w.to(tl.uint8, bitcast=True).to(tl.int32) ^ 0x80) | low_bits
+        bits = (w.to(tl.int32) ^ 0x80) | low_bits
         return bits.to(tl.float32, bitcast=True) - 8388736.0  # 2^23 + 128
     else:
         bits = (w.to(tl.int32) & 0x0F) | low_bits
@@ -43,10 +45,9 @@ def chunk_columns(GROUP: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr, 
     """The column of each byte [1, 1, CHUNKS, CHUNK], that of its low nibble if it has two."""
     first_byte = tl.arange(0, CHUNKS)[None, None, :, None] * CHUNK
     byte = tl.arange(0, CHUNK)[None, None, None, :]
-    if BITS == 8:
-        column = first_byte + byte
-    else:
-        column = first_byte // (GROUP // 2) * GROUP + first_byte % (GROUP // 2) + byte
+    column = first_byte + byte
+    if BITS == 4:
+        column += first_byte // (GROUP // 2) * (GROUP // 2)
     return tl.max_contiguous(tl.multiple_of(column, [1, 1, 1, CHUNK]), [1, 1, 1, CHUNK])
 
 
@@ -71,12 +72,34 @@ def load_packed(w_ptr, row, valid, ROW_BYTES: tl.constexpr, CHUNK: tl.constexpr,
 
 @triton.jit
 def load_scales(
-    scale_ptr, row, valid, GROUP_BYTES: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
+    scale_ptr,
+    row,
+    valid,
+    GROUP_BYTES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):
-    """The scale (or zero point) of each chunk of rows, float32 [1, TILE, CHUNKS, 1]; 0 where a row is not valid."""
-    group = tl.arange(0, CHUNKS)[None, None, :, None] * CHUNK // GROUP_BYTES
-    pointers = scale_ptr + row.to(tl.int64)[None, :, None, None] * GROUPS + group
-    return tl.load(pointers, mask=valid[None, :, None, None] & (group < GROUPS), other=0.0).to(tl.float32)
+    """The scale (or zero point) of each chunk of rows, float32 [1, TILE, CHUNKS, 1], or [1, TILE, 1, 1] of a group per
+    row; 0 where a row is not valid.
+
+    PAIRED: scales of 2 bytes are loaded as words of two, since an asynchronous copy has at least 4 bytes."""
+    if GROUPS == 1:
+        group = tl.zeros([1, 1, 1, 1], tl.int32)
+    else:
+        group = tl.arange(0, CHUNKS)[None, None, :, None] * CHUNK // GROUP_BYTES
+    row = row.to(tl.int64)[None, :, None, None]
+    mask = valid[None, :, None, None] & (group < GROUPS)
+    if PAIRED:
+        if GROUPS % 2 == 0:
+            word, second = row * (GROUPS // 2) + (group >> 1), group & 1
+        else:
+            word, second = (row * GROUPS + group) >> 1, (row.to(tl.int32) * GROUPS + group) & 1
+        words = tl.load(scale_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + word, mask=mask, other=0)
+        return (words >> (16 * second)).to(tl.int16).to(scale_ptr.dtype.element_ty, bitcast=True).to(tl.float32)
+    else:
+        return tl.load(scale_ptr + row * GROUPS + group, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit

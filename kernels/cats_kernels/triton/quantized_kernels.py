@@ -23,7 +23,7 @@ from cats_kernels.triton.quantized_device import (
 @triton.jit
 def fused_quantized_kernel(
     x_ptr,
-    deciding_ptr,  # packed rows; int8 or uint8 (m, ROW_BYTES)
+    deciding_ptr,  # packed rows, uint8 (m, ROW_BYTES)
     deciding_scales_ptr,  # (m, GROUPS)
     deciding_zeros_ptr,  # likewise, with ZEROS
     other_ptr,
@@ -53,6 +53,7 @@ def fused_quantized_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     ZEROS: tl.constexpr,
+    PAIRED: tl.constexpr,
     GATE_TILE: tl.constexpr,
     GATE_STAGES: tl.constexpr,
     TILE: tl.constexpr,
@@ -84,10 +85,10 @@ def fused_quantized_kernel(
             neuron = first + tl.arange(0, GATE_TILE)
             valid = neuron < part_end
             w = load_packed(deciding_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS)
-            scale = load_scales(deciding_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS)
+            scale = load_scales(deciding_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
             zero = scale
             if ZEROS:
-                zero = load_scales(deciding_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS)
+                zero = load_scales(deciding_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
             z = dot_packed(x_low, x_high, x_sum, w, scale, zero, low_bits, high_bits, BITS, ZEROS)
             v = deciding(z, ACTIVATION, UP_DECIDES)
             limit = threshold_of(threshold, neuron[None, :], valid[None, :], THRESHOLD)
@@ -105,13 +106,13 @@ def fused_quantized_kernel(
             neuron = tl.load(indices_ptr + slot, mask=valid, other=0)
             other = load_packed(other_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS)
             down = load_packed(down_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS)
-            other_scale = load_scales(other_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS)
-            down_scale = load_scales(down_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS)
+            other_scale = load_scales(other_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+            down_scale = load_scales(down_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
             v = tl.load(v_ptr + row * m + slot[None, :], mask=valid[None, :] & (row < ROWS), other=0.0)
             other_zero = other_scale
             if ZEROS:
-                other_zero = load_scales(other_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS)
-                down_zero = load_scales(down_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS)
+                other_zero = load_scales(other_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+                down_zero = load_scales(down_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
             z = dot_packed(x_low, x_high, x_sum, other, other_scale, other_zero, low_bits, high_bits, BITS, ZEROS)
             h = gated(v, z, ACTIVATION, UP_DECIDES)[:, :, None, None]
             scaled = h * down_scale
