@@ -105,7 +105,9 @@ def make_quantized_call(
     zeros = {f"{name}_zeros": w.scales if w.zeros is None else w.zeros for name, w in weights.items()}
     return QuantizedCall(
         x,
-        *(weight.data.view(torch.uint8) for weight in weights.values()),
+        gate_weight.data.view(torch.uint8),
+        up_weight.data.view(torch.uint8),
+        down_weight_t.data.view(torch.uint8),
         threshold.contiguous() if isinstance(threshold, Tensor) else float(threshold),
         activation,
         torch.empty_like(x),
