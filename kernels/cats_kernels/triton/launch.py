@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,8 +28,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the sparse gated MLP: x (rows, d) and weights (m, d) into y (rows, d), on one chip."""
+    """One call of the sparse gated MLP: x (rows, d) and weights (m, d) into y (rows, d), on one chip.
 
+    ``TENSORS`` are its fields that are always tensors."""
+
+    TENSORS: ClassVar[tuple[str, ...]] = ("x", "gate_weight", "up_weight", "down_weight_t", "y")
     x: Tensor
     gate_weight: Tensor
     up_weight: Tensor
@@ -145,7 +148,7 @@ class Recorded:
         """Enqueue the same launches for another call on the current stream."""
         buffer = torch.empty(self.size, dtype=torch.uint8, device=call.x.device)
         base = buffer.data_ptr()
-        fields: dict[str, Any] = {name: getattr(call, name).data_ptr() for name in CALL_TENSORS}
+        fields: dict[str, Any] = {name: getattr(call, name).data_ptr() for name in call.TENSORS}
         threshold = call.threshold
         fields["threshold"] = threshold.data_ptr() if isinstance(threshold, Tensor) else threshold
         for enqueue, values, sources in self.steps:
@@ -155,8 +158,6 @@ class Recorded:
             enqueue(*filled)
 
 
-CALL_TENSORS = ("x", "gate_weight", "up_weight", "down_weight_t", "y")
-"""The fields of `Call` that are always tensors."""
 ALIGNMENT = 256
 """Bytes; Triton compiles for pointers that are multiples of 16, and torch allocates in multiples of 512."""
 
@@ -164,7 +165,7 @@ ALIGNMENT = 256
 def aligned(call: Call) -> bool:
     """Whether all tensors of a call lie at multiples of 16 bytes: kernels compiled for one such call serve another. A
     threshold of one element is loaded alone, wherever it lies."""
-    if any(getattr(call, name).data_ptr() % 16 for name in CALL_TENSORS):
+    if any(getattr(call, name).data_ptr() % 16 for name in call.TENSORS):
         return False
     threshold = call.threshold
     return not isinstance(threshold, Tensor) or kind_of(threshold) == ONE or threshold.data_ptr() % 16 == 0
