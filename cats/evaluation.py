@@ -66,7 +66,7 @@ class TaskResult:
 
 
 LOGITS_BYTES = 2**31
-"""Of logits in float32 at once, when losses are computed: 64 sequences of 1024 tokens of a large vocabulary take 64 GB."""
+"""Of logits in float32 at once, when losses are computed: 64 x 1024 tokens can take 64 GB."""
 
 
 class _LanguageModel(HFLM):

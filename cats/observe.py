@@ -208,7 +208,7 @@ def _keeps_logits(model: nn.Module) -> bool:
 
 def _run(model: nn.Module, batches: Batches, watcher: _Watcher, watch: Callable[[], None]) -> int:
     tokens, device, vocabulary = 0, execution_device(model), _vocabulary(model)
-    # logits of a whole batch, which nobody reads, would take more memory than everything else: 64 GB for 64 x 1024 tokens
+    # logits of a whole batch, which nobody reads, can take more memory than all else: 64 GB for 64 x 1024 tokens
     fewest: dict[str, Any] = {"logits_to_keep": 1} if _keeps_logits(model) else {}
     try:
         watch()
