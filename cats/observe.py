@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cats.activation import CATSActivation, Mask
 from cats.devices import eval_mode, execution_device
-from cats.equation import GatedMLP
+from cats.equation import GatedMLP, check_forward
 from cats.structure import attention_blocks, attention_linears, gated_mlps, mlp_linears, parts_of, unwrapped
 from cats.thresholds import SITES
 
@@ -131,6 +131,7 @@ class _Watcher:
 
 def _watch(watcher: _Watcher, model: nn.Module, sites: tuple[str, ...]) -> None:
     for name, mlp in gated_mlps(model).items():
+        check_forward(name, mlp)
         watcher.watch_mlp(sites, name, mlp)
         if "mlp_input" in sites:
             watcher.watch_input("mlp_input", name, mlp)
@@ -257,8 +258,8 @@ def observe(
     Raises:
         TypeError: a batch is neither a tensor nor a mapping with ``input_ids``, or cannot be made a tensor of ids.
         ValueError: there was no batch, or no real token in any; an id outside the vocabulary; a watched module never
-            ran (a vision tower fed with text, a block that does not call its activation); a mask of another shape than
-            the tokens.
+            ran (a vision tower fed with text, a block that does not call its activation); a block has had its forward
+            replaced; a mask of another shape than the tokens.
     """
     sites, watcher = check_sites(sites), _Watcher(record)
     if after_threshold:
