@@ -34,7 +34,9 @@ def torchao(config: str) -> Callable[[nn.Module], None]:
 
             options = {"weight_dtype": torch.int4, "granularity": PerGroup(32)}
         made = getattr(quantization, config)(**options)
-        quantization.quantize_(model, made, filter_fn=lambda module, name: type(module) is nn.Linear and ".mlp." in name)
+        quantization.quantize_(
+            model, made, filter_fn=lambda module, name: type(module) is nn.Linear and ".mlp." in name
+        )
 
     return quantise
 
@@ -84,9 +86,7 @@ def gptq(model: nn.Module) -> None:
 def hqq(model: nn.Module) -> None:
     quantize = pytest.importorskip("hqq.core.quantize")
     config = quantize.BaseQuantizeConfig(nbits=4, group_size=64)
-    each_projection(
-        model, lambda linear: quantize.HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu")
-    )
+    each_projection(model, lambda linear: quantize.HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu"))
 
 
 def quanto(model: nn.Module) -> None:
@@ -207,5 +207,7 @@ def test_liger_as_a_class_says_that_its_block_does_not_run(batches: list) -> Non
         mlp = swiglu.LigerSwiGLUMLP(model.config)
         mlp.load_state_dict(layer.mlp.state_dict())
         layer.mlp = mlp
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp \(LigerSwiGLUMLP\) looks like one but does not run here: "):
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.0\.mlp \(LigerSwiGLUMLP\) looks like one but does not run here: "
+    ):
         cats.calibrate(model, batches[:2])
