@@ -16,6 +16,7 @@ from reports.core.protocol import CALIBRATION, of, phrases, tasks_and_items, val
 from reports.core.section import Aspect, Drawing, Section
 from reports.core.tables import accuracy_summary, zero_shot
 from reports.measures.accuracy import variants, zero_shot_means
+from reports.measures.finetuning import mean_over_seeds
 from reports.rules.e07 import c10_attention
 
 SITE_NAMES = {"gate": "gate", "attention_input": "attention\ninput", "mlp_input": "MLP\ninput"}
@@ -39,13 +40,14 @@ TASK_TABLE = "the same by task, ± one standard error. Bold: the better of the t
 
 
 def _training(table: pd.DataFrame) -> str:
-    return "without and with fine-tuning" if table["finetuned"].any() else "none"
+    seeds = table.loc[table["finetuned"], "seed"].nunique()
+    return f"without, and with fine-tuning ({seeds} seed{'s' * (seeds != 1)})" if seeds else "none"
 
 
 def named(table: pd.DataFrame) -> pd.DataFrame:
-    """With the names of fine-tuned variants told apart."""
+    """With the names of fine-tuned variants told apart, each the mean over its seeds."""
     plain = table["variant"].str.removesuffix("-finetuned")
-    return table.assign(variant=plain.where(~table["finetuned"], plain + "-finetuned"))
+    return mean_over_seeds(table.assign(variant=plain.where(~table["finetuned"], plain + "-finetuned")))
 
 
 def attention_figure(run: Run) -> Figure:

@@ -420,7 +420,7 @@ def greedy(machine: str = "made-up machine") -> pd.DataFrame:
 
 
 def attention(
-    model: str = "made-up", accuracy: dict[str, float] | None = None, finetuned: bool = False
+    model: str = "made-up", accuracy: dict[str, float] | None = None, finetuned: bool = False, seed: int = 0
 ) -> pd.DataFrame:
     """e07 from the same maker as e02, with the share of zeros at each site."""
     accuracy = accuracy or {"dense": 0.70, "cats-50": 0.69, "cats-50-attention": 0.68}
@@ -429,7 +429,7 @@ def attention(
         wide = "attention" in row["variant"]
         sites = "" if row["criterion"] == "dense" else "gate attention_input mlp_input" if wide else "gate"
         name = row["variant"] + "-finetuned" * finetuned
-        common = {**row, "variant": name, "sites": sites, "finetuned": finetuned}
+        common = {**row, "variant": name, "sites": sites, "finetuned": finetuned, "seed": seed}
         rows.append(AttentionRow(**common))
         if row["criterion"] == "cats" and row["task"] == TASKS[0]:
             common |= {"task": "heldout_text", "stderr": None, "difference": None, "difference_stderr": None,
@@ -444,7 +444,7 @@ def attention_items(table: pd.DataFrame) -> pd.DataFrame:
     table = table[table["metric"] == "acc"]
     return frame(
         AttentionSample(*(row[name] for name in ("model", "criterion", "variant", "finetuned", "task")),
-                        bits(row["value"]))
+                        bits(row["value"]), row["seed"])
         for row in table.to_dict("records")
     )  # fmt: skip
 
@@ -453,8 +453,8 @@ def attention_blocks(table: pd.DataFrame) -> pd.DataFrame:
     """Losses per block, one sample per variant of `attention`."""
     keys = ["model", "criterion", "variant", "finetuned"]
     return frame(
-        AttentionTextSample(*(row[name] for name in keys), 128, pack_numbers([2.5, 2.6]))
-        for row in table.drop_duplicates(keys).to_dict("records")
+        AttentionTextSample(*(row[name] for name in keys), 128, pack_numbers([2.5, 2.6]), row["seed"])
+        for row in table.drop_duplicates([*keys, "seed"]).to_dict("records")
     )
 
 
