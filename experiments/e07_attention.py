@@ -2,8 +2,8 @@
 
 Purpose: what thresholds on the inputs of whole blocks cost on top. Same measurements as e02, without fine-tuning; and
 with ``steps`` above 0 once more after so many steps of LoRA (the paper's figures are from after fine-tuning), each
-variant against the dense model that was trained as long with the same seed. Sparsity of each site is measured on held-out text (metrics
-sparsity_gate, sparsity_attention_input, sparsity_mlp_input).
+variant against the dense model that was trained as long with the same seed. Sparsity of each site is measured on
+held-out text (metrics sparsity_gate, sparsity_attention_input, sparsity_mlp_input).
 Cost: three evaluations of the tasks, and three more with as many training runs per seed; a minute for the pocket model
 on two cores without training.
 
