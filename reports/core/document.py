@@ -48,7 +48,14 @@ class Picture:
     caption: str
 
 
-Block = Heading | Text | Table | Picture
+@dataclass(frozen=True)
+class Layout:
+    """Typst's own markup for the PDF, such as a page break; the other forms leave it out."""
+
+    typst: str
+
+
+Block = Heading | Text | Table | Picture | Layout
 
 
 def escape(text: str) -> str:
@@ -134,6 +141,8 @@ def to_pandoc(blocks: Iterable[Block]) -> str:
                 parts.append(f'::: {{typst:breakable="false"}}\n{table}\n:::' if whole else table)
             case Picture(stem, caption):
                 parts.append(f"![{_unbroken(one_line(caption))}](figures/{stem}.svg)")
+            case Layout(typst):
+                parts.append(f"```{{=typst}}\n{typst}\n```")
     return "\n\n".join(parts) + "\n"
 
 

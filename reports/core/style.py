@@ -138,6 +138,11 @@ def model_name(model: str) -> str:
     return MODEL_NAMES.get(name.removeprefix("shape:"), name)
 
 
+def short_name(model: str) -> str:
+    """`model_name` for a narrow place: without how the weights were quantised and what the model was tuned for."""
+    return re.sub(r" \(\w+\)$", "", model_name(model)).removesuffix("-instruct")
+
+
 def dtype_name(dtype: str) -> str:
     """`torch.bfloat16` -> `bfloat16`."""
     return dtype.removeprefix("torch.")

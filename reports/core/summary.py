@@ -23,10 +23,9 @@ CATS-90 (orange), CATS at ReLUfication's own sparsity (purple), ReLUfication (di
 speed-up of one MLP block over dense against sparsity, and the ratio of the bytes that dense and CATS read."""
 
 
-def claims_blocks(runs: list[Run], sections: list[Section], judged: pd.DataFrame, headline: str | None) -> list[Block]:
-    """Page 1 and the details of every claim."""
-    several = len(runs) > 1
-    where = f"{len(runs)} runs" if several else f"the run *{escape(runs[0].label)}*"
+def first_page(runs: list[Run], judged: pd.DataFrame, headline: str | None) -> list[Block]:
+    """One table of the claims, and one figure."""
+    where = f"{len(runs)} runs" if len(runs) > 1 else f"the run *{escape(runs[0].label)}*"
     intro = (
         f"The paper's claims, judged on {where} by rules that are code. {_counted(judged)} A claim holds in a column "
         "when it holds for every model and condition tested there, and is undecided where the measurement's own error "
@@ -34,15 +33,18 @@ def claims_blocks(runs: list[Run], sections: list[Section], judged: pd.DataFrame
     )
     unclaimed = [f"{escape(run.label)}: {escape(', '.join(run.unclaimed))}" for run in runs if run.unclaimed]
     warning = [Text(f"**Not shown, since no section reads it:** {'; '.join(unclaimed)}.")] if unclaimed else []
-    blocks: list[Block] = [
-        Heading(1, "Claims"),
-        *warning,
-        Text(intro),
-        Table(summary(judged), "The paper's claims, one row each.", (3.4, 24, 15, 17, 20, 20)),
-        Text(POCKET_NOTE if (judged["column"] == POCKET).any() else ""),
-    ]
-    if headline:
-        blocks.append(Picture(headline, HEADLINE_CAPTION))
+    table = Table(summary(judged), "The paper's claims, one row each.", (3.4, 27, 21, 15, 20, 17))
+    pictures = [Picture(headline, HEADLINE_CAPTION)] if headline else []
+    return [Heading(1, "Claims"), *warning, Text(intro), table, *pictures]
+
+
+def notes(judged: pd.DataFrame) -> list[Block]:
+    """What has to be known of the models."""
+    return [Text(POCKET_NOTE)] if (judged["column"] == POCKET).any() else []
+
+
+def details_blocks(runs: list[Run], sections: list[Section], judged: pd.DataFrame) -> list[Block]:
+    """Every finding, and the rules in words."""
     rules = [
         {
             "": claim.id,
@@ -52,14 +54,13 @@ def claims_blocks(runs: list[Run], sections: list[Section], judged: pd.DataFrame
         for claim in CLAIMS
     ]
     return [
-        *(block for block in blocks if block != Text("")),
         Heading(1, "Claims in detail"),
         Text(
             "Accuracies are fractions, “points” hundredths; intervals are 95 %, each for itself: a claim of many "
             "comparisons fails by one that misses for certain, and is not corrected for their number. The paper's "
             "numbers come from its own models and hardware, so a ratio or an ordering is compared, not a value."
         ),
-        Table(details(judged, several), "What was measured for each claim.", (3.4, 14, 24, 23, 22)),
+        Table(details(judged, len(runs) > 1), "What was measured for each claim.", (3.4, 14, 24, 23, 22)),
         Table(pd.DataFrame(rules), "The paper's own figures, and the rules that give the verdicts.", (4, 24, 66)),
     ]
 
