@@ -54,7 +54,7 @@ def histogram_figure(run: Run) -> Figure:
     control, table = table[table["weights"] == "random"], table[table["weights"] != "random"]
     models = list(table["model"].unique())
     columns = max((part["layer_index"].nunique() for _, part in table.groupby("model")), default=1)
-    size = (style.WIDTH, 2.0 if len(models) == 1 else 1.4 * len(models) + 0.3)
+    size = (style.WIDTH, 2.0 if len(models) == 1 else 1.15 * len(models) + 0.3)
     figure, axes = plt.subplots(max(1, len(models)), columns, figsize=size, squeeze=False)
     for row, model in zip(axes, models, strict=False):
         of_model = table[table["model"] == model]

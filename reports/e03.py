@@ -118,7 +118,9 @@ def sparsity_figure(run: Run) -> Figure:
         _sparsity_means_panel(
             right, sparsity_means(part), paper[paper["model"].isin(paper_models(model, paper["model"]))]
         )
-        left.set(xlabel="layer", ylabel="sparsity after fine-tuning, %", title=f"{style.short_name(model)} (ours), by layer")
+        left.set(
+            xlabel="layer", ylabel="sparsity after fine-tuning, %", title=f"{style.short_name(model)} (ours), by layer"
+        )
         last = part["layer_index"].max()
         left.set_xlim(right=1.25 * last + 0.3)
         left.set_xticks([tick for tick in MaxNLocator(integer=True).tick_values(0, last) if 0 <= tick <= last])

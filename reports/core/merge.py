@@ -37,9 +37,7 @@ def together(runs: list[Run], row_types: Iterable[type[Row]]) -> list[Run]:
 
 def of_model(run: Run, model: str) -> Run:
     """A run with the rows of one model only, in the tables that name models."""
-    tables = {
-        name: table[table["model"] == model] if "model" in table else table for name, table in run.tables.items()
-    }
+    tables = {name: table[table["model"] == model] if "model" in table else table for name, table in run.tables.items()}
     return Run(run.label, run.path, {name: table for name, table in tables.items() if len(table)}, {}, run.provenance)
 
 

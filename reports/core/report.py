@@ -10,21 +10,22 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from reports.core import style
-from reports.core.appendix import appendix
+from reports.core.appendix import appendix, recorded
 from reports.core.document import Block, Heading, Layout, Picture, Table, Text, escape
 from reports.core.load import Run, command
 from reports.core.merge import models, of_model, together
 from reports.core.protocol import protocol
-from reports.core.provenance import machine, provenance_line, run_line
+from reports.core.provenance import machine, provenance_line, run_line, source
 from reports.core.section import Drawing, Section
 from reports.core.summary import details_blocks, first_page, notes
 
 FURTHER = "Further tables and figures"
 ELSEWHERE = (
-    "Further tables and figures (accuracy by task, thresholds by layer, learning rates, several rows at once and others) "
-    "are in `report.html` and `report.md` beside this file; every number is in the runs' CSVs."
+    "Accuracy by task, thresholds by layer, learning rates, the paper's other kernels, several rows at once, and the "
+    "settings and notes recorded with each run are in `report.html` and `report.md` beside this file; every number is "
+    "in the runs' CSVs, and hashes of all inputs and outputs in their `provenance.json`."
 )
-OUTLINE = "#columns(2, gutter: 2em, outline(title: none, depth: 1))"
+OUTLINE = "#block(height: 7.5em, columns(2, gutter: 2em, outline(title: none, depth: 1)))"
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,13 @@ class Report:
     @property
     def whole(self) -> list[Block]:
         """What HTML and Markdown show."""
-        further = [Heading(1, FURTHER), *self.further] if self.further else []
+        further: list[Block] = [Heading(1, FURTHER), *self.further] if self.further else []
         return [*self.main, *further, *self.appendix]
 
     @property
     def printed(self) -> list[Block]:
         """What the PDF shows."""
-        return [*self.main, *([Heading(1, FURTHER), Text(ELSEWHERE)] if self.further else []), *self.appendix]
+        return [*self.main, Heading(1, FURTHER), Text(ELSEWHERE), *self.appendix]
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,9 @@ def build(runs: list[Run], sections: list[Section], judged: pd.DataFrame, folder
     for section in sections:
         shown, more = _section(section, runs, folder)
         main += shown
-        further += [Heading(2, section.title), *more] if more else []
-    return Report(main, further, appendix(runs, sections))
+        if more:
+            further += [Heading(2, section.title), *more]
+    return Report(main, further + recorded(runs), appendix(runs, sections))
 
 
 def _draw_headline(runs: list[Run], sections: list[Section], folder: Path) -> str | None:
@@ -87,7 +89,7 @@ def _draw_headline(runs: list[Run], sections: list[Section], folder: Path) -> st
     painters = [painter for section in sections if (painter := section.glance(runs)) is not None]
     if not painters:
         return None
-    size = (style.WIDTH if len(painters) > 1 else 3.8, 2.35)
+    size = (style.WIDTH if len(painters) > 1 else 3.8, 2.2)
     figure, axes = plt.subplots(1, len(painters), figsize=size, squeeze=False)
     for ax, painter in zip(axes[0], painters, strict=True):
         painter(ax)
@@ -155,7 +157,7 @@ def _section(section: Section, runs: list[Run], folder: Path) -> tuple[list[Bloc
     more: list[Block] = []
     several = len(runs) > 1
     if not section.by_run:
-        blocks += _sources(section, measured, several)
+        blocks += _sources(section, measured, len(measured) > 1)
     for part in parts(section, runs):
         if section.by_run:
             blocks += [Heading(2, f"{part.label}: {escape(machine(part.run))}")] if several else []
@@ -168,16 +170,15 @@ def _section(section: Section, runs: list[Run], folder: Path) -> tuple[list[Bloc
 
 
 def _sources(section: Section, runs: list[Run], several: bool) -> list[Block]:
-    """When, how long and at which commit each run was measured, and which tables it lacks."""
-    lines = [
-        (f"{escape(run.label)}: " if several else "") + provenance_line(run, section.experiment)
-        for run in runs
-    ]
-    blocks: list[Block] = [Text("\n".join(f"- {line}" for line in lines) if several else lines[0], with_next=True)]
-    for run in runs:
-        lacks = [t.table for t in section.tables if not t.samples and run.table(t) is None]
-        absent = [name for name in lacks if name not in run.problems]
-        if absent and not several:
-            again = command(section.experiment, run)
-            blocks.append(Text(f"Not measured here: {escape(', '.join(absent))}; run `{again}`."))
+    """When, how long and at which commit each run was measured, and which tables a single one lacks."""
+    if several:
+        named = "; ".join(f"{escape(run.label)}, {source(run, section.experiment)}" for run in runs)
+        return [Text(f"*Provenance:* {named}.", with_next=True)]
+    (run,) = runs
+    blocks: list[Block] = [Text(provenance_line(run, section.experiment), with_next=True)]
+    lacks = [t.table for t in section.tables if not t.samples and run.table(t) is None]
+    if absent := [name for name in lacks if name not in run.problems]:
+        blocks.append(
+            Text(f"Not measured here: {escape(', '.join(absent))}; run `{command(section.experiment, run)}`.")
+        )
     return blocks

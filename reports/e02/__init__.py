@@ -33,9 +33,9 @@ Bars: one standard error."""
 SIZE_CAPTION = """
 What CATS-50 costs without fine-tuning against the size of the model (parameters, as its name says). Circles: ours, with
 the 95 % interval, paired over items and over blocks of text; weights dequantised from files of the quantisation named
-in the table below, instruction-tuned and code models among them. Diamonds: the paper's (Table 1 and the 13B averages; the
-perplexities of its fourth version), without an interval. The paper's perplexity is on another text than ours, and its
-models are other families: the order of magnitude can be compared, not the value. Dotted: the bounds of C2 and C11."""
+in the table below, instruction-tuned and code models among them. Diamonds: the paper's (Table 1 and the 13B averages;
+the perplexities of its fourth version), without an interval. The paper's perplexity is on another text than ours, and
+its models are other families: the order of magnitude can be compared, not the value. Dotted: bounds of C2, C11."""
 TABLE_1 = """
 zero-shot accuracy in the layout of the paper's Table 1, ± one standard error (lm-eval's; that of the mean takes
 the tasks as independent). Bold: the best sparse variant of each column."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -125,12 +124,6 @@ def glance(runs: list[Run]) -> Painter | None:
     return paint
 
 
-def parameters(model: str) -> float:
-    """How many parameters a model's name says that it has: `gemma-3-270m` -> 270e6; NaN where it says nothing."""
-    sizes = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)([mb])(?![a-z0-9])", model.lower())
-    return float(sizes[-1][0]) * {"m": 1e6, "b": 1e9}[sizes[-1][1]] if sizes else math.nan
-
-
 def size_points(run: Run) -> pd.DataFrame:
     """What CATS-50 costs: a row per model and metric, ours with the 95 % interval, and the paper's without one.
 
@@ -140,9 +133,9 @@ def size_points(run: Run) -> pd.DataFrame:
     table = run.tables[ZeroShotRow.table]
     rows = []
     for model in dict.fromkeys(table["model"]):
-        if not math.isfinite(parameters(model)):
+        if not math.isfinite(style.parameters(model)):
             continue
-        who = {"model": style.short_name(model), "paper": False, "parameters": parameters(model)}
+        who = {"model": style.short_name(model), "paper": False, "parameters": style.parameters(model)}
         part = table[table["model"] == model]
         at = scores(part, run.table(ItemSample), model)
         if {"dense", HALF} <= set(at):
@@ -165,7 +158,7 @@ def _paper_sizes() -> list[dict[str, object]]:
     points = [(name, "acc", value) for name, value in change.items()]
     points += list(text.assign(metric="perplexity")[["model", "metric", "perplexity_increase_percent"]].to_numpy())
     return [
-        {"model": str(name), "paper": True, "parameters": parameters(str(name)), "metric": metric, "value": value,
+        {"model": str(name), "paper": True, "parameters": style.parameters(str(name)), "metric": metric, "value": value,
          **unknown}
         for name, metric, value in points
     ]  # fmt: skip

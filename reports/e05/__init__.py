@@ -204,7 +204,7 @@ SECTION = Section(
     figures=(
         Drawing("e05_latency", LatencyRow, figures.latency_figure, LATENCY_CAPTION, secondary=True),
         Drawing("e05_speedup", LatencyRow, figures.speedup_figure, SPEEDUP_CAPTION),
-        Drawing("e05_ablation", LatencyRow, figures.ablation_figure, ABLATION_CAPTION),
+        Drawing("e05_ablation", LatencyRow, figures.ablation_figure, ABLATION_CAPTION, secondary=True),
         Drawing("e05_rows", LatencyRow, figures.rows_figure, ROWS_CAPTION, secondary=True),
     ),
     contents=contents,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -40,7 +40,7 @@ HIGHEST = 10.0  # an increase of perplexity by 1000 %: above it a model is of no
 LOWEST = 1e-3
 
 By = Mapping[str, list[Point]]
-Place = Callable[[str, Point], float]
+Place = Callable[[Point], float]
 
 
 def title(criterion: str) -> str:
@@ -49,40 +49,49 @@ def title(criterion: str) -> str:
 
 
 def look(criterion: str) -> tuple[str, str]:
-    """Colour and line of a criterion; grey and dashed for one that the palette does not know."""
-    return LOOKS.get(criterion, (style.GREY, "--"))
+    """Colour and line of a criterion; grey and dashed for one that the palette does not know. `NAME/model`, with the
+    attention's layers too, is dashed."""
+    plain, _, model = criterion.partition("/")
+    colour, line = LOOKS.get(plain, (style.GREY, "--"))
+    return colour, "--" if model else line
 
 
 def frontier_figure(run: Run) -> Figure | None:
     """One model: increase of perplexity, and change of accuracy where tasks were measured, against the bytes of the
-    MLPs; and the increase of perplexity against the measured speed-up of each machine."""
+    MLPs; and the increase of perplexity against the measured speed-up of each machine, or else the bytes of the model.
+    """
     table, speed = run.tables[CriterionRow.table], fastest(run.table(CriterionSpeedRow))
-    text = _of_mlps(text_points(table, run.table(CriterionTextSample)))
+    everywhere = text_points(table, run.table(CriterionTextSample))
+    text = _of_mlps(everywhere)
     accuracy = _of_mlps(accuracy_points(table, run.table(CriterionSample)))
     conditions = _conditions(speed)
     count = (len(text) > 0) + (len(accuracy) > 0) + len(conditions) * (len(text) > 0)
     if not count:
         return None
-    figure, axes = plt.subplots(
-        1, count, figsize=(style.WIDTH if count > 1 else 4.4, 2.6), squeeze=False, sharey=False
-    )
+    whole_model = count == 1 and len(text) > 0
+    figure, axes = plt.subplots(1, count + whole_model, figsize=(style.WIDTH, 2.5), squeeze=False)
     panels = iter(axes[0])
     if text:
-        _text_panel(next(panels), text, lambda _, point: 100 * point.mlp_bytes, "bytes of the MLPs, % of dense")
+        _text_panel(next(panels), text, lambda point: 100 * point.mlp_bytes, "bytes of the MLPs, % of dense")
+    if whole_model:
+        both = {f"{criterion}{'/model' * (scope == 'model')}": of for (_, criterion, scope), of in everywhere.items()}
+        _text_panel(next(panels), both, lambda point: 100 * point.model_bytes, "bytes of the model, % of dense")
     if accuracy:
         _accuracy_panel(next(panels), accuracy)
     for machine, what in conditions:
         at = speed[(speed["machine"] == machine) & (speed["what"] == what)].set_index("variant")["speedup"]
         axis = f"speed-up on {processor(run, machine)}, {'whole token' if what == 'token' else 'MLPs'}"
-        _text_panel(next(panels), text, lambda _, point, at=at: float(at.get(point.variant, math.nan)), axis)
+        _text_panel(next(panels), text, _looked_up(at.to_dict()), axis)
     figure.suptitle(style.model_name(str(table["model"].iloc[0])), fontsize=9.5)
     shown = [name for name in LOOKS if name in text or name in accuracy]
     shown += [name for name in {**text, **accuracy} if name not in LOOKS]
+    if whole_model:
+        shown += [name for name in both if name.endswith("/model")]
     handles = [plt.Line2D([], [], color=look(name)[0], ls=look(name)[1], marker="o", ms=3) for name in shown]
-    names = [title(name) for name in shown]
+    names = [title(name.removesuffix("/model")) + ", model" * name.endswith("/model") for name in shown]
     figure.legend(
-        handles, names, loc="outside lower center", ncols=min(len(names), 10 if count > 1 else 5), frameon=False,
-        fontsize=7.5, handlelength=1.6, columnspacing=1.0,
+        handles, names, loc="outside lower center", ncols=6, frameon=False, fontsize=7.5, handlelength=2.2,
+        columnspacing=1.2,
     )  # fmt: skip
     return figure
 
@@ -103,10 +112,14 @@ def _conditions(speed: pd.DataFrame) -> list[tuple[str, str]]:
     return [(machine, "token" if "token" in timed[machine] else "mlp") for machine in machines]
 
 
+def _looked_up(speedups: dict[Hashable, float]) -> Place:
+    return lambda point: float(speedups.get(point.variant, math.nan))
+
+
 def _text_panel(ax: Axes, points: By, place: Place, axis: str) -> None:
     """Increase of perplexity in percent, log scale; points beyond use or without a place are left out."""
     for criterion, of in points.items():
-        shown = [(place(criterion, point), math.expm1(point.change.value)) for point in of]
+        shown = [(place(point), math.expm1(point.change.value)) for point in of]
         shown = [(x, 100 * y) for x, y in shown if math.isfinite(x) and LOWEST <= y <= HIGHEST]
         if shown:
             colour, line = look(criterion)

@@ -139,7 +139,7 @@ def _variant(variant: str, scope: str) -> str:
     return f"{_name(criterion, scope)}, {level} %" if criterion else variant
 
 
-def _change(row: Mapping[str, Any], metric: str) -> str:
+def _change(row: Mapping[Any, Any], metric: str) -> str:
     error = row["difference_stderr"]
     if metric.endswith("perplexity"):
         ratio = math.exp(row["difference"])

@@ -1,4 +1,4 @@
-"""How much sparsity a criterion affords: its quality at each level with a paired interval, and its measured speed (e08).
+"""How much sparsity a criterion affords: its quality at each level with a paired interval, and its speed (e08).
 
 A level keeps 99 % of the dense model where the whole 95 % interval of the paired difference says so, loses it where the
 whole interval says the opposite, and is undecided in between. What a criterion affords is the largest measured level
