@@ -554,10 +554,10 @@ class CriterionSpeedRow(Row):
 
     ``what``: ``mlp``, all MLPs of the model for one token, weights cold, on inputs from held-out text; ``token``, one
     decode step of the whole model in ``loop``. ``unit``: ``ms`` or ``tokens/s``; ``value`` and ``dense_value`` are in
-    it, geometric means over the rounds. ``speedup``: the dense time over this one's, geometric mean over paired rounds,
-    with the bounds of its 95 % interval. The thresholds are those that accuracy was measured with; ``sparsity`` is the
-    mean over layers of what they skip on the timed tokens. ``backend``: what computed the sparse MLPs, ``cpu`` or
-    ``triton``. ``threads``: of a CPU.
+    it, medians over the rounds. ``speedup``: the dense time over this one's, the median over paired rounds, with the
+    bounds of its 95 % interval from order statistics. The thresholds are those that accuracy was measured with;
+    ``sparsity`` is the mean over layers of what they skip: on the timed tokens for ``mlp``, on held-out text for
+    ``token``. ``backend``: what computed the sparse MLPs, ``cpu`` or ``triton``. ``threads``: of a CPU.
     """
 
     table: ClassVar[str] = "e08_speed"
