@@ -45,7 +45,7 @@ def kept(ratios: dict[float, tuple[float, float]], **changes: object) -> str:
         ({0.3: (1.001, 0.001), 0.5: (1.05, 0.001), 0.7: (1.001, 0.001)}, "30 %"),  # what lies above a loss is no gain
         ({0.3: (1.009, 0.001), 0.5: (1.001, 0.001)}, "at least 50 %"),  # what is undecided below refutes nothing
         ({0.3: (1.05, 0.001), 0.5: (1.2, 0.001)}, "under 30 %"),
-        ({0.3: (1.009, 0.001), 0.5: (1.011, 0.002), 0.7: (1.3, 0.01)}, "undecided at 30 % to 50 %"),
+        ({0.3: (1.009, 0.001), 0.5: (1.011, 0.002), 0.7: (1.3, 0.01)}, "undecided at 30 to 50 %"),
         ({0.3: (1.009, 0.001), 0.5: (1.3, 0.002)}, "undecided at 30 %"),
         ({0.3: (0.99, 0.001), 0.5: (0.99, 0.001)}, "at least 50 %"),
         ({0.3: (1.001, float("nan"))}, "nothing"),

@@ -76,20 +76,21 @@ class Kept:
 
     @property
     def words(self) -> str:
-        """`50 %`, `50 % (60 % undecided)`, `under 30 %`, `at least 90 %`, `undecided from 30 %`."""
+        """`50 %`, `50 % (undecided to 60 %)`, `under 30 %`, `at least 90 %`, `undecided at 30 to 50 %`."""
         if self.point is None:
             if self.lost == self.smallest:
                 return f"under {_percent(self.smallest)}"
-            upto = f" to {_percent(self.undecided)}" if self.undecided not in (None, self.smallest) else ""
-            return f"undecided at {_percent(self.smallest)}{upto}"
+            several = self.undecided is not None and self.undecided > self.smallest
+            levels = f"{100 * self.smallest:g} to {_percent(self.undecided)}" if several else _percent(self.smallest)
+            return f"undecided at {levels}"
         kept = _percent(self.point.level)
         if self.undecided is not None:
             return f"{kept} (undecided to {_percent(self.undecided)})"
         return f"at least {kept}" if self.point.level == self.largest else kept
 
 
-def _percent(level: float) -> str:
-    return f"{100 * level:g} %"
+def _percent(level: float | None) -> str:
+    return f"{100 * (level or 0):g} %"
 
 
 def affords(points: Iterable[Point]) -> Kept | None:
