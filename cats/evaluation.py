@@ -65,6 +65,10 @@ class TaskResult:
     correct: tuple[float, ...]
 
 
+LOGITS_BYTES = 2**31
+"""Of logits in float32 at once, when losses are computed: 64 x 1024 tokens can take 64 GB."""
+
+
 class _LanguageModel(HFLM):
     """HFLM around a model object that also splits items among accelerate's processes (HFLM does so only for hub ids).
 
@@ -323,6 +327,19 @@ def perplexity(model: nn.Module, blocks: Iterable[Tensor]) -> float:
     return math.exp(sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens))
 
 
+def sequences_at_once(model: nn.Module, length: int) -> int:
+    """How many sequences a forward pass may take so that their logits in float32 stay below `LOGITS_BYTES`."""
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 2**18
+    return int(max(1, LOGITS_BYTES // (4 * length * vocabulary)))
+
+
+def _losses(model: nn.Module, ids: Tensor) -> Tensor:
+    """Mean over each sequence of ids (batch, length), float64 on the CPU."""
+    logits = model(ids, use_cache=False).logits[:, :-1].float()
+    nats = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return nats.view(len(ids), -1).double().mean(1).cpu()
+
+
 @torch.no_grad()
 def block_losses(model: nn.Module, blocks: Iterable[Tensor]) -> list[float]:
     """Mean negative log-likelihood of each sequence, in nats per token, of every token but its first.
@@ -345,10 +362,7 @@ def block_losses(model: nn.Module, blocks: Iterable[Tensor]) -> list[float]:
             if index % state.num_processes != state.process_index:
                 losses.append(torch.zeros(len(block), dtype=torch.float64))
                 continue
-            ids = block.to(device)
-            logits = model(ids, use_cache=False).logits[:, :-1].float()
-            nats = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            losses.append(nats.view(len(block), -1).double().mean(1).cpu())
+            losses += [_losses(model, ids) for ids in block.to(device).split(sequences_at_once(model, block.shape[1]))]
     finally:
         model.train(training)
     if not losses:

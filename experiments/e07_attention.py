@@ -10,7 +10,7 @@ on two cores without training.
     nox -s experiment -- e07 --model PATH_OR_HUB_ID
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -65,10 +65,20 @@ def run(config: Config[Options]) -> Iterable[Row]:
         trainings = [(options.steps, config.seed + seed) for seed in options.seeds] if options.steps else []
         runs = [(v, *training) for training in [(0, config.seed), *trainings] for v in options.variants()]
         for v, steps, seed in config.progress(runs, name, len(runs)):
-            key = f"{name}/{v.name}" + (f"/finetuned {seed}" if steps else "")
-            rows = config.unit(key, partial(measure, subject, v, steps, seed, dense.get((steps, seed))), ROWS)
-            dense.setdefault((steps, seed), Samples.of(rows))  # the dense model comes first
+            rows = config.unit(*job(subject, v, steps, seed, dense.get((steps, seed))), ROWS)
+            if v == DENSE:  # it comes first
+                own = dense[steps, seed] = Samples.of(rows)
+                others = [other for other in options.variants() if other != DENSE]
+                config.compute_ahead(dict(job(subject, other, steps, seed, own) for other in others), ROWS)
             yield from rows
+
+
+def job(
+    subject: FinetuningSubject, v: Variant, steps: int, seed: int, dense: Samples | None
+) -> tuple[str, Callable[[], list[Row]]]:
+    """Key and work of one variant."""
+    key = f"{subject.name}/{v.name}" + (f"/finetuned {seed}" if steps else "")
+    return key, partial(measure, subject, v, steps, seed, dense)
 
 
 def cost(config: Config[Options]) -> Cost:

@@ -27,13 +27,20 @@ import triton
 import triton.language as tl
 from cats_kernels.ablation.triton import VARIANTS, launch, plan
 from cats_kernels.triton.configs import CONFIGS, Config, choose_config
-from cats_kernels.triton.launch import Call, Launch, Recorded, Target, aligned
+from cats_kernels.triton.launch import Call, Launch, Target
+from cats_kernels.triton.recorded import Recorded, aligned
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tests.triton_cases import DTYPES
 
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a block, CUDA C++ Programming Guide, table 21
 PROCESSORS = {80: 108, 89: 142, 90: 132}  # A100, L40S, H200
 D, M = 4096, 14336  # Mistral-7B

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import cats
 from cats.devices import eval_mode
+from cats.evaluation import sequences_at_once
 from cats.observe import input_mask, masks_of
 from cats.sparse_forward import INPUT
 from cats.structure import activation_name, named_modules
@@ -35,6 +36,12 @@ def deciders(model: nn.Module) -> dict[str, nn.Module]:
         if mask_of_input is not None:
             made[path] = mask_of_input
     return made
+
+
+def few_at_once(model: Any, text: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The batches, split where their logits would take too much memory."""
+    for ids in text:
+        yield from ids.split(sequences_at_once(model, ids.shape[1]))
 
 
 @torch.no_grad()
@@ -63,7 +70,7 @@ def losses_and_skipped(model: Any, text: Sequence[Tensor]) -> tuple[list[float],
     losses = []
     try:
         with eval_mode(model):
-            for ids in text:
+            for ids in few_at_once(model, text):
                 logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
                 nats = nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
                 losses.append(nats.view(len(ids), -1).double().mean(1))
@@ -98,7 +105,7 @@ def continuation_losses(model: Any, text: Sequence[Tensor], dense_prompt: bool) 
     """
     losses = []
     with eval_mode(model):
-        for ids in text:
+        for ids in few_at_once(model, text):
             half = ids.shape[1] // 2
             if ids.shape[1] < SHORTEST:
                 raise ValueError(f"continuations need blocks of at least {SHORTEST} tokens, not {ids.shape[1]}")

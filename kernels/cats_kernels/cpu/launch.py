@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -58,9 +60,14 @@ def sparse_gated_mlp_cpu(
     inputs, output = as_array(x.float()), as_array(y)
     threads = threads_for(3 * gate_weight.numel())
     for i in range(0, x.shape[0], MAX_ROWS):
-        if threads == 1:
-            serial_kernel(inputs[i : i + MAX_ROWS], *weights, *options, output[i : i + MAX_ROWS])
-        else:
-            with parallel_region(threads):
-                parallel_kernel(inputs[i : i + MAX_ROWS], *weights, *options, output[i : i + MAX_ROWS], threads)
+        launch(threads, inputs[i : i + MAX_ROWS], *weights, *options, output[i : i + MAX_ROWS])
     return y.to(x.dtype)
+
+
+def launch(threads: int, *arguments: Any) -> None:
+    """One call of the kernel for up to MAX_ROWS rows, on so many threads."""
+    if threads == 1:
+        serial_kernel(*arguments)
+    else:
+        with parallel_region(threads):
+            parallel_kernel(*arguments, threads)
