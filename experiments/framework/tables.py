@@ -409,11 +409,12 @@ class GreedyRow(Row):
 class AttentionRow(Row):
     """`ZeroShotRow` for the attention variant (appendix B), also after fine-tuning.
 
-    ``metric`` is also ``sparsity_SITE``: the share of zeros at one site.
+    ``metric`` is also ``sparsity_SITE``: the share of zeros at one site. ``seed``: of the training; of what is not
+    fine-tuned that of the run.
     """
 
     table: ClassVar[str] = "e07_attention"
-    key: ClassVar[tuple[str, ...]] = ("model", "variant", "finetuned", "task", "metric")
+    key: ClassVar[tuple[str, ...]] = ("model", "variant", "finetuned", "seed", "task", "metric")
     model: str
     criterion: str
     variant: str
@@ -430,6 +431,7 @@ class AttentionRow(Row):
     difference_stderr: float | None = None
     items: int | None = None
     chance: float | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -437,7 +439,7 @@ class AttentionSample(Row):
     """`ItemSample` for the attention variant."""
 
     table: ClassVar[str] = "e07_items"
-    key: ClassVar[tuple[str, ...]] = ("model", "variant", "finetuned", "task")
+    key: ClassVar[tuple[str, ...]] = ("model", "variant", "finetuned", "seed", "task")
     samples: ClassVar[bool] = True
     model: str
     criterion: str
@@ -445,6 +447,7 @@ class AttentionSample(Row):
     finetuned: bool
     task: str
     correct: str
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -452,7 +455,7 @@ class AttentionTextSample(Row):
     """`TextSample` for the attention variant."""
 
     table: ClassVar[str] = "e07_blocks"
-    key: ClassVar[tuple[str, ...]] = ("model", "variant", "finetuned")
+    key: ClassVar[tuple[str, ...]] = ("model", "variant", "finetuned", "seed")
     samples: ClassVar[bool] = True
     model: str
     criterion: str
@@ -460,6 +463,7 @@ class AttentionTextSample(Row):
     finetuned: bool
     tokens_per_block: int
     nats: str
+    seed: int = 0
 
 
 @dataclass(frozen=True)
