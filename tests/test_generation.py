@@ -140,8 +140,9 @@ def test_the_model_may_change_between_calls(loop: str, dynamo_only: None) -> Non
     def swap_weight() -> None:
         model.model.layers[1].self_attn.q_proj.weight = nn.Parameter(torch.randn(32, 32) / 3)
 
-    def load(seed: int) -> None:
-        model.load_state_dict(tiny_model("Llama", seed=seed).double().float().state_dict(), assign=True)
+    def load() -> None:
+        state = {name: value + torch.randn_like(value) / 20 for name, value in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
 
     changes: list[Callable[[], object]] = [
         lambda: None,
@@ -151,7 +152,7 @@ def test_the_model_may_change_between_calls(loop: str, dynamo_only: None) -> Non
         lambda: cats.remove(model),
         swap_weight,
         lambda: model.model.layers[0].self_attn.o_proj.weight.data.mul_(1.5),
-        lambda: load(5),
+        load,
         lambda: model.model.layers[2].mlp.register_forward_hook(lambda _m, _a, out: 2 * out),
         lambda: model.model.layers[2].self_attn.k_proj.register_forward_hook(lambda _m, _a, out: 0.5 * out),
     ]
@@ -161,7 +162,7 @@ def test_the_model_may_change_between_calls(loop: str, dynamo_only: None) -> Non
         tokens = cats.generate(model, ids, NEW, loop=loop)
         assert torch.equal(tokens, theirs(model, ids))
         seen.append(tokens)
-    assert len({tuple(tokens[0].tolist()) for tokens in seen}) >= len(changes) - 2  # and the changes do change them
+    assert len({tuple(tokens[0].tolist()) for tokens in seen}) == len(changes) - 2  # two go back to what was
 
 
 def test_what_a_graph_depends_on_is_in_the_fingerprint() -> None:
@@ -328,7 +329,7 @@ def test_draws() -> None:
     """Empirical frequencies against the probabilities that the settings ask for."""
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -5.0]])
     many = logits.expand(20000, -1)
-    for options, allowed in (({}, 5), ({"top_k": 2}, 2), ({"top_p": 0.8}, 2), ({"top_k": 9}, 5)):
+    for options, allowed in (({}, 5), ({"top_k": 2}, 2), ({"top_p": 0.75}, 2), ({"top_k": 9}, 5)):
         sampling = cats.generation.Sampling(temperature=1.5, **options)
         torch.manual_seed(0)
         drawn = torch.bincount(sampling(many)[:, 0], minlength=5) / 20000
