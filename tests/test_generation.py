@@ -1,4 +1,4 @@
-"""`cats.generate`: the tokens of transformers' `generate` in every loop, and nothing stale after the model has changed."""
+"""`cats.generate`: the tokens of transformers' `generate` in every loop, and nothing stale after the model changed."""
 
 import copy
 import gc
