@@ -176,6 +176,9 @@ class SparseForward:
         activation = modules[self.cats_state.activation_name]
         if activation._forward_hooks or activation._forward_pre_hooks:
             return None
+        held: list[Tensor] = [self._deciding_threshold()]  # until the call is over, whatever other threads replace
+        if repeated.facts(held[0]) != known.threshold:
+            return None
         for name, facts in known.weights:
             linear = modules[name]
             if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
@@ -183,8 +186,7 @@ class SparseForward:
             weight = linear._parameters.get("weight")
             if type(weight) is not nn.Parameter or repeated.facts(weight) != facts:
                 return None
-        if repeated.facts(self._deciding_threshold()) != known.threshold:
-            return None
+            held.append(weight)
         return call(x) if cats_kernels.sparse_gated_mlp is known.operator else None
 
     def _know(self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor], threshold: Tensor) -> None:
