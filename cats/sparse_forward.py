@@ -209,6 +209,17 @@ class SparseForward:
             known.calls[x.shape] = repeated.repeat(*arguments)
         state.known = known
 
+    def _run_kernel(self, x: Tensor) -> Tensor | None:
+        """y by the operator, if ``x`` goes to the sparse kernel, else None."""
+        state, weights = self.cats_state, self._sparse_weights(x)
+        if weights is None:
+            return None
+        threshold = self._deciding_threshold()
+        y = cats_kernels.sparse_gated_mlp(x, *weights, threshold, str(state.activation), state.kernel, state.decider)
+        if not torch.compiler.is_compiling():
+            self._know(x, weights, threshold)
+        return y
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         mlp: Any = self
         if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
@@ -220,14 +231,8 @@ class SparseForward:
         activation = modules[state.activation_name]
         if state.dense_prompts and not self.training and is_prompt(x):
             return masked_equation_1(mlp, x, activation.inner, {})
-        weights = self._sparse_weights(x) if len(args) == 1 and not kwargs else None
-        if weights is not None:
-            threshold = self._deciding_threshold()
-            y = cats_kernels.sparse_gated_mlp(
-                x, *weights, threshold, str(state.activation), state.kernel, state.decider
-            )
-            if not torch.compiler.is_compiling():
-                self._know(x, weights, threshold)
+        y = self._run_kernel(x) if len(args) == 1 and not kwargs else None
+        if y is not None:
             return y
         if state.written_out:
             masks = modules.get("cats_masks")
