@@ -9,7 +9,7 @@ Cost: three evaluations of the tasks, or six and three training runs; a minute f
     nox -s experiment -- e07 --model PATH_OR_HUB_ID
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -61,10 +61,20 @@ def run(config: Config[Options]) -> Iterable[Row]:
         dense: dict[int, Samples] = {}
         runs = [(v, steps) for steps in sorted({0, options.steps}) for v in options.variants()]
         for v, steps in config.progress(runs, name, len(runs)):
-            key = f"{name}/{v.name}" + ("/finetuned" if steps else "")
-            rows = config.unit(key, partial(measure, subject, v, steps, dense.get(steps)), ROWS)
-            dense.setdefault(steps, Samples.of(rows))  # the dense model comes first
+            rows = config.unit(*job(subject, v, steps, dense.get(steps)), ROWS)
+            if v == DENSE:  # it comes first
+                dense[steps] = Samples.of(rows)
+                others = [other for other in options.variants() if other != DENSE]
+                config.compute_ahead(dict(job(subject, other, steps, dense[steps]) for other in others), ROWS)
             yield from rows
+
+
+def job(
+    subject: FinetuningSubject, v: Variant, steps: int, dense: Samples | None
+) -> tuple[str, Callable[[], list[Row]]]:
+    """Key and work of one variant."""
+    key = f"{subject.name}/{v.name}" + ("/finetuned" if steps else "")
+    return key, partial(measure, subject, v, steps, dense)
 
 
 def cost(config: Config[Options]) -> Cost:

@@ -34,7 +34,13 @@ from triton.compiler import ASTSource
 
 from tests.triton_cases import DTYPES
 
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a block, CUDA C++ Programming Guide, table 21
 PROCESSORS = {80: 108, 89: 142, 90: 132}  # A100, L40S, H200
 D, M = 4096, 14336  # Mistral-7B

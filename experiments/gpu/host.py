@@ -13,7 +13,7 @@ import argparse
 import csv
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def token_times(model: Any, ids: Tensor, tokens: int, **options: Any) -> np.ndar
 
 
 @torch.inference_mode()
-def host_us(mlps: list[nn.Module], x: Tensor, rounds: int = 20) -> float:
+def host_us(mlps: Sequence[Callable[..., Any]], x: Tensor, rounds: int = 20) -> float:
     """Median host microseconds per MLP call, over rounds through all layers."""
     times = []
     for _ in range(rounds + 3):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,8 +28,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the sparse gated MLP: x (rows, d) and weights (m, d) into y (rows, d), on one chip."""
+    """One call of the sparse gated MLP: x (rows, d) and weights (m, d) into y (rows, d), on one chip.
 
+    ``TENSORS`` are its fields that are always tensors.
+    """
+
+    TENSORS: ClassVar[tuple[str, ...]] = ("x", "gate_weight", "up_weight", "down_weight_t", "y")
     x: Tensor
     gate_weight: Tensor
     up_weight: Tensor

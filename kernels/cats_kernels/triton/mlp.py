@@ -270,7 +270,7 @@ def repeated(
         return None
     call = make_call(x, gate_weight, up_weight, down_weight_t, threshold, activation, decider)
     recorded = RECORDED.get(recorded_key(call)) if aligned(call) else None
-    return recorded and Repeated(recorded, call)
+    return None if recorded is None else Repeated(recorded, call)
 
 
 def dense_masked(

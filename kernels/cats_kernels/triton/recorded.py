@@ -15,8 +15,6 @@ from cats_kernels.triton.launch import Call, Launch, cdiv
 
 Enqueue = Callable[[int, list[Any]], object]
 """Enqueues one compiled kernel, given a stream's address and all of the kernel's arguments."""
-CALL_TENSORS = ("x", "gate_weight", "up_weight", "down_weight_t", "y")
-"""The fields of `Call` that are always tensors."""
 ALIGNMENT = 256
 """Bytes; Triton compiles for pointers that are multiples of 16, and torch allocates in multiples of 512."""
 
@@ -56,7 +54,7 @@ class Recorded:
 
     def __call__(self, call: Call) -> None:
         """Enqueue the same launches for another call on the current stream."""
-        fields: dict[str, Any] = {name: getattr(call, name).data_ptr() for name in CALL_TENSORS}
+        fields: dict[str, Any] = {name: getattr(call, name).data_ptr() for name in call.TENSORS}
         threshold = call.threshold
         fields["threshold"] = threshold.data_ptr() if isinstance(threshold, Tensor) else threshold
         buffer = torch.empty(self.size, dtype=torch.uint8, device=call.x.device)
@@ -74,7 +72,7 @@ class Repeated:
     def __init__(self, recorded: Recorded, call: Call) -> None:
         self.size, self.device, self.index = recorded.size, call.x.device, call.x.device.index
         threshold = call.threshold
-        fixed: dict[Any, Any] = {name: getattr(call, name).data_ptr() for name in CALL_TENSORS}
+        fixed: dict[Any, Any] = {name: getattr(call, name).data_ptr() for name in call.TENSORS}
         fixed["threshold"] = threshold.data_ptr() if isinstance(threshold, Tensor) else threshold
         self.steps: list[tuple[Enqueue, list[Any], list[tuple[int, int, int]]]] = []
         for enqueue, values, sources in recorded.steps:
@@ -135,7 +133,7 @@ def enqueue_by(kernel: Any, grid: tuple[int, ...]) -> Enqueue:
 def aligned(call: Call) -> bool:
     """Whether all tensors of a call lie at multiples of 16 bytes: kernels compiled for one such call serve another. A
     threshold of one element is loaded alone, wherever it lies."""
-    if any(getattr(call, name).data_ptr() % 16 for name in CALL_TENSORS):
+    if any(getattr(call, name).data_ptr() % 16 for name in call.TENSORS):
         return False
     threshold = call.threshold
     return not isinstance(threshold, Tensor) or kind_of(threshold) == ONE or threshold.data_ptr() % 16 == 0
