@@ -192,7 +192,9 @@ class SparseForward:
     def _know(self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor], threshold: Tensor) -> None:
         """Remember how to repeat a call that the operator has just served."""
         state, modules = self.cats_state, self._modules
-        parameters = [(name, modules[name]._parameters["weight"]) for name in state.parts.linears]
+        parameters: list[tuple[str, Any]] = [
+            (name, modules[name]._parameters.get("weight")) for name in state.parts.linears
+        ]
         if (
             not repeated.ordinary(x)
             or cats_kernels.sparse_gated_mlp is not OPERATOR

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import peft
 import pytest
 import torch
-from cats_kernels import operator, repeated
+from cats_kernels import operator, repeated, sparse_gated_mlp
+from cats_kernels.problem import Problem
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -277,6 +278,24 @@ def test_several_threads_on_one_block(batches: list):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@torch.no_grad()
+def test_the_recorded_operator_repeats_too(slow_calls: list):
+    """Compiled code calls it; a tensor that took another's place in memory is another call."""
+    made, call = Problem(32, 48, 2), torch.ops.cats.sparse_gated_mlp
+    threshold = torch.tensor(made.threshold(0.5))
+    arguments = [made.x, made.gate.clone(), made.up, made.down_t, threshold]
+    options = "silu", "auto", "gate"
+    for turn in range(3):
+        for x in (made.x, 2 * made.x, made.x[:1]):
+            y = call(x, *arguments[1:], *options)
+            assert torch.equal(y, sparse_gated_mlp(x, *arguments[1:]))
+        arguments[1].mul_(1.5)
+        arguments[4].mul_(0.5 if turn else 2)
+    recorded = len(slow_calls) - 9
+    assert recorded == 2  # one for each shape
+    assert torch.equal(call(*arguments[:4], threshold[None].expand(48), *options), sparse_gated_mlp(*arguments))
 
 
 def test_facts_tell_what_a_kernel_could_mistake():
