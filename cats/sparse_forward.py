@@ -176,6 +176,9 @@ class SparseForward:
         activation = modules[self.cats_state.activation_name]
         if activation._forward_hooks or activation._forward_pre_hooks:
             return None
+        held: list[Tensor] = [self._deciding_threshold()]  # until the call is over, whatever other threads replace
+        if repeated.facts(held[0]) != known.threshold:
+            return None
         for name, facts in known.weights:
             linear = modules[name]
             if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
@@ -183,14 +186,15 @@ class SparseForward:
             weight = linear._parameters.get("weight")
             if type(weight) is not nn.Parameter or repeated.facts(weight) != facts:
                 return None
-        if repeated.facts(self._deciding_threshold()) != known.threshold:
-            return None
+            held.append(weight)
         return call(x) if cats_kernels.sparse_gated_mlp is known.operator else None
 
     def _know(self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor], threshold: Tensor) -> None:
         """Remember how to repeat a call that the operator has just served."""
         state, modules = self.cats_state, self._modules
-        parameters = [(name, modules[name]._parameters["weight"]) for name in state.parts.linears]
+        parameters: list[tuple[str, Any]] = [
+            (name, modules[name]._parameters.get("weight")) for name in state.parts.linears
+        ]
         if (
             not repeated.ordinary(x)
             or cats_kernels.sparse_gated_mlp is not OPERATOR
@@ -207,6 +211,17 @@ class SparseForward:
             known.calls[x.shape] = repeated.repeat(*arguments)
         state.known = known
 
+    def _run_kernel(self, x: Tensor) -> Tensor | None:
+        """y by the operator, if ``x`` goes to the sparse kernel, else None."""
+        state, weights = self.cats_state, self._sparse_weights(x)
+        if weights is None:
+            return None
+        threshold = self._deciding_threshold()
+        y = cats_kernels.sparse_gated_mlp(x, *weights, threshold, str(state.activation), state.kernel, state.decider)
+        if not torch.compiler.is_compiling():
+            self._know(x, weights, threshold)
+        return y
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         mlp: Any = self
         if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
@@ -218,14 +233,8 @@ class SparseForward:
         activation = modules[state.activation_name]
         if state.dense_prompts and not self.training and is_prompt(x):
             return masked_equation_1(mlp, x, activation.inner, {})
-        weights = self._sparse_weights(x) if len(args) == 1 and not kwargs else None
-        if weights is not None:
-            threshold = self._deciding_threshold()
-            y = cats_kernels.sparse_gated_mlp(
-                x, *weights, threshold, str(state.activation), state.kernel, state.decider
-            )
-            if not torch.compiler.is_compiling():
-                self._know(x, weights, threshold)
+        y = self._run_kernel(x) if len(args) == 1 and not kwargs else None
+        if y is not None:
             return y
         if state.written_out:
             masks = modules.get("cats_masks")
