@@ -1,4 +1,4 @@
-"""Quantised weights on the CPU against the float64 truth about what they dequantise to: kernels, reference, operator."""
+"""Quantised weights on the CPU against the float64 truth about what they dequantise to."""
 
 import itertools
 import math
