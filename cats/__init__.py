@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cats.activation import CATSActivation, threshold_activation
     from cats.calibration import calibrate
+    from cats.generation import generate
     from cats.patching import apply, remove
     from cats.relufication import relufy
     from cats.sparsity import measure_sparsity
@@ -25,6 +26,7 @@ _HOMES = {
     "Thresholds": "thresholds",
     "apply": "patching",
     "calibrate": "calibration",
+    "generate": "generation",
     "gated_mlps": "structure",
     "measure_sparsity": "sparsity",
     "relufy": "relufication",
@@ -38,6 +40,7 @@ __all__ = [
     "apply",
     "calibrate",
     "gated_mlps",
+    "generate",
     "measure_sparsity",
     "relufy",
     "remove",

@@ -131,6 +131,7 @@ def _enable_kernel(mlp: GatedMLP) -> None:
 
 def _disable_kernel(mlp: GatedMLP) -> None:
     mlp.cats_state.sparse = False
+    mlp.cats_state.known = None
     if mlp.cats_state.handles:
         for handle in mlp.cats_state.handles:
             handle.remove()
@@ -208,6 +209,7 @@ def swap_thresholds(model: nn.Module, thresholds: Thresholds) -> None:
             _set_masks(mlp, masks, criterion, sparsity)
             state.criterion, state.decider = criterion.name, thresholds.decider_of(name) or "gate"
             state.written_out = bool(masks) or of.activation is None
+            state.known = None
         inputs = {**thresholds.mlp_input, **thresholds.attention_input, **thresholds.attention_linears}
         plain = get("cats") if not thresholds.attention_linears else criterion
         _set_input_masks(model, inputs, plain, sparsity)

@@ -27,7 +27,8 @@ import triton
 import triton.language as tl
 from cats_kernels.ablation.triton import VARIANTS, launch, plan
 from cats_kernels.triton.configs import CONFIGS, Config, choose_config
-from cats_kernels.triton.launch import Call, Launch, Recorded, Target, aligned
+from cats_kernels.triton.launch import Call, Launch, Target
+from cats_kernels.triton.recorded import Recorded, aligned
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
