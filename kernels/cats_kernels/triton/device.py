@@ -214,7 +214,7 @@ def prefetch_rows(w_ptr, row, wanted, D: tl.constexpr, BLOCK_D: tl.constexpr, LI
 
 
 @triton.jit
-def await_previous_kernel(PDL: tl.constexpr, EARLY: tl.constexpr = False):
+def await_previous_kernel(PDL: tl.constexpr, EARLY: tl.constexpr):
     """Under programmatic dependent launch: wait for the previous kernel's results, then let the next kernel start; or
     let it start at once (EARLY), which is as safe: it waits for this kernel, which waits for the previous one."""
     if PDL:
