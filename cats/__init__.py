@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cats.activation import CATSActivation, threshold_activation
     from cats.calibration import calibrate
+    from cats.generation import generate
     from cats.patching import apply, remove
+    from cats.quantization import dequantize, quantize
     from cats.relufication import relufy
     from cats.sparsity import measure_sparsity
     from cats.structure import gated_mlps
@@ -25,8 +27,11 @@ _HOMES = {
     "Thresholds": "thresholds",
     "apply": "patching",
     "calibrate": "calibration",
+    "dequantize": "quantization",
     "gated_mlps": "structure",
+    "generate": "generation",
     "measure_sparsity": "sparsity",
+    "quantize": "quantization",
     "relufy": "relufication",
     "remove": "patching",
     "threshold_activation": "activation",
@@ -37,8 +42,11 @@ __all__ = [
     "Thresholds",
     "apply",
     "calibrate",
+    "dequantize",
     "gated_mlps",
+    "generate",
     "measure_sparsity",
+    "quantize",
     "relufy",
     "remove",
     "threshold_activation",

@@ -13,7 +13,7 @@ import torch
 from cats_kernels.cpu import threads
 from cats_kernels.cpu.kernels import serial_kernel
 from cats_kernels.cpu.launch import as_array, as_thresholds, sparse_gated_mlp_cpu
-from cats_kernels.cpu.team import open_region, team_kernel
+from cats_kernels.cpu.team import region_address, team_kernel
 from cats_kernels.problem import Problem
 from torch.nn.functional import linear, silu
 
@@ -24,12 +24,12 @@ SETUP = """
 import multiprocessing, os, sys, threading, warnings
 import numba, torch
 from cats_kernels import sparse_gated_mlp
-from cats_kernels.cpu.team import open_region
+from cats_kernels.cpu.team import region_address
 from cats_kernels.problem import Problem
 if {layer!r} == "torch":
-    if open_region() is None: raise SystemExit(77)
+    if region_address() is None: raise SystemExit(77)
 else:
-    assert open_region() is None
+    assert region_address() is None
     try: __import__("numba.np.ufunc." + ({layer!r} if {layer!r} == "workqueue" else {layer!r} + "pool"))
     except ImportError: raise SystemExit(77)
 torch.set_num_threads(2)
@@ -140,19 +140,20 @@ def test_one_thread_needs_no_lock():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "m"), [(1, 256), (1, 1000), (3, 700), (8, 2050)])
 def test_a_team_computes_what_one_thread_does(dtype: torch.dtype, rows: int, m: int):
-    region = open_region()
-    if region is None:
+    team = team_kernel(dtype)
+    if team is None:
         pytest.skip("torch has no OpenMP threads to call here")
     x, gate, up, down, t = Problem(96, m, rows, dtype=dtype).arguments(0.1)[:5]
     vector = torch.rand(m) * 0.2
     for threshold, options in ((t, (False, False)), (vector, (True, False)), (vector, (False, True))):
-        arguments = as_array(x.float()), *map(as_array, (gate, up, down)), as_thresholds(threshold), *options
-        expected = np.empty((rows, 96), np.float32)
-        serial_kernel(*arguments, expected)
+        inputs, limits = x.float(), as_thresholds(threshold)
+        expected, y = np.empty((rows, 96), np.float32), torch.empty(rows, 96)
+        serial_kernel(as_array(inputs), *map(as_array, (gate, up, down)), limits, *options, expected)
+        addresses = [tensor.data_ptr() for tensor in (inputs, gate, up, down)]
         for number in (1, 2, 5):  # more threads than cores and than blocks
-            y = np.full((rows, 96), np.nan, np.float32)
-            team_kernel(region, *arguments, y, number)
-            assert np.array_equal(y, expected)
+            y.fill_(float("nan"))
+            team(*addresses, limits.ctypes.data, y.data_ptr(), rows, 96, m, limits.size, *options, number)
+            assert np.array_equal(y.numpy(), expected)
 
 
 NEIGHBOUR = """
@@ -167,7 +168,7 @@ while True: a @ a
 def test_faster_than_dense_beside_a_busy_neighbour():
     """Another program with two threads on the cores: 0.8 to 0.9 times dense with numba's OpenMP threads beside torch's,
     1.5 to 1.6 on torch's own (two cores, float32, 50 %)."""
-    if open_region() is None or len(os.sched_getaffinity(0)) < 2:
+    if region_address() is None or len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs torch's OpenMP threads and two cores")
     torch.set_num_threads(2)
     made = Problem(2048, 8192, 1)

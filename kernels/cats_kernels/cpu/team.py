@@ -6,7 +6,8 @@ cores: with a busy neighbour a call took longer than the dense MLP. Here the cal
 torch's runtime (``GOMP_parallel``, which GNU's and Intel's libraries have): the thread that is still spinning after
 torch's last product is the one that helps. Torch's dense MLP waits for its threads three times, this once.
 
-Where torch has no such runtime, and where NUMBA_THREADING_LAYER asks for one of numba's layers, there is no team.
+Where torch has no such runtime, and where NUMBA_THREADING_LAYER asks for one of numba's layers, there is no team; nor
+for quantised weights, yet.
 """
 
 from __future__ import annotations
@@ -20,88 +21,113 @@ from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import carray, cfunc, types
+from numba.extending import intrinsic
 
+from cats_kernels.cpu.addressed import pointer
 from cats_kernels.cpu.kernels import BLOCK, FASTMATH, Array, add_all_partial, fetch_add, jit, take_blocks
-
-Region = Callable[[int, int, int, int], None]
 
 
 @cache
-def open_region() -> Region | None:
-    """``GOMP_parallel(function, data, threads, 0)`` of the OpenMP runtime that torch is linked to, or None."""
+def region_address() -> int | None:
+    """Of ``GOMP_parallel(function, data, threads, flags)`` in the OpenMP runtime that torch is linked to, or None."""
     if os.environ.get("NUMBA_THREADING_LAYER") or not torch.backends.openmp.is_available():
         return None
     try:  # looked up in torch's library, so in the one of several runtimes that torch itself calls
-        found = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+        function = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
     except (OSError, AttributeError):
         return None
-    found.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
-    found.restype = None
-    return found  # type: ignore[no-any-return]
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+@intrinsic
+def open_region(context: Any, region: Any, member: Any, data: Any, threads: Any) -> Any:
+    """Call the function at the address ``region`` with two addresses, a number and 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = ir.FunctionType(ir.VoidType(), [byte, byte, number, number])
+        called = builder.inttoptr(arguments[0], function.as_pointer())
+        addresses = [builder.inttoptr(argument, byte) for argument in arguments[1:3]]
+        builder.call(called, [*addresses, builder.trunc(arguments[3], number), ir.Constant(number, 0)])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
 
 
 @jit()
-def join(pointers: Any, sizes: Array, deciding: Array, other: Array, down: Array) -> None:
-    """What each thread of the team does: take blocks until none is left."""
-    rows, d, blocks = sizes[0], sizes[1], sizes[3]
-    x = carray(pointers[0], (rows, d), np.float32)
-    thresholds = carray(pointers[4], (sizes[4],), np.float32)
-    partial = carray(pointers[5], (blocks, rows, d), np.float32)
-    counters = carray(pointers[6], (2,), np.int64)
-    fetch_add(counters[1:], 1)  # type: ignore[call-arg]
-    take_blocks(counters[:1], x, deciding, other, down, thresholds, sizes[5] != 0, sizes[6] != 0, partial)
-    fetch_add(counters[1:], -1)  # type: ignore[call-arg]
+def join(data: Array, deciding: Array, other: Array, down: Array) -> None:
+    """What each thread of the team does: take blocks until none is left. data: see `team`."""
+    rows, d, m = data[6], data[7], data[8]
+    x = carray(pointer(data[0]), (rows, d), np.float32)  # type: ignore[call-arg]
+    thresholds = carray(pointer(data[4]), (data[9],), np.float32)
+    partial = carray(pointer(data[12]), ((m + BLOCK - 1) // BLOCK, rows, d), np.float32)
+    counters = carray(pointer(data[13]), (2,), np.int64)
+    fetch_add(counters[1:], 1)
+    take_blocks(counters[:1], x, deciding, other, down, thresholds, data[10] != 0, data[11] != 0, partial)
+    fetch_add(counters[1:], -1)
 
 
-def join_float32(pointers: Any) -> None:
-    sizes = carray(pointers[7], (7,), np.int64)
-    shape = (sizes[2], sizes[1])
-    deciding = carray(pointers[1], shape, np.float32)
-    join(pointers, sizes, deciding, carray(pointers[2], shape, np.float32), carray(pointers[3], shape, np.float32))
+def join_float32(address: Any) -> None:
+    data = carray(address, (14,), np.int64)
+    shape = (data[8], data[7])
+    deciding = carray(pointer(data[1]), shape, np.float32)  # type: ignore[call-arg]
+    other = carray(pointer(data[2]), shape, np.float32)
+    join(data, deciding, other, carray(pointer(data[3]), shape, np.float32))
 
 
-def join_bfloat16(pointers: Any) -> None:
-    sizes = carray(pointers[7], (7,), np.int64)
-    shape = (sizes[2], sizes[1])
-    deciding = carray(pointers[1], shape, np.uint16)
-    join(pointers, sizes, deciding, carray(pointers[2], shape, np.uint16), carray(pointers[3], shape, np.uint16))
+def join_bfloat16(address: Any) -> None:
+    data = carray(address, (14,), np.int64)
+    shape = (data[8], data[7])
+    deciding = carray(pointer(data[1]), shape, np.uint16)  # type: ignore[call-arg]
+    other = carray(pointer(data[2]), shape, np.uint16)
+    join(data, deciding, other, carray(pointer(data[3]), shape, np.uint16))
+
+
+MEMBERS = {torch.float32: join_float32, torch.bfloat16: join_bfloat16}
 
 
 @cache
-def _address(bfloat16: bool) -> int:
-    """Of the compiled function that a team's threads call with the array of pointers."""
-    signature, function = types.void(types.CPointer(types.voidptr)), join_bfloat16 if bfloat16 else join_float32
+def member(dtype: torch.dtype) -> Any:
+    """The compiled function that a team's threads call, for weights of ``dtype``."""
+    signature = types.void(types.voidptr)
     try:
-        return int(cfunc(signature, cache=True, fastmath=FASTMATH)(function).address)
+        return cfunc(signature, cache=True, fastmath=FASTMATH)(MEMBERS[dtype])
     except RuntimeError:  # numba can write no cache
-        return int(cfunc(signature, fastmath=FASTMATH)(function).address)
+        return cfunc(signature, fastmath=FASTMATH)(MEMBERS[dtype])
 
 
-def team_kernel(
-    region: Region,
-    x: Array,
-    deciding: Array,
-    other: Array,
-    down: Array,
-    thresholds: Array,
-    gelu: bool,
-    up_decides: bool,
-    y: Array,
-    threads: int,
-) -> None:
-    """As `cats_kernels.cpu.kernels.parallel_kernel`, to the last bit, in ``region`` of `open_region`.
+@jit(nogil=True)
+def team(
+    region: int, member: int, x: int, deciding: int, other: int, down: int, thresholds: int, y: int,
+    rows: int, d: int, m: int, count: int, gelu: bool, up_decides: bool, threads: int,
+) -> int:  # fmt: skip
+    """`cats_kernels.cpu.kernels.parallel_kernel` by addresses. How many threads did not come to their end: of 0."""
+    partial = np.empty(((m + BLOCK - 1) // BLOCK, rows, d), np.float32)
+    counters = np.zeros(2, np.int64)  # blocks taken; threads at work
+    data = np.empty(14, np.int64)
+    data[0], data[1], data[2], data[3], data[4], data[5] = x, deciding, other, down, thresholds, y
+    data[6], data[7], data[8], data[9], data[10], data[11] = rows, d, m, count, gelu, up_decides
+    data[12], data[13] = partial.ctypes.data, counters.ctypes.data
+    open_region(region, member, data.ctypes.data, threads)  # type: ignore[call-arg]
+    data[:] = 0  # used so long, since nothing else keeps it alive
+    add_all_partial(partial, carray(pointer(y), (rows, d), np.float32))
+    return counters[1]
 
-    Raises:
-        MemoryError: a thread of the team could not allocate its lists of neurons.
+
+def team_kernel(dtype: torch.dtype) -> Callable[..., None] | None:
+    """The second of `cats_kernels.cpu.addressed.addressed_kernels`, to the last bit, on torch's threads; None where it
+    has none that can be called. Hold the lock of `cats_kernels.cpu.threads.torch_region` meanwhile.
+
+    The kernel raises MemoryError where a thread could not allocate its lists of neurons.
     """
-    m, d = deciding.shape
-    partial = np.empty(((m + BLOCK - 1) // BLOCK, *x.shape), np.float32)
-    counters = np.zeros(2, np.int64)  # blocks taken; threads that have not come to their end
-    sizes = np.array([len(x), d, m, len(partial), thresholds.size, gelu, up_decides], np.int64)
-    arrays = (x, deciding, other, down, thresholds, partial, counters, sizes)
-    pointers = np.array([array.ctypes.data for array in arrays], np.uintp)
-    region(_address(deciding.dtype == np.uint16), pointers.ctypes.data, threads, 0)
-    if counters[1]:
-        raise MemoryError("the CPU kernel had no memory for its lists of active neurons")
-    add_all_partial(partial, y)
+    region = region_address()
+    if region is None:
+        return None
+
+    def call(*arguments: Any) -> None:
+        if team(region, member(dtype).address, *arguments):
+            raise MemoryError("the CPU kernel had no memory for its lists of active neurons")
+
+    return call
