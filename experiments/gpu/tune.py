@@ -196,8 +196,8 @@ def run_case(
         active = sum(p.active(p.threshold(sparsity)) for p in problems) / m / len(problems)
         bound = bound_us(d, m, kind.itemsize, active, bandwidth)
         for key in works:
-            times = timings[str(key)]
-            p20, p50, p80 = (1e3 * t for t in (times.p20_ms, times.p50_ms, times.p80_ms))
+            timing = timings[str(key)]
+            p20, p50, p80 = (1e3 * t for t in (timing.p20_ms, timing.p50_ms, timing.p80_ms))
             yield Result(shape, dtype, rows, sparsity, active, *key, p20, p50, p80, bound, errors.get(key))
 
 
