@@ -36,7 +36,7 @@ def addressed_kernels(dtype: torch.dtype) -> tuple[Callable[..., None], Callable
     thresholds (count,) and of y (rows, d) in float32; rows, d, m, count; whether the activation is GELU and whether up
     decides; the number of threads.
     """
-    stored = STORED[dtype]
+    stored: Any = STORED[dtype]
 
     @jit(nogil=True)
     def serial(
