@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from cats.generation.attention import DecodeBlock, decode_blocks, decoding
 from cats.generation.cache import DecodeCache, capacity_for
@@ -330,7 +331,11 @@ class _Call:
         """Make a step for what it compiles or captures, and take it back."""
         cache = self.cache
         kept = [tensor.clone() for tensor in (self.token, cache.position)]
-        with progress("cats.generate: compiling the decode step", "cats.generate: compiled the decode step"):
+        doing, done = "cats.generate: capturing the decode step", "cats.generate: captured the decode step"
+        if LOOPS[self.loop].compiled:
+            doing = "cats.generate: compiling the decode step"
+            done = f"cats.generate: compiled the decode step (kept in {cache_dir()} for later processes)"
+        with progress(doing, done):
             step()
         for tensor, value in zip((self.token, cache.position), kept, strict=True):
             tensor.copy_(value)
