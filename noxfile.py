@@ -27,6 +27,7 @@ def environment(s: nox.Session, name: str, *packages: str) -> str:
     if not stamp.exists() or stamp.read_text() != wanted:
         s.log(f"making the environment .nox/{name} once, with the versions in constraints.txt: {' '.join(packages)}")
         s.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(folder), external=True)
+        s.log("installing: minutes and a few gigabytes where torch is downloaded; pip names each package below")
         s.run(python, "-m", "pip", "install", "--no-input", "-c", "constraints.txt", *packages, external=True)
         stamp.write_text(wanted)
     return python
@@ -66,9 +67,11 @@ def report(s: nox.Session) -> None:
 @session
 def tests(s: nox.Session) -> None:
     """Check types, then run the test suite with coverage of cats and cats_kernels."""
-    if not s.posargs:  # here and not in lint, since types of torch's tensors are known only where torch is installed
+    options = list(s.posargs)
+    if not options:  # here and not in lint, since types of torch's tensors are known only where torch is installed
         run(s, "-m", "mypy")
-    run(s, "-m", "pytest", "--cov=cats", "--cov=cats_kernels", "--cov-report=term", *s.posargs)
+        options = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile"]  # each imports torch: half a gigabyte
+    run(s, "-m", "pytest", "--cov=cats", "--cov=cats_kernels", "--cov-report=term", *options)
 
 
 @session

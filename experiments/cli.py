@@ -23,6 +23,7 @@ from experiments.framework.profiles import (
     load_profile,
     make_configs,
 )
+from experiments.framework.workers import SHARED, is_worker
 
 # two of the messages are torch.save's, which does not say why it could not write
 _DISK_FULL = re.compile(
@@ -49,6 +50,10 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument(
         "--set", action="append", default=[], metavar="e02.limit=50", help="any option of the profile; repeatable"
     )
+    shared.add_argument(
+        "--workers", type=int, default=1, metavar="N",
+        help="processes that compute variants side by side, over all GPUs (e02, e03, e04, e07 and e08)",
+    )  # fmt: skip
     shared.add_argument("--force", action="store_true", help="measure again what is done already")
     reproduce = commands.add_parser(
         "reproduce", parents=[shared], help="run the experiments of a profile, then the report"
@@ -95,7 +100,14 @@ def configs_of(arguments: argparse.Namespace, chosen: list[str]) -> list[Config]
     """The `Config` of each chosen experiment, after the whole profile has been validated (a child's parent has)."""
     profile, name = profile_of(arguments), Path(arguments.profile).stem
     whole = PARENT not in os.environ
-    return make_configs(chosen, name, profile, arguments.output, original_of(arguments), whole)
+    configs = make_configs(chosen, name, profile, arguments.output, original_of(arguments), whole)
+    if arguments.workers < 1:
+        raise ValueError(f"--workers must be a whole number, 1 or more, not {arguments.workers}")
+    for config in configs:
+        if config.experiment in SHARED and "WORLD_SIZE" not in os.environ:
+            words = ["experiments", "run", config.experiment, *forwarded(arguments)]
+            config.workers, config.command = arguments.workers, [sys.executable, "-m", *words]
+    return configs
 
 
 def forwarded(arguments: argparse.Namespace) -> list[str]:
@@ -104,6 +116,8 @@ def forwarded(arguments: argparse.Namespace) -> list[str]:
     for key in ("data", "device", "dtype", "seed"):
         if getattr(arguments, key) is not None:
             words += [f"--{key}", str(getattr(arguments, key))]
+    if arguments.workers > 1:
+        words += ["--workers", str(arguments.workers)]
     for model in arguments.model or []:
         words += ["--model", model]
     for assignment in arguments.set:
@@ -162,9 +176,10 @@ def run(arguments: argparse.Namespace) -> int:
     from experiments.framework.runner import run_experiment
 
     (config,) = configs_of(arguments, [arguments.experiment])
-    with locked(arguments.output) if is_main_process() else nullcontext():
+    alone = is_main_process() and not is_worker()
+    with locked(arguments.output) if alone else nullcontext():
         paths = run_experiment(config, arguments.force)
-    if is_main_process():
+    if alone:
         for path in paths:
             print(f"wrote {path}")
         if not paths:

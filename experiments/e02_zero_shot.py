@@ -11,7 +11,7 @@ two minutes for the pocket model on two cores, about an hour for a 7B model on o
     accelerate launch --num_processes 8 -m experiments run e02 --profile paper      # items split over 8 GPUs
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -65,10 +65,12 @@ def cost(config: Config[Options]) -> Cost:
 def measure_model(config: Config[Options], name: str) -> list[Row]:
     """All rows of one model. ReLUfication comes before CATS, whose matched level needs its sparsity."""
     subject, variants = Subject(config, name), config.options.variants()
+    levels = [v for v in variants if v != RELUFICATION]
     rows = {DENSE: measure(subject, DENSE, (), None)}
     dense = Samples.of(rows[DENSE])
+    ahead = dict(job(subject, v, levels, dense) for v in (RELUFICATION, *levels))
+    config.compute_ahead(ahead, ROWS)
     rows[RELUFICATION] = measure(subject, RELUFICATION, (), dense)
-    levels = [v for v in variants if v != RELUFICATION]
     matched = [matched_to(rows[RELUFICATION], config, name)] if "cats" in config.options.criteria else []
     for v in config.progress([*levels, *matched], name, len(levels) + len(matched)):
         rows[v] = measure(subject, v, [*levels, *matched], dense)
@@ -94,8 +96,14 @@ def measure(subject: Subject, v: Variant, calibrated: Sequence[Variant], dense: 
         calibrated: all variants that one calibration should serve.
         dense: what differences are taken from; None for the dense model.
     """
-    key = f"{subject.name}/{v.name}"
-    return subject.config.unit(key, partial(_measure, subject, v, calibrated, dense), ROWS)
+    return subject.config.unit(*job(subject, v, calibrated, dense), ROWS)
+
+
+def job(
+    subject: Subject, v: Variant, calibrated: Sequence[Variant], dense: Samples | None
+) -> tuple[str, Callable[[], list[Row]]]:
+    """The unit's key, and what computes it."""
+    return f"{subject.name}/{v.name}", partial(_measure, subject, v, calibrated, dense)
 
 
 def _measure(subject: Subject, v: Variant, calibrated: Sequence[Variant], dense: Samples | None) -> list[Row]:

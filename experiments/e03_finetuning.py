@@ -12,7 +12,7 @@ model on two cores. An interrupted run goes on from its last evaluated step.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
@@ -94,24 +94,33 @@ def measure_model(subject: FinetuningSubject) -> Iterator[Row]:
     """All rows of one model."""
     options: Options = subject.config.options
     levels = options.levels_of_cats()
-    swept = (DENSE, variant("cats", options.sweep_level), RELUFICATION)
+    config, swept = subject.config, [DENSE, variant("cats", options.sweep_level), RELUFICATION]
     rates = dict.fromkeys((v.criterion for v in swept), options.learning_rates[0])
-    for v in swept if len(options.learning_rates) > 1 else ():
+    if len(options.learning_rates) == 1:
+        swept = []
+    config.compute_ahead(
+        dict(sweep_job(subject, v, rate) for v in swept for rate in options.learning_rates), (SweepRow,)
+    )
+    for v in swept:
         for row in sweep(subject, v):
             if row.chosen:
                 rates[v.criterion] = row.learning_rate
             yield row
     variants = [DENSE, *levels, RELUFICATION]
-    runs = [(v, subject.config.seed + seed) for v in variants for seed in options.seeds]
-    for v, seed in subject.config.progress(runs, subject.name, len(runs)):
-        rate = rates[v.criterion]
+    runs = [(v, config.seed + seed) for v in variants for seed in options.seeds]
+    starts = {
+        v: (f"{subject.name}/{v.name}/start", partial(start, subject, v, levels, rates[v.criterion])) for v in variants
+    }
+    trained = {
+        (v, seed): (f"{subject.name}/{v.name}/{seed}", partial(train, subject, v, levels, rates[v.criterion], seed))
+        for v, seed in runs
+    }
+    config.compute_ahead(dict([*trained.values(), *starts.values()]), ROWS)
+    for v, seed in config.progress(runs, subject.name, len(runs)):
         # before training the adapters change nothing: one measurement serves all seeds
-        for before in subject.config.unit(
-            f"{subject.name}/{v.name}/start", partial(start, subject, v, levels, rate), ROWS
-        ):
+        for before in config.unit(*starts[v], ROWS):
             yield replace(before, seed=seed)  # type: ignore[call-arg]
-        key = f"{subject.name}/{v.name}/{seed}"
-        yield from subject.config.unit(key, partial(train, subject, v, levels, rate, seed), ROWS)
+        yield from config.unit(*trained[v, seed], ROWS)
 
 
 def sweep(subject: FinetuningSubject, v: Variant) -> list[SweepRow]:
@@ -119,10 +128,14 @@ def sweep(subject: FinetuningSubject, v: Variant) -> list[SweepRow]:
     options = subject.config.options
     rows: list[Any] = []
     for rate in subject.config.progress(options.learning_rates, f"{subject.name} rates for {v.name}"):
-        key = f"{subject.name}/{v.name}/rate {rate:g}"
-        rows += subject.config.unit(key, partial(_sweep_one, subject, v, rate), (SweepRow,))
+        rows += subject.config.unit(*sweep_job(subject, v, rate), (SweepRow,))
     best = min(rows, key=lambda row: row.eval_loss)
     return [replace(row, chosen=row is best) for row in rows]
+
+
+def sweep_job(subject: FinetuningSubject, v: Variant, rate: float) -> tuple[str, Callable[[], list[Row]]]:
+    """Key and work of one short run."""
+    return f"{subject.name}/{v.name}/rate {rate:g}", partial(_sweep_one, subject, v, rate)
 
 
 def _sweep_one(subject: FinetuningSubject, v: Variant, rate: float) -> list[Row]:

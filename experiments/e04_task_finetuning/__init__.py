@@ -13,7 +13,7 @@ on two cores.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
@@ -42,6 +42,8 @@ from experiments.framework.subject import SWEEP_SEED, check, mean
 from experiments.framework.tables import Row, TaskFinetuningRow, TaskFinetuningSample, TaskSweepRow, pack_flags
 from experiments.framework.training import adapted
 from experiments.framework.variants import DENSE, RELUFICATION, Variant, variant
+
+ROWS = (TaskFinetuningRow, TaskFinetuningSample)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,14 @@ def run(config: Config[Options]) -> Iterable[Row]:
     check(config, instruction_folder)
     for name in config.models:
         subject = TaskSubject(config, name)
+        swept = sweeps(config.options)
+        ahead = dict(
+            sweep_job(subject, task, v, rate)
+            for task in config.options.tasks
+            for v in swept
+            for rate in config.options.learning_rates
+        )
+        config.compute_ahead(ahead, (TaskSweepRow,))
         for task in config.progress(config.options.tasks, f"{name} tasks"):
             yield from measure_task(subject, task)
 
@@ -106,29 +116,46 @@ def cost(config: Config[Options]) -> Cost:
 def measure_task(subject: TaskSubject, task: str) -> Iterator[Row]:
     """All rows of one task."""
     config, options = subject.config, subject.config.options
-    swept = (DENSE, variant("cats", options.sweep_level), RELUFICATION)
-    rates = dict.fromkeys((v.criterion for v in swept), options.learning_rates[0])
-    for v in swept if len(options.learning_rates) > 1 else ():
+    rates = dict.fromkeys((v.criterion for v in swept_variants(options)), options.learning_rates[0])
+    for v in sweeps(options):
         for row in sweep(subject, task, v):
             if row.chosen:
                 rates[v.criterion] = row.learning_rate
             yield row
     levels = [variant("cats", level) for level in options.levels]
     runs = [(v, config.seed + seed) for v in (DENSE, *levels, RELUFICATION) for seed in options.seeds]
-    for v, seed in config.progress(runs, f"{subject.name} {task}", len(runs)):
-        compute = partial(measure, subject, task, v, levels, rates[v.criterion], seed)
-        key = f"{subject.name}/{task}/{v.name}/{seed}"
-        yield from config.unit(key, compute, (TaskFinetuningRow, TaskFinetuningSample))
+    jobs = {
+        f"{subject.name}/{task}/{v.name}/{seed}": partial(measure, subject, task, v, levels, rates[v.criterion], seed)
+        for v, seed in runs
+    }
+    config.compute_ahead(jobs, ROWS)
+    for key, compute in config.progress(jobs.items(), f"{subject.name} {task}", len(jobs)):
+        yield from config.unit(key, compute, ROWS)
+
+
+def swept_variants(options: Options) -> tuple[Variant, ...]:
+    """Each stands for its criterion where a learning rate is chosen."""
+    return DENSE, variant("cats", options.sweep_level), RELUFICATION
+
+
+def sweeps(options: Options) -> tuple[Variant, ...]:
+    """Variants that short runs are made for; none for a single rate."""
+    return swept_variants(options) if len(options.learning_rates) > 1 else ()
 
 
 def sweep(subject: TaskSubject, task: str, v: Variant) -> list[TaskSweepRow]:
     """Short runs at each learning rate, over as many items as are set aside; the lowest loss on these is chosen."""
     rows: list[Any] = []
     for rate in subject.config.options.learning_rates:
-        key = f"{subject.name}/{task}/{v.name}/rate {rate:g}"
-        rows += subject.config.unit(key, partial(_sweep_one, subject, task, v, rate, key), (TaskSweepRow,))
+        rows += subject.config.unit(*sweep_job(subject, task, v, rate), (TaskSweepRow,))
     best = min(rows, key=lambda row: row.eval_loss)
     return [replace(row, chosen=row is best) for row in rows]
+
+
+def sweep_job(subject: TaskSubject, task: str, v: Variant, rate: float) -> tuple[str, Callable[[], list[Row]]]:
+    """Key and work of one short run."""
+    key = f"{subject.name}/{task}/{v.name}/rate {rate:g}"
+    return key, partial(_sweep_one, subject, task, v, rate, key)
 
 
 def _sweep_one(subject: TaskSubject, name: str, v: Variant, rate: float, key: str) -> list[Row]:

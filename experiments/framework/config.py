@@ -3,7 +3,7 @@
 import copy
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +16,12 @@ from experiments.framework.options import to_json
 from experiments.framework.provenance import source_state
 from experiments.framework.tables import Row
 from experiments.framework.units import Unit, UnitStore, added_notes, merge_notes
+from experiments.framework.workers import Claims, WorkerFinished, is_worker, run_workers
 
-LOWERED = ("batch_size", "micro_batch_size")
+LOWERED = ("batch_size", "micro_batch_size", "generation_batch_size")
 """Options that set how much is computed at once, and that results do not depend on beyond rounding."""
+SELECTING = "only"
+"""Option that chooses which units are measured and changes none of them: those of a part serve the whole later."""
 T = TypeVar("T")
 O = TypeVar("O")  # noqa: E741, an experiment's Options
 
@@ -45,6 +48,8 @@ class Config(Generic[O]):
         reduced: options that `halve_batches` has lowered, with the values that the profile gave.
         differs: settings in which this run differs from its profile: key -> [the profile's, the run's].
         units: the units done or kept so far: key -> seconds and commit.
+        workers: processes that compute units side by side.
+        command: that starts a worker.
     """
 
     experiment: str
@@ -60,6 +65,8 @@ class Config(Generic[O]):
     reduced: dict[str, int] = field(default_factory=dict)
     differs: dict[str, list[Any]] = field(default_factory=dict)
     units: dict[str, dict[str, Any]] = field(default_factory=dict)
+    workers: int = 1
+    command: list[str] = field(default_factory=list)
 
     def settings(self) -> dict[str, Any]:
         """Everything that changes the numbers, as JSON; a change of it makes stored results stale."""
@@ -103,7 +110,14 @@ class Config(Generic[O]):
 
     def stamp(self, key: str) -> str:
         """Hash of a unit's name and of everything that changes its numbers."""
-        return digest([key, self.settings()])
+        settings = self.settings()
+        settings["options"].pop(SELECTING, None)
+        return digest([key, settings])
+
+    @property
+    def partial(self) -> bool:
+        """Whether only some of the units are measured."""
+        return bool(getattr(self.options, SELECTING, ()))
 
     def unit(self, key: str, compute: Callable[[], list[Row]], row_types: Sequence[type[Row]]) -> list[Row]:
         """Run one unit of work, or return the rows it left before: how an interrupted experiment resumes.
@@ -127,6 +141,33 @@ class Config(Generic[O]):
         self.units[key] = {"seconds": stored.seconds, "commit": stored.commit, "dirty": stored.dirty}
         return stored.rows
 
+    def compute_ahead(self, jobs: Mapping[str, Callable[[], list[Row]]], row_types: Sequence[type[Row]]) -> None:
+        """Let the workers, if there are any, compute and store units that do not depend on each other.
+
+        A call of `unit` for each of them, in any order, is to follow: without workers that is where they are computed.
+
+        Args:
+            jobs: what `unit` will be called with: key -> compute.
+            row_types: as in `unit`.
+
+        Raises:
+            RunError: a worker failed.
+            WorkerFinished: in a worker, when all jobs are taken.
+        """
+        missing = [key for key in jobs if self.store.read(key, self.stamp(key), row_types) is None]
+        claims = Claims(self.store.folder / "claims")
+        if is_worker() and missing:
+            for key in missing:
+                if claims.take(self.store.path(key).name):
+                    self.unit(key, jobs[key], row_types)
+            raise WorkerFinished
+        if self.workers > 1 and len(missing) > 1:
+            claims.clear()
+            statuses = run_workers(self.command, min(self.workers, len(missing)), gpus_of(self.device))
+            if any(statuses):
+                failed = f"{sum(map(bool, statuses))} of {len(statuses)} workers failed, see the log above"
+                raise RunError(f"{self.experiment}: {failed}; finished units are kept")
+
     def workdir(self, key: str) -> Path:
         """Directory for a unit's checkpoints; it goes when the experiment has finished or its settings have changed."""
         return self.store.workdir(key, self.stamp(key))
@@ -139,6 +180,15 @@ class Config(Generic[O]):
         """``iterable`` behind a progress bar with an estimate of the time left."""
         label, silent = f"{self.experiment} {description}", not is_main_process()
         return tqdm(iterable, desc=label, total=total, mininterval=1.0, dynamic_ncols=True, disable=silent)
+
+
+def gpus_of(device: str) -> int:
+    """How many GPUs a device setting may use: all for ``cuda``, one for ``cuda:N``, none for ``cpu``."""
+    if not device.startswith("cuda"):
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if device == "cuda" else 1
 
 
 def is_main_process() -> bool:

@@ -33,6 +33,7 @@ from experiments.framework.provenance import (
 )
 from experiments.framework.results import damage, remove_tables, table_entries, write_tables
 from experiments.framework.tables import SCHEMA_VERSION
+from experiments.framework.workers import WorkerFinished, is_worker
 
 
 def run_experiment(config: Config, force: bool = False) -> list[Path]:
@@ -50,6 +51,8 @@ def run_experiment(config: Config, force: bool = False) -> list[Path]:
             PartialState().wait_for_everyone()  # else the others read units that the first is about to remove
     elif is_done(config):
         return []
+    if is_worker():
+        return _work(config)
     if config.device.startswith("cuda:"):
         torch.cuda.set_device(config.device)  # events, graphs and streams of the timings are the current device's
     if is_main_process():
@@ -68,8 +71,16 @@ def run_experiment(config: Config, force: bool = False) -> list[Path]:
     entry = _entry(config, table_entries(paths, directory))
     write_provenance(config.output, config.experiment, entry)
     remove_tables(directory, before, entry)
-    config.clear_state()
+    if not config.partial:  # else the whole run, here or where the units are copied to, goes on from them
+        config.clear_state()
     return paths
+
+
+def _work(config: Config) -> list[Path]:
+    """Compute units beside other workers; the run that started this process writes the tables."""
+    with suppress(WorkerFinished):
+        run_within_memory(importlib.import_module(EXPERIMENTS[config.experiment]), config)
+    return []
 
 
 def _begin(config: Config) -> None:
@@ -100,6 +111,7 @@ def _entry(config: Config, tables: dict[str, Any]) -> dict[str, Any]:
         "versions": versions(),
         "hardware": hardware(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "workers": config.workers,
         "started": attempts[0]["started"],
         "finished": now(),
         "attempts": len(attempts),

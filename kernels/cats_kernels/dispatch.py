@@ -15,7 +15,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from cats_kernels.reference import check_decider, sparse_gated_mlp_reference
+from cats_kernels.quantized import QuantizedWeight
+from cats_kernels.reference import check_decider, quantized_mlp_reference, sparse_gated_mlp_reference
 from cats_kernels.thresholds import Threshold
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
@@ -36,6 +37,15 @@ CPU, on two AVX2 cores (d=4096, m=14336, about 50 % sparsity): float32 takes 360
 2.7 times as long at 8 to 32 rows alike. Triton, on an H200 (Mistral-7B): a neuron's rows are read if any row of x keeps
 it, so at 50 % sparsity a batch of 4 reads 94 % of them and a batch of 8 all. The sparse kernels were 1.06x dense at 4
 rows and 50 % in bfloat16, but 0.99x at 8 rows, where the dense masked path was 1.04x; in float32 1.8x."""
+
+QUANTIZED_ROWS: dict[tuple[str, torch.dtype], float] = {
+    ("cpu", torch.float32): 32,
+    ("cpu", torch.bfloat16): 32,
+    ("triton", torch.float32): 8,
+    ("triton", torch.float16): 8,
+    ("triton", torch.bfloat16): 8,
+}
+"""The same for quantised weights, whose dense path dequantises them first, by the thousand neurons."""
 
 Implementation = Callable[[Tensor, Tensor, Tensor, Tensor, Threshold, str, str], Tensor]
 
@@ -94,6 +104,31 @@ def _triton() -> tuple[Implementation, Implementation]:
     return sparse_gated_mlp_triton, dense_masked
 
 
+@cache
+def repeat_by(backend: str) -> Callable[..., Callable[[Tensor], Tensor | None] | None]:
+    """What makes a `cats_kernels.repeated.Repeat` for calls of the sparse kernel of a resolved backend."""
+    if backend == "triton":
+        from cats_kernels.triton.mlp import repeated
+
+        return repeated
+    if backend == "cpu":
+        from cats_kernels.cpu.launch import repeated as repeated_cpu
+
+        return repeated_cpu
+    return lambda *_: None
+
+
+@cache
+def _quantized(backend: str) -> Callable[..., Tensor]:
+    if backend == "cpu":
+        from cats_kernels.cpu.quantized_launch import sparse_gated_mlp_quantized_cpu
+
+        return sparse_gated_mlp_quantized_cpu
+    from cats_kernels.triton.quantized import sparse_gated_mlp_quantized
+
+    return sparse_gated_mlp_quantized
+
+
 def resolve(backend: str, x: Tensor) -> str:
     """The backend for ``x``; the environment variable CATS_BACKEND replaces "auto"."""
     if backend == "auto":
@@ -119,8 +154,39 @@ def compute(
     return sparse(*arguments) if x.shape[0] <= SPARSE_ROWS[backend, x.dtype] else dense(*arguments)
 
 
+resolve_quantized = resolve
+"""The kernels on quantised weights take x of the same dtypes."""
+
+
+def compute_quantized(
+    backend: str,
+    x: Tensor,
+    gate_weight: QuantizedWeight,
+    up_weight: QuantizedWeight,
+    down_weight_t: QuantizedWeight,
+    threshold: Threshold,
+    activation: str = "silu",
+    decider: str = "gate",
+) -> Tensor:
+    """`compute` on quantised weights."""
+    arguments = (x, gate_weight, up_weight, down_weight_t, threshold, activation, decider)
+    mixed = len({(w.bits, w.group_size, w.zeros is None) for w in arguments[1:4]}) > 1
+    if (
+        backend == "reference"
+        or (backend == "triton" and mixed)  # its kernels are compiled for one format
+        or x.shape[0] > QUANTIZED_ROWS[backend, x.dtype]
+    ):
+        return quantized_mlp_reference(*arguments)
+    return _quantized(backend)(*arguments)
+
+
 def path_of(
-    rows: int, dtype: torch.dtype, device: str | torch.device, backend: str = "auto", decider: str = "gate"
+    rows: int,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    backend: str = "auto",
+    decider: str = "gate",
+    quantized: bool = False,
 ) -> str:
     """Which path a call of `sparse_gated_mlp` takes: "sparse kernel" or "dense masked".
 
@@ -128,6 +194,7 @@ def path_of(
         rows: rows of x, that is x.numel() / d.
         dtype, device: of x and the weights.
         backend, decider: as in the call.
+        quantized: whether the weights are (all of one format).
 
     Raises:
         ValueError, RuntimeError: as the call would.
@@ -136,4 +203,5 @@ def path_of(
     if backend == "auto":
         backend = os.environ.get("CATS_BACKEND", "auto")
     chosen = choose_backend(backend, torch.device(device).type, dtype)
-    return SPARSE if rows <= SPARSE_ROWS.get((chosen, dtype), 0) else DENSE_MASKED
+    table = QUANTIZED_ROWS if quantized else SPARSE_ROWS
+    return SPARSE if rows <= table.get((chosen, dtype), 0) else DENSE_MASKED

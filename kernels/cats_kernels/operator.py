@@ -12,33 +12,30 @@ It is for inference; training uses the dense masked path.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from cats_kernels.dispatch import BACKENDS, compute, resolve
+from cats_kernels.calls import GRADIENT, check_number, check_options, recording, refuse_gradient
+from cats_kernels.dispatch import compute, resolve
 from cats_kernels.flops import register_flops
-from cats_kernels.reference import ACTIVATIONS, check_decider, sparse_gated_mlp_reference
-from cats_kernels.thresholds import Threshold, as_tensor, check_kind, check_shape
+from cats_kernels.quantized import QuantizedWeight
+from cats_kernels.quantized_operator import quantized_mlp
+from cats_kernels.reference import sparse_gated_mlp_reference
+from cats_kernels.repeated import compute_kept
+from cats_kernels.thresholds import Threshold, as_tensor, check_shape
 from cats_kernels.weights import check_weights
 
 PLAIN = (Tensor, torch.nn.Parameter)
-GRADIENT = (
-    "sparse_gated_mlp is for inference and has no gradient; call it under torch.no_grad(), "
-    "or train with the dense masked path."
-)
 
 
 def sparse_gated_mlp(
     x: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    down_weight_t: Tensor,
+    gate_weight: Tensor | QuantizedWeight,
+    up_weight: Tensor | QuantizedWeight,
+    down_weight_t: Tensor | QuantizedWeight,
     threshold: Threshold,
     activation: str = "silu",
     backend: str = "auto",
@@ -54,7 +51,8 @@ def sparse_gated_mlp(
     Args:
         x: (..., d), floating point; need not be contiguous.
         gate_weight, up_weight: (m, d), contiguous, dtype and device of ``x``.
-        down_weight_t: (m, d), contiguous; the down projection transposed, row j = neuron j; finite.
+        down_weight_t: (m, d), contiguous; the down projection transposed, row j = neuron j; finite. All three weights
+            may be `QuantizedWeight` instead, of one format or of several: see `quantized_mlp`.
         threshold: a number, not NaN; or a float32 tensor of shape () or (m,) on the device of ``x``, whose values the
             kernels read on that device, without a synchronisation (so a NaN in it is not refused: its neuron is kept).
         activation: "silu" or "gelu_tanh".
@@ -71,38 +69,36 @@ def sparse_gated_mlp(
         TypeError, ValueError: one sentence naming the argument that is wrong and what is allowed.
         RuntimeError: when gradients are enabled and an argument requires them, or the backend cannot run here.
     """
-    tensors = (x, gate_weight, up_weight, down_weight_t, threshold)
-    options = (activation, backend, decider)
+    arguments: Any = (x, gate_weight, up_weight, down_weight_t, threshold, activation, backend, decider)
+    if isinstance(gate_weight, QuantizedWeight):
+        return quantized_mlp(*arguments)
     if torch.compiler.is_compiling():
-        return _record(*tensors, *options)
-    if has_torch_function(tensors):  # fx's proxies, function modes, tensor subclasses
-        result: Tensor = handle_torch_function(sparse_gated_mlp, tensors, *tensors, *options)
+        return _record(*arguments)
+    if has_torch_function(arguments[:5]):  # fx's proxies, function modes, tensor subclasses
+        result: Tensor = handle_torch_function(sparse_gated_mlp, arguments[:5], *arguments)
         return result
     if (
-        torch._C._get_tracing_state() is not None
-        or is_in_torch_dispatch_mode()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
+        recording()
         or type(x) is not Tensor
         or type(gate_weight) not in PLAIN
         or type(up_weight) not in PLAIN
         or type(down_weight_t) not in PLAIN
     ):
-        return _record(*tensors, *options)
+        return _record(*arguments)
     if torch.is_autocast_enabled(x.device.type) and _autocast_applies(x, gate_weight):
-        return _autocast(*tensors, *options)
-    _validate(*tensors, *options)
+        return _autocast(*arguments)
+    _validate(*arguments)
     if torch.autograd._profiler_enabled():
         with torch.profiler.record_function("cats::sparse_gated_mlp"):
-            return _compute(*tensors, *options)
-    return _compute(*tensors, *options)
+            return _compute(*arguments)
+    return _compute(*arguments)
 
 
 def _record(
     x: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    down_weight_t: Tensor,
+    gate_weight: Any,
+    up_weight: Any,
+    down_weight_t: Any,
     threshold: Threshold,
     activation: str,
     backend: str,
@@ -110,13 +106,16 @@ def _record(
 ) -> Tensor:
     """The call as one operator, whose implementations validate what only they can see: tensors. An ONNX exporter, which
     knows no such operator, gets the reference's plain products instead."""
-    _validate_options(threshold, activation, backend, decider)
+    if isinstance(up_weight, QuantizedWeight) or isinstance(down_weight_t, QuantizedWeight):
+        # which says that all three must be
+        return quantized_mlp(x, gate_weight, up_weight, down_weight_t, threshold, activation, backend, decider)
+    check_options(threshold, activation, backend, decider)
     tensors = (x, gate_weight, up_weight, down_weight_t)
     if torch.is_autocast_enabled(x.device.type) and _autocast_applies(x, gate_weight):
         return _autocast(*tensors, threshold, activation, backend, decider)
     if torch.onnx.is_in_onnx_export():
         return sparse_gated_mlp_reference(*tensors, threshold, activation, decider)
-    _refuse_gradient(*tensors, threshold)
+    refuse_gradient(*tensors, threshold)
     if not torch.compiler.is_compiling():
         register_flops()
     result: Tensor = torch.ops.cats.sparse_gated_mlp(
@@ -137,23 +136,6 @@ def _autocast(x: Tensor, gate_weight: Tensor, *arguments: Any) -> Tensor:
         return sparse_gated_mlp(x.to(gate_weight.dtype), gate_weight, *arguments).to(dtype)
 
 
-def _validate_options(threshold: object, activation: str, backend: str, decider: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; allowed: {', '.join(map(repr, ACTIVATIONS))}.")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(map(repr, BACKENDS))}.")
-    check_decider(decider)
-    check_kind(threshold)
-
-
-def _refuse_gradient(*arguments: object) -> None:
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise RuntimeError(GRADIENT)
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise RuntimeError(GRADIENT)
-
-
 def _validate(
     x: Tensor,
     gate_weight: Tensor,
@@ -164,12 +146,11 @@ def _validate(
     backend: str,
     decider: str,
 ) -> None:
-    _validate_options(threshold, activation, backend, decider)
-    if not isinstance(threshold, Tensor) and math.isnan(threshold):
-        raise ValueError("threshold is NaN; it must be a number.")
+    check_options(threshold, activation, backend, decider)
+    check_number(threshold)
     check_weights(x, gate_weight, up_weight, down_weight_t)
     check_shape(threshold, gate_weight.shape[0], x.device)
-    _refuse_gradient(x, gate_weight, up_weight, down_weight_t, threshold)
+    refuse_gradient(x, gate_weight, up_weight, down_weight_t, threshold)
 
 
 def _compute(
@@ -202,7 +183,7 @@ def _operator(
     decider: str,
 ) -> Tensor:
     _validate(x, gate_weight, up_weight, down_weight_t, threshold, activation, backend, decider)
-    return _compute(x, gate_weight, up_weight, down_weight_t, threshold, activation, backend, decider)
+    return compute_kept(x, gate_weight, up_weight, down_weight_t, threshold, activation, backend, decider, _compute)
 
 
 @_operator.register_fake

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cats_kernels.quantized import QuantizedWeight, dequantize
 from cats_kernels.thresholds import Threshold, as_tensor
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
@@ -70,6 +71,32 @@ def sparse_gated_mlp_reference(
         # of float32 (2 rows, d=4096, m=14336, two AVX2 cores)
         return (hidden.float() @ down_weight_t.float()).to(hidden.dtype)
     return hidden @ down_weight_t
+
+
+QUANTIZED_CHUNK = 1024
+"""Neurons at a time on dequantised weights, so that no large weight exists dequantised whole."""
+
+
+def quantized_mlp_reference(
+    x: Tensor,
+    gate_weight: QuantizedWeight,
+    up_weight: QuantizedWeight,
+    down_weight_t: QuantizedWeight,
+    threshold: Threshold,
+    activation: str = "silu",
+    decider: str = "gate",
+) -> Tensor:
+    """`sparse_gated_mlp_reference` on what the weights (m, d) dequantise to, in the dtype of ``x`` (half precision on
+    the CPU: in float32, rounded once). Neurons are taken by the thousand, whose sums are added in float32."""
+    dtype = torch.float32 if x.dtype in HALF_PRECISION and x.device.type == "cpu" else x.dtype
+    sums = torch.promote_types(dtype, torch.float32)
+    m, y, inner = gate_weight.shape[0], torch.zeros(x.shape, dtype=sums, device=x.device), x.to(dtype)
+    for first in range(0, m, QUANTIZED_CHUNK):
+        last = min(m, first + QUANTIZED_CHUNK)
+        gate, up, down_t = (dequantize(w.rows(first, last), dtype) for w in (gate_weight, up_weight, down_weight_t))
+        own = threshold[first:last] if isinstance(threshold, Tensor) and threshold.dim() else threshold
+        y += sparse_gated_mlp_reference(inner, gate, up, down_t, own, activation, decider)
+    return y.to(x.dtype)
 
 
 def dropped(deciding: Tensor, threshold: Threshold) -> Tensor:

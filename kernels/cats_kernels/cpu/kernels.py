@@ -99,7 +99,7 @@ def add_four(w0: Array, w1: Array, w2: Array, w3: Array, h: Array, y: Array) -> 
 
 
 @jit()
-def dots(weight: Array, i: Array, x: Array, s: Array) -> None:
+def plain_dots(weight: Array, i: Array, x: Array, s: Array) -> None:
     """``s[r, q] = x[r] . weight[i[q]]`` for four weight rows and every row of x."""
     w0, w1, w2, w3 = weight[i[0]], weight[i[1]], weight[i[2]], weight[i[3]]
     rows, columns = x.shape
@@ -113,7 +113,7 @@ def dots(weight: Array, i: Array, x: Array, s: Array) -> None:
 
 
 @jit()
-def adds(weight: Array, i: Array, h: Array, y: Array) -> None:
+def plain_adds(weight: Array, i: Array, h: Array, y: Array) -> None:
     """``y[r] += sum over q of h[r, q] weight[i[q]]`` for four weight rows and every row of y."""
     w0, w1, w2, w3 = weight[i[0]], weight[i[1]], weight[i[2]], weight[i[3]]
     rows, columns = y.shape
@@ -121,6 +121,58 @@ def adds(weight: Array, i: Array, h: Array, y: Array) -> None:
     for k in range(0, columns, step):
         for r in range(rows):
             add_four(w0[k : k + step], w1[k : k + step], w2[k : k + step], w3[k : k + step], h[r], y[r, k : k + step])
+
+
+def dots(weight: Any, i: Array, x: Array, s: Array) -> None:
+    """``s[r, q] = x[r] . weight[i[q]]`` for four weight rows and every row of x; a weight of any kind.
+    i[4:8], where there are so many, are the rows that follow."""
+    raise NotImplementedError
+
+
+def adds(weight: Any, i: Array, h: Array, y: Array) -> None:
+    """``y[r] += sum over q of h[r, q] weight[i[q]]`` for four weight rows and every row of y; otherwise as
+    `dots`."""
+    raise NotImplementedError
+
+
+def neurons(weight: Any) -> int:
+    """Rows of a weight of any kind."""
+    raise NotImplementedError
+
+
+def scratch_size(weight: Any) -> int:
+    """How many float32 of memory one thread needs for reading it."""
+    raise NotImplementedError
+
+
+def with_scratch(weight: Any, memory: Array) -> Any:
+    """The weight with such memory."""
+    raise NotImplementedError
+
+
+@overload(dots, strict=False)
+def _dots(weight: Any, i: Any, x: Any, s: Any) -> Any:
+    return (lambda weight, i, x, s: plain_dots(weight, i, x, s)) if isinstance(weight, types.Array) else None
+
+
+@overload(adds, strict=False)
+def _adds(weight: Any, i: Any, h: Any, y: Any) -> Any:
+    return (lambda weight, i, h, y: plain_adds(weight, i, h, y)) if isinstance(weight, types.Array) else None
+
+
+@overload(neurons, strict=False)
+def _neurons(weight: Any) -> Any:
+    return (lambda weight: weight.shape[0]) if isinstance(weight, types.Array) else None
+
+
+@overload(scratch_size, strict=False)
+def _scratch_size(weight: Any) -> Any:
+    return (lambda weight: 0) if isinstance(weight, types.Array) else None
+
+
+@overload(with_scratch, strict=False)
+def _with_scratch(weight: Any, memory: Any) -> Any:
+    return (lambda weight, memory: weight) if isinstance(weight, types.Array) else None
 
 
 @jit()
@@ -135,7 +187,7 @@ def activate(s: Any, gelu: bool) -> Any:
 @jit()
 def deciding_rows(
     x: Array,
-    weight: Array,
+    weight: Any,
     thresholds: Array,
     gelu: bool,
     up_decides: bool,
@@ -154,12 +206,12 @@ def deciding_rows(
     rows = x.shape[0]
     step = 0 if thresholds.size == 1 else 1
     s = np.empty((rows, 4), np.float32)
-    four = np.empty(4, np.int64)
+    rows_of_weight = np.empty(8, np.int64)
     n = 0
     for i in range(first, last, 4):
-        for q in range(4):
-            four[q] = min(i + q, last - 1)
-        dots(weight, four, x, s)
+        for q in range(8):
+            rows_of_weight[q] = min(i + q, last - 1)
+        dots(weight, rows_of_weight, x, s)
         for q in range(min(4, last - i)):
             threshold = thresholds[step * (i + q)]
             wanted = False
@@ -179,13 +231,14 @@ def deciding_rows(
 
 @jit()
 def other_rows(
-    x: Array, weight: Array, gelu: bool, up_decides: bool, index: Array, value: Array, keep: Array, n: int
+    x: Array, weight: Any, gelu: bool, up_decides: bool, index: Array, value: Array, keep: Array, n: int
 ) -> None:
     """``value *= x weight[index]`` (its activation, where up decides) where kept, else 0, for the first n listed
     neurons (padded to a multiple of four)."""
     s = np.empty((x.shape[0], 4), np.float32)
+    padded = n + -n % 4
     for j in range(0, n, 4):
-        dots(weight, index[j : j + 4], x, s)
+        dots(weight, index[j : min(j + 8, padded)], x, s)
         for r in range(x.shape[0]):
             for q in range(4):
                 if keep[r, j + q]:
@@ -195,18 +248,19 @@ def other_rows(
 
 
 @jit()
-def down_rows(value: Array, down: Array, index: Array, n: int, y: Array) -> None:
+def down_rows(value: Array, down: Any, index: Array, n: int, y: Array) -> None:
     """``y += value down[index]`` for the first n listed neurons (padded to a multiple of four)."""
+    padded = n + -n % 4
     for j in range(0, n, 4):
-        adds(down, index[j : j + 4], value[:, j : j + 4], y)
+        adds(down, index[j : min(j + 8, padded)], value[:, j : j + 4], y)
 
 
 @jit()
 def mlp_block(
     x: Array,
-    deciding: Array,
-    other: Array,
-    down: Array,
+    deciding: Any,
+    other: Any,
+    down: Any,
     thresholds: Array,
     gelu: bool,
     up_decides: bool,
@@ -230,22 +284,25 @@ def mlp_block(
 def take_blocks(
     counter: Array,
     x: Array,
-    deciding: Array,
-    other: Array,
-    down: Array,
+    deciding: Any,
+    other: Any,
+    down: Any,
     thresholds: Array,
     gelu: bool,
     up_decides: bool,
     partial: Array,
 ) -> None:
     """Take blocks of neurons by the shared counter (1,) until none is left, each into its partial[block] (rows, d)."""
-    m = deciding.shape[0]
+    m = neurons(deciding)
+    memory = np.empty(max(scratch_size(deciding), scratch_size(other), scratch_size(down)), np.float32)
+    deciding, other, down = with_scratch(deciding, memory), with_scratch(other, memory), with_scratch(down, memory)
     while True:
         block = fetch_add(counter, 1)  # type: ignore[call-arg,var-annotated]
         if block >= partial.shape[0]:
             break
         first, last = block * BLOCK, min(m, (block + 1) * BLOCK)
         mlp_block(x, deciding, other, down, thresholds, gelu, up_decides, first, last, partial[block])
+    memory[:] = 0  # used so long, since nothing in the weights keeps it alive
 
 
 @jit()
@@ -264,9 +321,9 @@ def add_partial(partial: Array, chunk: int, y: Array) -> None:
 @jit(parallel=True, nogil=True)
 def parallel_kernel(
     x: Array,
-    deciding: Array,
-    other: Array,
-    down: Array,
+    deciding: Any,
+    other: Any,
+    down: Any,
     thresholds: Array,
     gelu: bool,
     up_decides: bool,
@@ -279,7 +336,7 @@ def parallel_kernel(
     One parallel region does all three products: a block's active neurons are known as soon as its own deciding rows are
     read, so there is neither a barrier between the products nor a global list of indices.
     """
-    blocks = (deciding.shape[0] + BLOCK - 1) // BLOCK
+    blocks = (neurons(deciding) + BLOCK - 1) // BLOCK
     partial = np.empty((blocks, x.shape[0], x.shape[1]), np.float32)
     counter = np.zeros(1, np.int64)
     for _ in prange(threads):
@@ -291,9 +348,9 @@ def parallel_kernel(
 @jit(nogil=True)
 def serial_kernel(
     x: Array,
-    deciding: Array,
-    other: Array,
-    down: Array,
+    deciding: Any,
+    other: Any,
+    down: Any,
     thresholds: Array,
     gelu: bool,
     up_decides: bool,
@@ -301,7 +358,7 @@ def serial_kernel(
 ) -> None:
     """The same on the calling thread alone, to the last bit. (A function of its own: numba's cache would confuse two
     compilations of one.)"""
-    blocks = (deciding.shape[0] + BLOCK - 1) // BLOCK
+    blocks = (neurons(deciding) + BLOCK - 1) // BLOCK
     partial = np.empty((blocks, x.shape[0], x.shape[1]), np.float32)
     counter = np.zeros(1, np.int64)
     take_blocks(counter, x, deciding, other, down, thresholds, gelu, up_decides, partial)

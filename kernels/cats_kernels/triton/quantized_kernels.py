@@ -1,0 +1,129 @@
+"""The Triton kernel of the sparse gated MLP on quantised weights, for one or two rows of x.
+
+The same structure as `cats_kernels.triton.kernels.fused_kernel`; packed weights are read once and unpacked in
+registers."""
+
+# mypy: disable-error-code=no-untyped-def
+
+import triton
+import triton.language as tl
+
+from cats_kernels.triton.device import await_previous_kernel, deciding, gated, kept, threshold_of
+from cats_kernels.triton.quantized_device import (
+    chunk_columns,
+    dot_packed,
+    high_values,
+    load_columns,
+    load_packed,
+    load_scales,
+    low_values,
+)
+
+
+@triton.jit
+def fused_quantized_kernel(
+    x_ptr,
+    deciding_ptr,  # packed rows, uint8 (m, ROW_BYTES)
+    deciding_scales_ptr,  # (m, GROUPS)
+    deciding_zeros_ptr,  # likewise, with ZEROS
+    other_ptr,
+    other_scales_ptr,
+    other_zeros_ptr,
+    down_ptr,
+    down_scales_ptr,
+    down_zeros_ptr,
+    v_ptr,  # float32 (ROWS, m): of the active neurons, by slot
+    indices_ptr,  # int32 (m,): the active neurons, by slot; a program's slots begin at its first neuron
+    partial_ptr,  # float32 (programs, ROWS, D)
+    threshold,
+    m,
+    low_bits,  # LOW_BITS and HIGH_BITS
+    high_bits,
+    THRESHOLD: tl.constexpr,
+    UP_DECIDES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_BYTES: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ZEROS: tl.constexpr,
+    PAIRED: tl.constexpr,
+    GATE_TILE: tl.constexpr,
+    GATE_STAGES: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """All three products over this program's even share of the neurons: first its rows of the deciding weight, listing
+    the active neurons, then their rows of the other weight and of W_down^T, summed in registers. PARTS as in
+    `fused_kernel`."""
+    await_previous_kernel(PDL, False)
+    column = chunk_columns(GROUP, BITS, CHUNK, CHUNKS)
+    x_low = load_columns(x_ptr, column, ROWS, BLOCK_ROWS, D)
+    x_high = load_columns(x_ptr, column + GROUP // 2, ROWS, BLOCK_ROWS, D) if BITS == 4 else x_low
+    x_sum = tl.sum(x_low + x_high if BITS == 4 else x_low, axis=3, keep_dims=True)
+    program = tl.program_id(0)
+    start = program * m // tl.num_programs(0)
+    end = (program + 1) * m // tl.num_programs(0)
+    row = tl.arange(0, BLOCK_ROWS)[:, None]
+    middle = start + (end - start) * (program % PARTS + 1) // PARTS
+    sums_low = tl.zeros([BLOCK_ROWS, 1, CHUNKS, CHUNK], tl.float32)
+    sums_high = tl.zeros([BLOCK_ROWS, 1, CHUNKS, CHUNK], tl.float32)
+    sums_zero = tl.zeros([BLOCK_ROWS, 1, CHUNKS, 1], tl.float32)  # what zero points add to each column of a chunk
+    for part in range(2 if PARTS > 1 else 1):
+        part_start = middle if part else start
+        part_end = end if part else middle
+        last = part_start  # the end of this program's list
+        for first in tl.range(part_start, part_end, GATE_TILE, num_stages=GATE_STAGES):
+            neuron = first + tl.arange(0, GATE_TILE)
+            valid = neuron < part_end
+            w = load_packed(deciding_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS)
+            scale = load_scales(deciding_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+            zero = scale
+            if ZEROS:
+                zero = load_scales(deciding_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+            z = dot_packed(x_low, x_high, x_sum, w, scale, zero, low_bits, high_bits, BITS, ZEROS)
+            v = deciding(z, ACTIVATION, UP_DECIDES)
+            limit = threshold_of(threshold, neuron[None, :], valid[None, :], THRESHOLD)
+            keep = kept(v, limit) & valid[None, :] & (row < ROWS)
+            active = tl.max(keep.to(tl.int32), 0)
+            slot = last + tl.cumsum(active, 0) - active
+            tl.store(indices_ptr + slot, neuron, mask=active == 1)
+            mask = (active == 1)[None, :] & (row < ROWS)
+            tl.store(v_ptr + row * m + slot[None, :], tl.where(keep, v, 0.0), mask=mask)
+            last += tl.sum(active, 0)
+        tl.debug_barrier()  # other threads of this program read the list back
+        for first in tl.range(part_start, last, TILE, num_stages=STAGES):
+            slot = first + tl.arange(0, TILE)
+            valid = slot < last
+            neuron = tl.load(indices_ptr + slot, mask=valid, other=0)
+            other = load_packed(other_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS)
+            down = load_packed(down_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS)
+            other_scale = load_scales(other_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+            down_scale = load_scales(down_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+            v = tl.load(v_ptr + row * m + slot[None, :], mask=valid[None, :] & (row < ROWS), other=0.0)
+            other_zero = other_scale
+            if ZEROS:
+                other_zero = load_scales(other_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+                down_zero = load_scales(down_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+            z = dot_packed(x_low, x_high, x_sum, other, other_scale, other_zero, low_bits, high_bits, BITS, ZEROS)
+            h = gated(v, z, ACTIVATION, UP_DECIDES)[:, :, None, None]
+            scaled = h * down_scale
+            sums_low += tl.sum(scaled * low_values(down, low_bits, BITS), axis=1, keep_dims=True)
+            if BITS == 4:
+                sums_high += tl.sum(scaled * high_values(down, high_bits), axis=1, keep_dims=True)
+            if ZEROS:
+                sums_zero += tl.sum(h * down_zero, axis=1, keep_dims=True)
+    partial = partial_ptr + program * (ROWS * D) + tl.arange(0, BLOCK_ROWS)[:, None, None, None] * D
+    mask = tl.arange(0, BLOCK_ROWS)[:, None, None, None] < ROWS
+    tl.store(partial + column, sums_low + sums_zero, mask=mask & (column < D))
+    if BITS == 4:
+        high = column + GROUP // 2
+        tl.store(partial + high, sums_high + sums_zero, mask=mask & (high < D))
