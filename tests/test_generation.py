@@ -53,6 +53,21 @@ def dynamo_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "compile_function", lambda function, *_: inner(function, {}, "eager"))
 
 
+def test_the_padding_of_an_earlier_call_is_not_kept() -> None:
+    """A graph reads the mask that it was captured with: later calls must write to that very tensor."""
+    model = made("Gemma2")  # keeps its own attention
+    ids, mask = prompts(2)
+    other = torch.ones_like(mask)
+    other[1, :6] = 0
+    masks = []
+    for padding in (mask, other, mask):
+        tokens = cats.generate(model, ids, NEW, attention_mask=padding, loop="captured")
+        assert torch.equal(tokens, theirs(model, ids, padding))
+        masks.append(decoder_of(model).mask)
+        assert torch.equal(masks[-1][:, : ids.shape[1]], padding.bool())
+    assert masks[0] is masks[1] is masks[2] and decoder_of(model).captures == 1
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "Phi3"])
 def test_the_tokens_of_transformers(family: str, loop: str) -> None:
