@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import cats
-from cats.generation import Settings, capacity_for, decoder, decoder_of, loops, release
+from cats.generation import Settings, attention, capacity_for, decoder, decoder_of, loops, release
 from cats.generation.attention import DecodeBlock, decode_blocks
 from cats.generation.loops import fingerprint
 
@@ -103,6 +103,15 @@ def test_a_block_is_tried_before_it_is_replaced(monkeypatch: pytest.MonkeyPatch)
     project = DecodeBlock.project
     monkeypatch.setattr(DecodeBlock, "project", lambda *a: tuple(1.01 * x for x in project(*a)))
     assert not decode_blocks(model)
+
+
+def test_a_kernel_that_is_wrong_on_this_device_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(hidden_size=64)  # heads of 16, as the kernel needs them
+    assert len(decode_blocks(model, kernel=True)) == 3
+    right = attention.decode_attention
+    monkeypatch.setattr(attention, "decode_attention", lambda *arguments: 1.03 * right(*arguments))
+    assert not decode_blocks(model, kernel=True)
+    assert len(decode_blocks(model, kernel=False)) == 3
 
 
 @pytest.mark.parametrize("loop", ["eager", "captured", "graph"])
