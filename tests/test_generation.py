@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 import warnings
 import weakref
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import cats
@@ -410,6 +412,27 @@ def test_steps_compiled_for_a_cpu(loop: str) -> None:
     for change in (lambda: None, lambda: cats.apply(model, thresholds), lambda: cats.remove(model)):
         change()
         assert torch.equal(cats.generate(model, ids, NEW, loop=loop), theirs(model, ids))
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_as_few_operations_as_it_should_be() -> None:
+    """What inductor makes of the step as on a GPU: one product for queries, keys and values, one operator each for
+    attention and the sparse MLP, the cache written in place and never copied, the choice of the token in one kernel."""
+    model = made("Mistral", hidden_size=64, num_hidden_layers=2)
+    cats.apply(model, cats.calibrate(model, [torch.randint(0, 64, (4, 48))], 0.5))
+    ids, _ = prompts(1)
+    settings = Settings("graph", kernel=True)
+    tokens, codes = run_and_get_code(lambda: decoder_of(model).run(model, ids, None, NEW, settings))
+    assert torch.equal(tokens, theirs(model, ids))
+    (code,) = codes
+    call = code[code.index("def call(") :]
+    assert call.count("torch.ops.cats.decode_attention.default(") == 2
+    assert call.count("torch.ops.cats.sparse_gated_mlp.default(") == 2
+    assert call.count("extern_kernels.mm(") == 2 * 2 + 1  # projections, output; and the head
+    assert (
+        len(re.findall(r"^ +cpp_fused\w*\(", call, re.M)) == 2 * 2 + 3
+    )  # norms; embedding's angles, last norm, choice
+    assert not re.search(r"empty_strided_cpu\(\(1, 2, \w+, 16\)", call)  # the cache's shape
 
 
 @pytest.mark.gpu
