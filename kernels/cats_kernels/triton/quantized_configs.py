@@ -10,9 +10,10 @@ from cats_kernels.triton.configs import SHARED_MEMORY, Config, rows_waiting
 
 @dataclass(frozen=True)
 class QuantizedConfig(Config):
-    """`Config`, and whether scales of 2 bytes are loaded in pairs, which can be asynchronous copies."""
+    """`Config`, and how packed rows are loaded."""
 
-    paired: bool = True
+    paired: bool = True  # scales of 2 bytes in pairs, which can be asynchronous copies
+    chunk: int = 0  # bytes of a row that go with one load of a scale; 0: as many as a load of x has columns
 
 
 CONFIGS: dict[tuple[int, int, int], QuantizedConfig] = {
@@ -21,7 +22,7 @@ CONFIGS: dict[tuple[int, int, int], QuantizedConfig] = {
     (8, 4, 1): QuantizedConfig(4, 1, warps=4, programs=2, gate_stages=3, stages=3),
     (8, 4, 2): QuantizedConfig(2, 1, warps=4, programs=1, gate_stages=3, stages=3),
     (4, 2, 1): QuantizedConfig(4, 2, warps=4, programs=3, gate_stages=4, stages=4),
-    (4, 2, 2): QuantizedConfig(4, 2, warps=4, programs=1, gate_stages=3, stages=3),
+    (4, 2, 2): QuantizedConfig(4, 1, warps=4, programs=1, gate_stages=3, stages=3),
     (4, 4, 1): QuantizedConfig(4, 1, warps=4, programs=2, gate_stages=3, stages=4),
     (4, 4, 2): QuantizedConfig(4, 1, warps=4, programs=1, gate_stages=3, stages=3),
 }
