@@ -32,6 +32,8 @@ def values(table: pd.DataFrame, column: str) -> str:
     distinct = table[column].dropna().unique()
     if table[column].dtype == float:
         return ", ".join(f"{value:.0f}" for value in sorted(distinct))
+    if column == "model":
+        return ", ".join(dict.fromkeys(style.model_name(str(value)) for value in distinct))
     names = (style.model_name(style.task_name(style.dtype_name(str(value)))) for value in distinct)
     return ", ".join(dict.fromkeys(names))
 
