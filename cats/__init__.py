@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cats.calibration import calibrate
     from cats.generation import generate
     from cats.patching import apply, remove
+    from cats.quantization import dequantize, quantize
     from cats.relufication import relufy
     from cats.sparsity import measure_sparsity
     from cats.structure import gated_mlps
@@ -26,9 +27,11 @@ _HOMES = {
     "Thresholds": "thresholds",
     "apply": "patching",
     "calibrate": "calibration",
-    "generate": "generation",
+    "dequantize": "quantization",
     "gated_mlps": "structure",
+    "generate": "generation",
     "measure_sparsity": "sparsity",
+    "quantize": "quantization",
     "relufy": "relufication",
     "remove": "patching",
     "threshold_activation": "activation",
@@ -39,9 +42,11 @@ __all__ = [
     "Thresholds",
     "apply",
     "calibrate",
+    "dequantize",
     "gated_mlps",
     "generate",
     "measure_sparsity",
+    "quantize",
     "relufy",
     "remove",
     "threshold_activation",

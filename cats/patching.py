@@ -22,6 +22,7 @@ from cats.criteria import Criterion, get
 from cats.devices import execution_device
 from cats.equation import OWN_ACTIVATION
 from cats.observe import input_mask
+from cats.quantized_linear import QuantizedLinear
 from cats.sparse_forward import (
     INPUT,
     SparseForward,
@@ -79,12 +80,16 @@ def _obstacle(mlp: GatedMLP, kernel: str) -> str | None:
     if kernel_activation(_original_activation(mlp)) is None:
         return "its activation is neither SiLU nor tanh-GELU"
     weight: Any = None
-    for name in parts_of(mlp).linears:
-        linear = mlp._modules[name]
-        if type(linear) is not nn.Linear:
+    linears: list[Any] = [mlp._modules[name] for name in parts_of(mlp).linears]
+    quantized = all(type(linear) is QuantizedLinear for linear in linears)
+    for linear in linears:
+        if type(linear) is not nn.Linear and not quantized:
             return f"a projection is a {type(linear).__module__}.{type(linear).__qualname__}, not torch's nn.Linear"
         if linear.bias is not None:
             return "a projection has a bias"
+        if quantized:
+            weight = linear.like
+            continue
         weight = linear._parameters.get("weight")
         if type(weight) is not nn.Parameter:
             kind = "computed by hooks" if weight is None else f"a {type(weight).__module__}.{type(weight).__qualname__}"
@@ -122,11 +127,27 @@ def _contiguous_in_state_dict(_module: nn.Module, state_dict: dict[str, Any], pr
 
 def _enable_kernel(mlp: GatedMLP) -> None:
     down = mlp._modules[parts_of(mlp).down]
+    mlp.cats_state.sparse = True
+    if isinstance(down, QuantizedLinear):
+        return
     if not mlp.cats_state.handles:
         mlp.cats_state.handles.append(down._register_state_dict_hook(_contiguous_in_state_dict))
     if not down.weight.t().is_contiguous():
         down.weight.data = down.weight.data.t().contiguous().t()
-    mlp.cats_state.sparse = True
+
+
+def suspend_kernels(mlp: GatedMLP) -> None:
+    """Put the layers of a block, if it is patched, back as they were, before they are replaced; the patch stays."""
+    if _is_patched(mlp):
+        _disable_kernel(mlp)
+
+
+def refresh_kernels(mlp: GatedMLP) -> None:
+    """Take the sparse path again with the layers that are now there, where the kernel asked for can serve them."""
+    if _is_patched(mlp):
+        state = mlp.cats_state
+        if state.kernel != "reference" and not get(state.criterion).no_kernel and _obstacle(mlp, state.kernel) is None:
+            _enable_kernel(mlp)
 
 
 def _disable_kernel(mlp: GatedMLP) -> None:
@@ -323,7 +344,8 @@ def _patch(mlp: Any, criterion: Criterion) -> None:
     mlp.cats_state = state
     setattr(mlp, state.activation_name, activation)
     cls: Any = type(mlp)
-    set_class(mlp, sparse_class(cls))
+    if not issubclass(cls, SparseForward):  # a quantised block has it already
+        set_class(mlp, sparse_class(cls))
 
 
 def _unpatch(mlp: Any) -> None:
@@ -334,7 +356,7 @@ def _unpatch(mlp: Any) -> None:
     else:
         setattr(mlp, state.activation_name, state.original)
     mlp._modules.pop("cats_masks", None)
-    if issubclass(type(mlp), SparseForward):
+    if issubclass(type(mlp), SparseForward) and "cats_quantized" not in mlp.__dict__:
         set_class(mlp, original_class(type(mlp)))
     del mlp.cats_state
 
@@ -375,6 +397,7 @@ def apply(model: nn.Module, thresholds: Thresholds, kernel: str = "auto", prefil
                 _enable_kernel(mlp)
         swap_thresholds(model, thresholds)
         _set_prefill(model, prefill == "dense")
+        _compile_kernels(mlps)
     except BaseException:  # no memory for a transposed weight, Ctrl-C
         for mlp in fresh:
             if _is_patched(mlp):
@@ -386,6 +409,21 @@ def apply(model: nn.Module, thresholds: Thresholds, kernel: str = "auto", prefil
             f"{len(obstacles)} of {len(mlps)} MLPs run on the dense masked path, without speed-up ({name}: {obstacle})",
             stacklevel=3,
         )
+
+
+@torch.no_grad()
+def _compile_kernels(mlps: Mapping[str, Any]) -> None:
+    """On a GPU, one call for each kind of block that the kernel serves: it compiles for one row of x, for seconds where
+    Triton's cache is empty, which the first token would wait for."""
+    compiled = set()
+    for mlp in mlps.values():
+        gate = mlp._modules[parts_of(mlp).gate]._parameters.get("weight")
+        if not mlp.cats_state.sparse or gate is None or gate.device.type != "cuda":
+            continue
+        kind = gate.device, gate.dtype, gate.shape, mlp.cats_state.decider, mlp._deciding_threshold().dim()
+        if kind not in compiled:
+            compiled.add(kind)
+            mlp._run_kernel(torch.zeros(1, gate.shape[1], dtype=gate.dtype, device=gate.device))
 
 
 def _set_prefill(model: nn.Module, dense: bool) -> None:

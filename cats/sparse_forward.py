@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from cats.equation import OWN_ACTIVATION, GatedMLP, Parts
+from cats.quantized_linear import QuantizedLinear, quantized_weights
 
 OPERATOR = cats_kernels.sparse_gated_mlp
 INPUT = "input_"
@@ -83,6 +84,21 @@ class Known:
     calls: dict[torch.Size, repeated.Repeat | None] = field(default_factory=dict, compare=False)
 
 
+@dataclass
+class QuantizedState:
+    """What a quantised MLP remembers, patched or not, as its attribute ``cats_quantized``.
+
+    Attributes:
+        parts: of the block.
+        original: the block's own activation module; None where it has none.
+        activation: the kernel's name for the activation, None when it has none.
+    """
+
+    parts: Parts
+    original: nn.Module | None
+    activation: str | None
+
+
 def is_prompt(x: Tensor) -> bool:
     """Whether ``x`` (..., length, d) has more positions per sequence than decoding has: over ``cats_kernels.MAX_ROWS``.
 
@@ -137,6 +153,8 @@ class SparseForward:
         activation = modules[state.activation_name]
         if activation._forward_hooks or activation._forward_pre_hooks:
             return None
+        if type(modules[state.parts.gate]) is QuantizedLinear:
+            return quantized_weights(modules, state.parts, device)
         weights: list[Any] = []
         for name in state.parts.linears:
             linear = modules[name]
@@ -176,6 +194,9 @@ class SparseForward:
         activation = modules[self.cats_state.activation_name]
         if activation._forward_hooks or activation._forward_pre_hooks:
             return None
+        held: list[Tensor] = [self._deciding_threshold()]  # until the call is over, whatever other threads replace
+        if repeated.facts(held[0]) != known.threshold:
+            return None
         for name, facts in known.weights:
             linear = modules[name]
             if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
@@ -183,14 +204,15 @@ class SparseForward:
             weight = linear._parameters.get("weight")
             if type(weight) is not nn.Parameter or repeated.facts(weight) != facts:
                 return None
-        if repeated.facts(self._deciding_threshold()) != known.threshold:
-            return None
+            held.append(weight)
         return call(x) if cats_kernels.sparse_gated_mlp is known.operator else None
 
     def _know(self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor], threshold: Tensor) -> None:
         """Remember how to repeat a call that the operator has just served."""
         state, modules = self.cats_state, self._modules
-        parameters = [(name, modules[name]._parameters["weight"]) for name in state.parts.linears]
+        parameters: list[tuple[str, Any]] = [
+            (name, modules[name]._parameters.get("weight")) for name in state.parts.linears
+        ]
         if (
             not repeated.ordinary(x)
             or cats_kernels.sparse_gated_mlp is not OPERATOR
@@ -207,8 +229,44 @@ class SparseForward:
             known.calls[x.shape] = repeated.repeat(*arguments)
         state.known = known
 
+    def _run_kernel(self, x: Tensor) -> Tensor | None:
+        """y by the operator, if ``x`` goes to the sparse kernel, else None."""
+        state, weights = self.cats_state, self._sparse_weights(x)
+        if weights is None:
+            return None
+        threshold = self._deciding_threshold()
+        y = cats_kernels.sparse_gated_mlp(x, *weights, threshold, str(state.activation), state.kernel, state.decider)
+        if not torch.compiler.is_compiling():
+            self._know(x, weights, threshold)
+        return y
+
+    def _dense_quantized(self, x: Any) -> Tensor | None:
+        """The output of a quantised block that is not patched if the operator computes it, with threshold 0, else None:
+        as `_sparse_weights`, and where the activation is no longer the block's own."""
+        state: QuantizedState = self.__dict__["cats_quantized"]
+        of, modules = state.parts, self._modules
+        activation = None if of.activation is None else modules[of.activation]
+        if (
+            state.activation is None
+            or type(x) not in (Tensor, FakeTensor)
+            or torch.is_grad_enabled()
+            or self.training
+            or activation is not state.original
+            or (activation is not None and (activation._forward_hooks or activation._forward_pre_hooks))
+            or (x.device.type != "cpu" and x.numel() > cats_kernels.MAX_ROWS * x.shape[-1])
+        ):
+            return None
+        weights = quantized_weights(modules, of, x.device)
+        if weights is None:
+            return None
+        gate, up, down_t = weights
+        return cats_kernels.sparse_gated_mlp(x, gate, up, down_t, 0.0, state.activation, "auto", "gate")
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         mlp: Any = self
+        if "cats_state" not in self.__dict__:  # quantised, and not patched
+            y = self._dense_quantized(args[0]) if len(args) == 1 and not kwargs else None
+            return super().forward(*args, **kwargs) if y is None else y  # type: ignore[misc]
         if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
             y = self._repeat(args[0])
             if y is not None:
@@ -218,14 +276,8 @@ class SparseForward:
         activation = modules[state.activation_name]
         if state.dense_prompts and not self.training and is_prompt(x):
             return masked_equation_1(mlp, x, activation.inner, {})
-        weights = self._sparse_weights(x) if len(args) == 1 and not kwargs else None
-        if weights is not None:
-            threshold = self._deciding_threshold()
-            y = cats_kernels.sparse_gated_mlp(
-                x, *weights, threshold, str(state.activation), state.kernel, state.decider
-            )
-            if not torch.compiler.is_compiling():
-                self._know(x, weights, threshold)
+        y = self._run_kernel(x) if len(args) == 1 and not kwargs else None
+        if y is not None:
             return y
         if state.written_out:
             masks = modules.get("cats_masks")

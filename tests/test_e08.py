@@ -316,7 +316,7 @@ def test_targets_of_input_criteria(world):
     assert [case.variant for case in cases(["up", "cats"], [0.5])] == ["dense", "cats-50", "up-50"]
 
 
-def test_wrong_options_and_models_are_refused(world, tmp_path, monkeypatch):
+def test_wrong_options_and_models_are_refused(world, tmp_path):
     with pytest.raises(ValueError, match=r"e08\.criteria must be"):
         config_of(world, "e08", tmp_path, criteria=["nonsense"])
     with pytest.raises(ValueError, match="unknown task"):
@@ -325,10 +325,11 @@ def test_wrong_options_and_models_are_refused(world, tmp_path, monkeypatch):
         config_of(world, "e08", tmp_path, speed_levels=[0.4])
     with pytest.raises(ValueError, match="length must be at least 18 with continuation_levels"):
         config_of(world, "e08", tmp_path, length=16)
-    with pytest.raises(ValueError, match=r"task tiny_answer needs [0-9]+ positions"):
-        long = config_of(world, "e08", tmp_path, generation_tasks=["tiny_answer"], only=["answers/dense"])
-        monkeypatch.setattr("cats.generated_answers.MOST_TOKENS", 999)
-        run_experiment(long)
+    text = (world / "tasks" / "tiny_answer.yaml").read_text()
+    (tmp_path / "long.yaml").write_text(text.replace("tiny_answer\n", "long\n").replace("toks: 8", "toks: 999"))
+    own = {"generation_tasks": ["long"], "include_path": str(tmp_path), "only": ["answers/dense"]}
+    with pytest.raises(ValueError, match=r"task long needs [0-9]+ positions .* the model has 128"):
+        run_experiment(config_of(world, "e08", tmp_path, **own))
     cost = e08_criteria.cost(config_of(world, "e08", tmp_path))
     less = e08_criteria.cost(config_of(world, "e08", tmp_path, **PERPLEXITY_ALONE))
     assert cost.flops > less.flops > 0 and math.isfinite(cost.memory)

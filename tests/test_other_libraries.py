@@ -34,9 +34,7 @@ def torchao(config: str) -> Callable[[nn.Module], None]:
 
             options = {"weight_dtype": torch.int4, "granularity": PerGroup(32)}
         made = getattr(quantization, config)(**options)
-        quantization.quantize_(
-            model, made, filter_fn=lambda module, name: type(module) is nn.Linear and ".mlp." in name
-        )
+        quantization.quantize_(model, made, filter_fn=lambda module, name: name.endswith(PROJECTIONS))
 
     return quantise
 
@@ -135,9 +133,10 @@ def masked_by_hooks(model: nn.Module, ids: torch.Tensor, thresholds: cats.Thresh
     """What an unpatched model computes with equation 4 in hooks, with none of our code in the way."""
     handles = []
     for site, part in (("gate", "act_fn"), ("up", "up_proj")):
-        for name, t in getattr(thresholds, site).items():
+        for name, value in getattr(thresholds, site).items():
+            t = torch.as_tensor(value)
 
-            def mask(_module: nn.Module, _args: tuple, y: torch.Tensor, t=torch.as_tensor(t)) -> torch.Tensor:
+            def mask(_module: nn.Module, _args: tuple, y: torch.Tensor, t=t) -> torch.Tensor:
                 return y * (y.abs() >= t)
 
             handles.append(getattr(model.get_submodule(name), part).register_forward_hook(mask))
@@ -207,7 +206,5 @@ def test_liger_as_a_class_says_that_its_block_does_not_run(batches: list) -> Non
         mlp = swiglu.LigerSwiGLUMLP(model.config)
         mlp.load_state_dict(layer.mlp.state_dict())
         layer.mlp = mlp
-    with pytest.raises(
-        ValueError, match=r"model\.layers\.0\.mlp \(LigerSwiGLUMLP\) looks like one but does not run here: "
-    ):
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp \(LigerSwiGLUMLP\) looks like one but does not run here: "):
         cats.calibrate(model, batches[:2])

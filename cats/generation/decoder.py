@@ -25,6 +25,7 @@ from cats.generation.loops import (
     compile_options,
     fingerprint,
     greedy_step,
+    hooks_of,
     logits_of,
     logits_step,
 )
@@ -340,7 +341,7 @@ class _Call:
         if not loop.compiled:
             return plain
         options = compile_options(self.device, loop.tuned, self.settings.dependent_launch) | self.settings.options
-        key = (plain, tuple(sorted(options.items())), self.settings.backend, self.device)
+        key = (plain, tuple(sorted(options.items())), self.settings.backend, self.device, hooks_of(self.model))
         if key not in self.decoder.compiled:
             self.decoder.compiled[key] = compile_function(plain, options, self.settings.backend)
         return self.decoder.compiled[key]

@@ -110,7 +110,7 @@ def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 def fingerprint(model: nn.Module) -> list[Any]:
     """All that a captured step depends on: modules, where their tensors lie, hooks, simple attributes, thresholds."""
-    marks: list[Any] = [getattr(getattr(model, "config", None), "_attn_implementation", None)]
+    marks: list[Any] = [getattr(getattr(model, "config", None), "_attn_implementation", None), hooks_of(model)]
     for module in model.modules():
         attributes = module.__dict__
         tensors = (*module._parameters.values(), *module._buffers.values())
@@ -119,7 +119,6 @@ def fingerprint(model: nn.Module) -> list[Any]:
                 id(module),
                 type(module),
                 [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in tensors if t is not None],
-                [*attributes["_forward_hooks"], *attributes["_forward_pre_hooks"]],
                 {key: value for key, value in attributes.items() if isinstance(value, bool | int | float | str)},
                 id(attributes.get("forward")),
             )
@@ -128,3 +127,12 @@ def fingerprint(model: nn.Module) -> list[Any]:
         if state is not None:
             marks.append((state.kernel, state.sparse, state.criterion, state.decider, state.written_out))
     return marks
+
+
+def hooks_of(model: nn.Module) -> tuple[Any, ...]:
+    """The hooks of all modules, of which compiled code does not notice that they have come or gone."""
+    return tuple(
+        (index, *module._forward_hooks, *module._forward_pre_hooks)
+        for index, module in enumerate(model.modules())
+        if module._forward_hooks or module._forward_pre_hooks
+    )

@@ -79,6 +79,8 @@ def transformers_generate(
         num_beams=1,
     )
     own = model.generation_config
+    for name in ("bos_token_id", "decoder_start_token_id"):  # with which a decoder beside an encoder starts
+        setattr(config, name, getattr(own, name, None))
     model.generation_config = config  # generate fills in what is not set from the model's own
     devices = [ids.device] if ids.device.type == "cuda" else []
     try:

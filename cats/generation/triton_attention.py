@@ -8,6 +8,8 @@ so results do not depend on scheduling.
 
 # mypy: disable-error-code=no-untyped-def
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -147,6 +149,30 @@ def split_of(capacity: int) -> int:
     return max(MIN_SPLIT, power_of_2(cdiv(capacity, MAX_SPLITS)))
 
 
+def constants_of(
+    kv_heads: int, group: int, d: int, capacity: int, element_size: int, pdl: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compile-time constants of the kernel, and Triton's options."""
+    split = split_of(capacity)
+    splits = cdiv(capacity, split)
+    constants = dict(
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        BLOCK_GROUP=1 if group == 1 else max(16, power_of_2(group)),
+        D=d,
+        SPLIT=split,
+        TILE=64 if element_size == 2 else 32,
+        SPLITS=splits,
+        BLOCK_SPLITS=power_of_2(splits),
+        DOT=group > 1,
+        PDL=pdl,
+    )
+    return constants, {
+        "num_warps": 8 if group == 1 and element_size == 2 else 4,
+        **({"launch_pdl": True} if pdl else {}),
+    }
+
+
 def decode_attention_triton(
     q: Tensor,
     k: Tensor,
@@ -164,23 +190,18 @@ def decode_attention_triton(
     """`cats.generation.attention.decode_attention` on a GPU, or in Triton's interpreter."""
     batch, kv_heads, capacity, d = keys.shape
     group = q.shape[-1] // (kv_heads * d)
-    split = split_of(capacity)
-    splits = cdiv(capacity, split)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    partial = torch.empty(batch * kv_heads * splits * group * (d + 2), dtype=torch.float32, device=q.device)
     pdl = target_of(q.device).dependent_launch
+    constants, options = constants_of(kv_heads, group, d, capacity, keys.element_size(), pdl)
+    splits, parts = constants["SPLITS"], batch * kv_heads * constants["SPLITS"] * group
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    buffer = torch.empty(parts * (d + 2), dtype=torch.float32, device=q.device)
     with on(q.device):
         decode_attention_kernel[(splits, batch * kv_heads)](
-            q, k, v, cos, sin, keys, values, position, first, out,
-            partial, partial[batch * kv_heads * splits * group * d :], arrived,
+            q, k, v, cos, sin, keys, values, position, first, out, buffer, buffer[parts * d :], arrived,
             capacity, window or 2**30, scale * 1.4426950408889634,
-            q.stride(0), k.stride(0), v.stride(0), cos.stride(0),
-            KV_HEADS=kv_heads, GROUP=group, BLOCK_GROUP=1 if group == 1 else max(16, power_of_2(group)), D=d,
-            SPLIT=split, TILE=min(64, split) if keys.element_size() == 2 else 32, SPLITS=splits,
-            BLOCK_SPLITS=power_of_2(splits), DOT=group > 1, PDL=pdl,
-            num_warps=8 if group == 1 and keys.element_size() == 2 else 4, **({"launch_pdl": True} if pdl else {}),
+            q.stride(0), k.stride(0), v.stride(0), cos.stride(0), **constants, **options,
         )  # fmt: skip
     return out
 
 
-__all__ = ["INTERPRETED", "decode_attention_triton", "split_of"]
+__all__ = ["INTERPRETED", "constants_of", "decode_attention_kernel", "decode_attention_triton", "split_of"]

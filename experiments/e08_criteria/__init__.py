@@ -6,11 +6,19 @@ k, input criteria (teal, wina) at 2k/3 of the MLPs' inputs, and once more over a
 model. Random is the floor and oracle the ceiling. What is skipped is measured on held-out text; a row whose sparsity
 misses its target by more than a point says so (``on_target``). Differences from the dense model and from cats are
 paired.
+Measures, each a unit of work of its own, at levels of its own: perplexity; perplexity of continuations after prompts
+that run masked or dense; multiple-choice tasks; answers generated greedily (``gsm8k``), prompts masked and dense; and
+the speed of what a kernel serves, with the same thresholds and float32 comparisons: all MLPs for one token, and decode
+steps of the whole model, in rounds with the dense model.
 Cost: one calibration per family of criteria whatever the number of levels, then a pass over the held-out text and an
 evaluation of the tasks per criterion and level; a minute for the pocket model on two cores without tasks.
 
     nox -s experiment -- e08 --model PATH_OR_HUB_ID
     nox -s experiment -- e08 --set 'e08.criteria=["cats", "up-norm", "auto"]' --set 'e08.tasks=["arc_easy", "boolq"]'
+    nox -s experiment -- e08 --profile small --set 'e08.generation_tasks=["gsm8k"]' --set 'e08.only=["answers/*"]'
+
+The last one measures a part: its units stay in ``state/`` of the run directory, and a whole run there, or where they
+are copied to, goes on from them.
 """
 
 from collections.abc import Iterable

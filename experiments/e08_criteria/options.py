@@ -55,7 +55,7 @@ class Options(EvaluationOptions):
         speed_rounds: of the MLPs; ``speed_generations``: of whole generations.
         speed_length: tokens of a generation.
         speed_loop: one of `experiments.e06_throughput.decoding.LOOPS`; ``fastest``: on a GPU "graph", or "compiled" for
-            a model with sliding windows; on a CPU "eager".
+            a model that it does not serve; on a CPU "eager".
         only: patterns of units, such as ``tasks/*`` or ``*/cats-50``, that a run of a part measures; all where empty.
             A part's units are kept in ``state/``, from where a whole run goes on.
     """

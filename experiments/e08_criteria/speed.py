@@ -13,10 +13,10 @@ import torch
 from cats_kernels import path_of
 from cats_kernels.dispatch import choose_backend
 from torch import Tensor, nn
-from transformers import StaticCache
 
 import cats
 from cats.equation import gate_and_up
+from cats.generation.serving import obstacle
 from cats.search import sample_inputs
 from cats.structure import parts_of
 from experiments.e06_throughput.decoding import Decoder, make_greedy
@@ -129,7 +129,7 @@ def token_rows(subject: Comparison) -> list[Row]:
     before = model.generation_config
     length, context = options.speed_length, options.speed_prompt_tokens + options.speed_length
     make_greedy(model, context)
-    loop = fastest_loop(model, context) if options.speed_loop == FASTEST else options.speed_loop
+    loop = fastest_loop(model) if options.speed_loop == FASTEST else options.speed_loop
     decoder = Decoder(model, loop, context)
     rows = torch.cat([ids[:, : options.speed_prompt_tokens] for ids in subject.heldout])
     prompts = list(rows[: options.speed_tokens].split(1))
@@ -160,12 +160,11 @@ def _switch(model: nn.Module, thresholds: cats.Thresholds | None) -> None:
         cats.apply(model, thresholds)
 
 
-def fastest_loop(model: Any, context: int) -> str:
-    """The fastest of e06's loops that can be had without minutes of tuning."""
+def fastest_loop(model: Any) -> str:
+    """The fastest of e06's loops that serves ``model`` and can be had without minutes of tuning."""
     if model.device.type != "cuda":
         return "eager"
-    slides = any(StaticCache(config=model.config, max_cache_len=context).is_sliding)
-    return "compiled" if slides else "graph"
+    return "compiled" if obstacle(model) else "graph"
 
 
 def _rows(subject: Comparison, times: Times, sparsity: dict[Case, float], what: str, loop: str) -> list[Row]:

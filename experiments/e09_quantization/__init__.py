@@ -55,6 +55,7 @@ class Options(EvaluationOptions):
         dtypes: of their activations.
         sparsities: of the timing; 0 is timed always.
         warmups, rounds: of the timing.
+        compiled: whether inductor's MLPs are timed too, which compile for minutes on a CPU.
     """
 
     formats: tuple[Annotated[str, OneOf(NAMES)], ...] = ("int8-row", "int8-128", "int4-32", "int4-128")
@@ -67,6 +68,7 @@ class Options(EvaluationOptions):
     sparsities: tuple[Sparsity, ...] = (0.5, 0.7, 0.9)
     warmups: Whole = 5
     rounds: Count = 40
+    compiled: bool = True
 
     def cases(self) -> list[Case]:
         """What is measured of a model."""

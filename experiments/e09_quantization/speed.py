@@ -56,10 +56,13 @@ def time_shape(config: Config[Any], shape: str, dtype: str) -> list[Row]:
         copies = COPIES["cuda" if on_gpu else "cpu"]
         seeds = range(config.seed, config.seed + copies)
         plain = [Problem(*SHAPES[shape], 1, getattr(torch, dtype), config.device, seed) for seed in seeds]
-        made = [*plain_dense(plain, config.device), *own_plain(plain, options.sparsities, config.device)]
+        made = [
+            *plain_dense(plain, config.device, options.compiled),
+            *own_plain(plain, options.sparsities, config.device),
+        ]
         for name in options.formats:
             form = format_of(name)
-            made += torch_dense(plain, form, config.device)
+            made += torch_dense(plain, form, config.device, options.compiled)
             made += own_quantized(config, shape, dtype, form)
         reads = plain_reads([(problem.gate, problem.up, problem.down) for problem in plain])
         works = {str(i): (timed.calls, timed.bytes_moved) for i, timed in enumerate(made) if not timed.error}
@@ -76,11 +79,13 @@ def time_shape(config: Config[Any], shape: str, dtype: str) -> list[Row]:
     return [row for group in rows for row in group]
 
 
-def plain_dense(problems: Sequence[Problem], device: str) -> Iterator[Timed]:
+def plain_dense(problems: Sequence[Problem], device: str, compiled: bool) -> Iterator[Timed]:
     """The unquantised dense MLP as torch runs it, and compiled."""
     first, form = problems[0], format_of(PLAIN)
     whole = first.gate.nbytes + first.up.nbytes + first.down_t.nbytes
     yield Timed(form, TORCH, bytes_moved=whole, bytes_stored=whole, calls=[p.dense() for p in problems])
+    if not compiled:
+        return
     timed = Timed(form, COMPILED, bytes_moved=whole, bytes_stored=whole)
     try:
         mlp = compiled_dense_mlp(device)
@@ -143,7 +148,7 @@ def own_timed(
     return Timed(form, OURS, path, target, sparsity, active, moved, stored, calls)
 
 
-def torch_dense(problems: Sequence[Problem], form: Format, device: str) -> Iterator[Timed]:
+def torch_dense(problems: Sequence[Problem], form: Format, device: str, compiled: bool) -> Iterator[Timed]:
     """Torch's dense MLP on the same bits: its own kernel, and for int8 by rows inductor's."""
     assert form.bits is not None
     copies = MORE_COPIES[form.bits] if torch.device(device).type == "cuda" else 1
@@ -151,15 +156,9 @@ def torch_dense(problems: Sequence[Problem], form: Format, device: str) -> Itera
     x, stored = problems[0].x, weights[0].nbytes
     expected = weights[0].expected(x)
     made: dict[str, Callable[[DenseWeights], Callable[[], Any]]] = {TORCH: lambda w: torch_kernels_mlp(w, x)}
-    if form.bits == 8 and form.group_size is None:
-        compiled: list[Callable[..., Any]] = []
-
-        def compiled_call(w: DenseWeights) -> Callable[[], Any]:
-            if not compiled:
-                compiled.append(compiled_int8_mlp())
-            return int8_call(compiled[0], w, x)
-
-        made[COMPILED] = compiled_call
+    if compiled and form.bits == 8 and form.group_size is None:
+        tuned = compiled_int8_mlp()
+        made[COMPILED] = lambda w: int8_call(tuned, w, x)
     for name, make in made.items():
         timed = Timed(form, name, bytes_moved=stored, bytes_stored=stored)
         try:

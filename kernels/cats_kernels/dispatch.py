@@ -111,6 +111,10 @@ def repeat_by(backend: str) -> Callable[..., Callable[[Tensor], Tensor | None] |
         from cats_kernels.triton.mlp import repeated
 
         return repeated
+    if backend == "cpu":
+        from cats_kernels.cpu.launch import repeated as repeated_cpu
+
+        return repeated_cpu
     return lambda *_: None
 
 

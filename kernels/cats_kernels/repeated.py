@@ -8,17 +8,18 @@ keeps the `facts` of its tensors and what `repeat` returns, and calls that as lo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_unary
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from cats_kernels.calls import recording
 from cats_kernels.dispatch import SPARSE_ROWS, repeat_by, resolve
 from cats_kernels.thresholds import Threshold
+from cats_kernels.weights import MAX_ROWS
 
 Facts = tuple[Any, ...]
 Repeat = Callable[[Tensor], Tensor | None]
@@ -37,10 +38,7 @@ def ordinary(x: Any) -> bool:
     return (
         type(x) is Tensor
         and not has_torch_function_unary(x)  # by a function mode
-        and torch._C._get_tracing_state() is None
-        and not is_in_torch_dispatch_mode()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
+        and not recording()
         and not torch._C._is_any_autocast_enabled()
         and not torch.autograd._profiler_enabled()
     )
@@ -67,3 +65,38 @@ def repeat(
     if not x.is_contiguous() or not 1 <= x.numel() // x.shape[-1] <= SPARSE_ROWS.get((chosen, x.dtype), 0):
         return None
     return repeat_by(chosen)(x, gate_weight, up_weight, down_weight_t, threshold, activation, decider)
+
+
+KEPT: dict[tuple[Any, ...], Repeat | None] = {}
+"""What repeats the operator's own calls, by the facts of all tensors and the options of a call. No tensor is kept
+alive: a new one at the old address, of the same shape and dtype, is served as rightly."""
+MOST_KEPT = 4096
+
+
+def compute_kept(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight_t: Tensor,
+    threshold: Tensor,
+    activation: str,
+    backend: str,
+    decider: str,
+    compute: Callable[..., Tensor],
+) -> Tensor:
+    """A call of valid arguments as ``compute`` serves it, or by what repeats an earlier one: compiled code calls the
+    operator with the same weights for every token."""
+    tensors = gate_weight, up_weight, down_weight_t, threshold
+    options = activation, backend, decider
+    if x.numel() > MAX_ROWS * x.shape[-1] or not x.is_contiguous():
+        return compute(x, *tensors, *options)
+    key = x.shape, x.dtype, x.device, *map(facts, tensors), *options, os.environ.get("CATS_BACKEND")
+    known = KEPT.get(key)
+    y = None if known is None else known(x)
+    if y is None:
+        y = compute(x, *tensors, *options)
+        if key not in KEPT:
+            if len(KEPT) >= MOST_KEPT:
+                KEPT.clear()
+            KEPT[key] = repeat(x, *tensors, *options)
+    return y

@@ -60,7 +60,7 @@ def load_x(
     BLOCK_ROWS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    POLICY: tl.constexpr = "",
+    POLICY: tl.constexpr,
 ):
     """Columns [first_column, first_column + BLOCK_D) of every row of x as float32 [BLOCK_ROWS, BLOCK_D]."""
     row = tl.arange(0, BLOCK_ROWS)[:, None]
@@ -155,9 +155,9 @@ def project(
         return tl.trans(z)
     else:
         w = load_rows(w_ptr, row, valid, 0, D, BLOCK_D, ALL_VALID)
-        sums = dot_rows(load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D), w)
+        sums = dot_rows(load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D, ""), w)
         for first_column in tl.static_range(BLOCK_D, D, BLOCK_D):
-            x = load_x(x_ptr, first_column, ROWS, BLOCK_ROWS, D, BLOCK_D)
+            x = load_x(x_ptr, first_column, ROWS, BLOCK_ROWS, D, BLOCK_D, "")
             sums += dot_rows(x, load_rows(w_ptr, row, valid, first_column, D, BLOCK_D, ALL_VALID))
         return sums
 
@@ -214,7 +214,7 @@ def prefetch_rows(w_ptr, row, wanted, D: tl.constexpr, BLOCK_D: tl.constexpr, LI
 
 
 @triton.jit
-def await_previous_kernel(PDL: tl.constexpr, EARLY: tl.constexpr = False):
+def await_previous_kernel(PDL: tl.constexpr, EARLY: tl.constexpr):
     """Under programmatic dependent launch: wait for the previous kernel's results, then let the next kernel start; or
     let it start at once (EARLY), which is as safe: it waits for this kernel, which waits for the previous one."""
     if PDL:

@@ -48,7 +48,7 @@ def deciding_kernel(
 ):
     """v = the deciding product of TILE neurons on tensor cores, masked, and the words by which the next kernel
     skips."""
-    await_previous_kernel(PDL)
+    await_previous_kernel(PDL, False)
     neuron = tl.program_id(0) * TILE + tl.arange(0, TILE)
     row = tl.arange(0, BLOCK_ROWS)[:, None]
     valid = neuron < m
@@ -180,7 +180,7 @@ def other_kernel(
     PDL: tl.constexpr,
 ):
     """h = v times the other product at the active neurons, on tensor cores."""
-    await_previous_kernel(PDL)
+    await_previous_kernel(PDL, False)
     start, end, total = list_active(words_ptr, indices_ptr, words, BLOCK_WORDS, WORD_ROWS, CHUNK)
     tl.store(count_ptr, total, mask=tl.program_id(0) == 0)
     row = tl.arange(0, BLOCK_ROWS)[:, None]
@@ -212,7 +212,7 @@ def down_kernel(
     PDL: tl.constexpr,
 ):
     """Partial sums of h W_down over one split of the active neurons and one block of columns."""
-    await_previous_kernel(PDL)
+    await_previous_kernel(PDL, False)
     total = tl.load(count_ptr)
     split = tl.program_id(0)
     start = split * total // tl.num_programs(0)

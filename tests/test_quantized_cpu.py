@@ -1,0 +1,362 @@
+"""Quantised weights on the CPU against the float64 truth about what they dequantise to."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from cats_kernels import QuantizedWeight, dequantize, quantize, sparse_gated_mlp
+from cats_kernels.cpu import kernels
+from cats_kernels.cpu.quantized_launch import sparse_gated_mlp_quantized_cpu
+from cats_kernels.dispatch import DENSE_MASKED, QUANTIZED_ROWS, SPARSE, compute_quantized, path_of
+from cats_kernels.problem import TOLERANCE, oracle, relative_error
+from cats_kernels.quantized import GROUP_SIZES, pack
+from cats_kernels.quantized_problem import QuantizedProblem
+from cats_kernels.reference import quantized_mlp_reference, sparse_gated_mlp_reference
+from cats_kernels.weights import bytes_per_row, bytes_read
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.mlp_cases import same_pattern, threshold_of_kind
+
+DTYPES = [torch.float32, torch.bfloat16]
+FORMATS = [(8, None), (8, 32), (8, 128), (4, 32), (4, 64), (4, 128), (4, 256)]
+PATHS = {"kernel": sparse_gated_mlp_quantized_cpu, "reference": quantized_mlp_reference}
+
+
+@pytest.fixture(autouse=True)
+def restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    d=st.integers(1, 300),
+    m=st.integers(1, 300),
+    rows=st.integers(1, 8),
+    sparsity=st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
+    form=st.sampled_from(FORMATS),
+    symmetric=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    activation=st.sampled_from(["silu", "gelu_tanh"]),
+    kind=st.sampled_from(["number", "one", "vector"]),
+    decider=st.sampled_from(["gate", "up"]),
+    path=st.sampled_from(list(PATHS)),
+    seed=st.integers(0, 1000),
+)
+@example(1, 1, 1, 0.0, (4, 32), False, torch.bfloat16, "silu", "number", "gate", "kernel", 0)
+@example(1, 257, 8, 0.5, (8, None), True, torch.float32, "silu", "number", "gate", "kernel", 0)
+@example(33, 257, 1, 0.5, (4, 32), True, torch.float32, "gelu_tanh", "vector", "up", "kernel", 0)
+@example(130, 5, 1, 0.0, (8, 128), False, torch.float32, "silu", "number", "gate", "kernel", 0)
+def test_any_shape(d, m, rows, sparsity, form, symmetric, dtype, activation, kind, decider, path, seed):
+    made = QuantizedProblem(
+        d, m, rows, *form, symmetric=symmetric, dtype=dtype, seed=seed, activation=activation, decider=decider
+    )
+    threshold = threshold_of_kind(made, kind, sparsity)
+    y = PATHS[path](*made.quantized_arguments(threshold))
+    assert y.shape == made.x.shape and y.dtype == dtype
+    assert made.error(y, threshold) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("form", [(8, None), (4, 128)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 8])
+def test_wide_rows_and_several_blocks(form, dtype, rows):
+    made = QuantizedProblem(2500, 600, rows, *form, dtype=dtype)
+    threshold = made.threshold(0.5)
+    y = sparse_gated_mlp_quantized_cpu(*made.quantized_arguments(threshold))
+    assert made.error(y, threshold) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_scales_need_not_have_the_dtype_of_x_nor_weights_one_format(scale_dtype, rows):
+    made = QuantizedProblem(200, 90, rows, 8)
+    forms = [(8, None, True), (4, 32, False), (4, 128, True)]
+    for order in itertools.permutations(forms):
+        weights = [quantize(w, *form, scale_dtype=scale_dtype) for w, form in zip(made.original, order, strict=True)]
+        truth = [dequantize(weight) for weight in weights]
+        y = sparse_gated_mlp(made.x, *weights, 0.0)
+        assert relative_error(y, oracle(made.x, *truth, 0.0)) < 1e-5
+
+
+def test_small_and_large_scales_in_half_precision():
+    """float16 has subnormal numbers, which the kernel's own conversion must know."""
+    weight = torch.randn(40, 64)
+    for size in (1e-5, 1.0, 1e4):
+        weights = [quantize(weight * size, 4, 32, symmetric, torch.float16) for symmetric in (True, False, True)]
+        truth = [dequantize(w).double() for w in weights]
+        assert all((t != 0).any() for t in truth)
+        x = torch.randn(1, 64) / size
+        y = sparse_gated_mlp_quantized_cpu(x, *weights, 0.0)
+        assert relative_error(y, oracle(x.double(), *truth, 0.0)) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("decider", ["gate", "up"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_ties_are_kept(form, decider, rows):
+    """Products that are exact in any order: small whole numbers, and scales that are powers of two."""
+    bits, group = form
+    q = torch.zeros(2, 256)
+    q[0, :3], q[1, :3] = torch.tensor([4.0, 2.0, 0.0]), torch.tensor([4.0, 1.0, 1.0])
+    data = q.to(torch.int8) if bits == 8 else pack((q + 8).to(torch.uint8), group)
+    groups = 1 if group is None else 256 // group
+    deciding = QuantizedWeight(data, torch.full((2, groups), 0.5), None, bits, group or 256, 256)
+    other = quantize(torch.ones(2, 256), bits, group)
+    x = torch.zeros(rows, 256)
+    x[:, :3] = torch.tensor([1.0, 2.0, 1.0])
+    tie = np.float32(kernels.activate(np.float32(4), False) if decider == "gate" else 4)
+    gate, up = (deciding, other) if decider == "gate" else (other, deciding)
+    for number, kept in ((tie, True), (np.nextafter(tie, np.float32(math.inf)), False)):
+        for path in PATHS.values():
+            y = path(x, gate, up, other, torch.tensor([number, math.inf]), "silu", decider)
+            assert bool((y != 0).any()) == kept
+
+
+@pytest.mark.parametrize("form", [(8, None), (4, 32)])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("decider", ["gate", "up"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("values", [[math.nan], [math.inf], [-math.inf], [math.inf, -math.inf], [3e38]])
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+def test_nan_and_infinity_as_the_reference(form, symmetric, decider, rows, values, threshold):
+    made = QuantizedProblem(40, 50, rows, *form, symmetric=symmetric, decider=decider)
+    healthy = sparse_gated_mlp_quantized_cpu(*made.quantized_arguments(threshold))
+    made.x[0, : len(values)] = torch.tensor(values)
+    y = sparse_gated_mlp_quantized_cpu(*made.quantized_arguments(threshold))
+    assert same_pattern(y, sparse_gated_mlp_reference(*made.arguments(threshold)))
+    assert not y[0].isfinite().all()
+    assert torch.equal(y[1:], healthy[1:])
+
+
+@pytest.mark.parametrize("form", [(8, None), (4, 128)])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_bit_identical_at_any_number_of_threads(form, rows):
+    made = QuantizedProblem(300, 1100, rows, *form, dtype=torch.bfloat16)
+    results = []
+    for threads in (1, 2, 2, 1):
+        torch.set_num_threads(threads)
+        results.append(sparse_gated_mlp_quantized_cpu(*made.quantized_arguments(0.1)))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("decider", ["gate", "up"])
+def test_unused_rows_are_not_read(form, decider):
+    made = QuantizedProblem(64, 600, 1, *form, decider=decider)
+    threshold = made.threshold(0.7)
+    before = sparse_gated_mlp_quantized_cpu(*made.quantized_arguments(threshold))
+    dropped = ~made.kept(threshold)[0]
+    gate, up, down_t = made.weights
+    for weight in (up if decider == "gate" else gate, down_t):
+        weight.scales[dropped] = math.nan
+        weight.data[dropped] = 77
+    assert torch.equal(sparse_gated_mlp_quantized_cpu(*made.quantized_arguments(threshold)), before)
+
+
+def test_rows_decide_the_path(monkeypatch):
+    for dtype in DTYPES:
+        most = int(QUANTIZED_ROWS["cpu", dtype])
+        assert path_of(most, dtype, "cpu", quantized=True) == SPARSE
+        assert path_of(most + 1, dtype, "cpu", quantized=True) == DENSE_MASKED
+        made = QuantizedProblem(40, 20, most + 1, 4, 32, dtype=dtype)
+        arguments = made.quantized_arguments(0.1)
+        monkeypatch.setattr("cats_kernels.cpu.quantized_launch.launch", None)
+        assert torch.equal(compute_quantized("cpu", *arguments), quantized_mlp_reference(*arguments))
+        monkeypatch.undo()
+    assert path_of(1, torch.float64, "cpu", quantized=True) == DENSE_MASKED
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_reference_is_that_of_the_dequantised_weights(dtype):
+    made = QuantizedProblem(50, 1500, 2, 4, 32, dtype=torch.float32)
+    threshold = made.thresholds(0.5)
+    x = made.x.to(dtype)
+    expected = oracle(x, *made.arguments(threshold)[1:])
+    tolerance = {**TOLERANCE, torch.float64: 1e-12}[dtype]
+    y = sparse_gated_mlp(x, *made.weights, threshold, backend="reference")
+    assert y.dtype == dtype
+    flips = (made.v.abs() - threshold).abs().min()
+    assert relative_error(y, expected) < tolerance or flips < 1e-3
+
+
+def test_bytes():
+    gate, up, down_t = QuantizedProblem(100, 6, 1, 4, 32, symmetric=False, dtype=torch.bfloat16).weights
+    assert bytes_per_row(gate) == 64 + 4 * 2 * 2 and gate.nbytes == 6 * bytes_per_row(gate)
+    assert bytes_read(gate, up, down_t, 2, "gate") == 10 * bytes_per_row(gate)
+    assert bytes_per_row(quantize(torch.ones(2, 100), 8)) == 104
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the operator
+
+
+@pytest.fixture
+def made() -> QuantizedProblem:
+    return QuantizedProblem(64, 48, 2, 4, 32)
+
+
+def test_the_call_and_the_recorded_call_agree(made):
+    expected = sparse_gated_mlp(made.x, *made.weights, 0.2)
+    tensors = [tensor for weight in made.weights for tensor in weight.tensors]
+    arguments = (made.x, *tensors, [4] * 3, [32] * 3, torch.tensor(0.2), "silu", "auto", "gate")
+    assert torch.equal(torch.ops.cats.sparse_gated_mlp_quantized(*arguments), expected)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.cats.sparse_gated_mlp_quantized, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_compiles_to_one_operator(symmetric):
+    made = QuantizedProblem(64, 48, 2, 4, 32, symmetric=symmetric)
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(str(graph.graph))
+        return graph
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def call(x, tensors, threshold):
+        weights = [QuantizedWeight(*tensors[i : i + 3], 4, 32, 64) for i in (0, 3, 6)]
+        return sparse_gated_mlp(x, *weights, threshold)
+
+    tensors = [tensor for weight in made.weights for tensor in weight.tensors]
+    with torch.no_grad():
+        for value in (0.1, 0.5):
+            y = call(made.x, tensors, torch.tensor(value))
+            assert torch.equal(y, sparse_gated_mlp(made.x, *made.weights, value))
+    assert len(graphs) == 1 and "sparse_gated_mlp_quantized" in graphs[0]
+
+
+def test_traces_and_maps(made):
+    traced = torch.jit.trace(lambda x: sparse_gated_mlp(x, *made.weights, 0.2), made.x, check_trace=False)
+    assert torch.equal(traced(made.x), sparse_gated_mlp(made.x, *made.weights, 0.2))
+    batch = torch.randn(3, 2, 64)
+    mapped = torch.vmap(lambda x: sparse_gated_mlp(x, *made.weights, 0.2))(batch)
+    assert torch.allclose(mapped, sparse_gated_mlp(batch, *made.weights, 0.2), atol=1e-6)
+    thresholds = torch.tensor([0.1, 0.3])
+    mapped = torch.vmap(lambda t: sparse_gated_mlp(made.x, *made.weights, t))(thresholds)
+    assert torch.equal(mapped, torch.stack([sparse_gated_mlp(made.x, *made.weights, float(t)) for t in thresholds]))
+
+
+def test_autocast_and_empty_x(made):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sparse_gated_mlp(made.x, *made.weights, 0.2).dtype == torch.bfloat16
+    assert sparse_gated_mlp(made.x[:0], *made.weights, 0.2).shape == (0, 64)
+
+
+def test_wrong_arguments(made):
+    x, (gate, up, down_t) = made.x, made.weights
+    with pytest.raises(TypeError, match=r"up_weight is a Tensor; .* all three alike"):
+        sparse_gated_mlp(x, gate, made.up, down_t, 0.1)
+    with pytest.raises(TypeError, match=r"gate_weight is a Tensor; .* all three alike"):
+        sparse_gated_mlp(x, made.gate, up, down_t, 0.1)
+    with pytest.raises(ValueError, match=r"x has 63 columns and gate_weight is \(48, 64\)"):
+        sparse_gated_mlp(x[:, 1:], gate, up, down_t, 0.1)
+    with pytest.raises(ValueError, match=r"down_weight_t is \(47, 64\); it must be \(m, d\)"):
+        sparse_gated_mlp(x, gate, up, down_t.rows(0, 47), 0.1)
+    with pytest.raises(TypeError, match=r"x is torch.int64"):
+        sparse_gated_mlp(x.long(), gate, up, down_t, 0.1)
+    with pytest.raises(ValueError, match="up_weight is not contiguous"):
+        wide = torch.cat([up.data, up.data], 1)[:, : up.data.shape[1]]
+        sparse_gated_mlp(x, gate, QuantizedWeight(wide, up.scales, None, 4, 32, 64), down_t, 0.1)
+    with pytest.raises(ValueError, match="up_weight is on meta"):
+        sparse_gated_mlp(x, gate, up.to("meta"), down_t, 0.1)
+    with pytest.raises(ValueError, match="threshold is NaN"):
+        sparse_gated_mlp(x, gate, up, down_t, math.nan)
+    with pytest.raises(RuntimeError, match="for inference"):
+        sparse_gated_mlp(x.clone().requires_grad_(), gate, up, down_t, 0.1)
+    with pytest.raises(ValueError, match="backend 'cpu' takes float32 or bfloat16"):
+        sparse_gated_mlp(x.double(), gate, up, down_t, 0.1, backend="cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the format
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    d=st.integers(1, 600),
+    m=st.integers(1, 20),
+    form=st.sampled_from(FORMATS),
+    symmetric=st.booleans(),
+    scale=st.floats(1e-3, 1e3),
+    shift=st.floats(-2, 2),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 1000),
+)
+def test_rounding_is_to_the_nearest_value_of_the_grid(d, m, form, symmetric, scale, shift, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = (scale * (torch.randn(m, d, generator=generator) + shift)).to(dtype)
+    made = quantize(weight, *form, symmetric=symmetric)
+    bits, group = made.bits, made.group_size
+    assert made.shape == (m, d) and made.scales.dtype == dtype and (made.zeros is None) == symmetric
+    error = (dequantize(made) - weight.float()).abs()
+    each = lambda side: side.float().repeat_interleave(group, 1)[:, :d]  # noqa: E731
+    step = each(made.scales).abs()
+    size = weight.float().abs().amax(1, keepdim=True)
+    if symmetric and bits == 4:  # the extreme of the other sign has a step less
+        inside = weight.float() / torch.where(step == 0, 1, each(made.scales)) < 7.5
+    else:
+        inside = torch.ones_like(weight, dtype=torch.bool)
+    slack = size * 2**-7 if dtype == torch.bfloat16 else size * 2**-9
+    assert (error[inside] <= (step / 2 + slack)[inside]).all()
+    assert (error <= step + slack).all()
+
+
+def test_values_by_hand():
+    weight = torch.tensor([[-8.0, 7.0, 0.0, 3.4] + [0.0] * 12 + [1.0, -1.0] + [0.0] * 14])
+    made = quantize(weight, 4, 32)
+    assert made.scales.tolist() == [[1.0]]
+    assert made.data[0, :4].tolist() == [0 | 9 << 4, 15 | 7 << 4, 8 | 8 << 4, 11 | 8 << 4]
+    assert dequantize(made)[0, :4].tolist() == [-8.0, 7.0, 0.0, 3.0]
+    ragged = quantize(torch.full((1, 5), 2.0), 4, 32)
+    assert ragged.data[0].tolist() == [0 | 8 << 4] * 5 + [8 | 8 << 4] * 11  # -8 times the scale of -1/4
+    assert dequantize(ragged).tolist() == [[2.0] * 5]
+    assert dequantize(quantize(torch.zeros(2, 40), 4, 32)).eq(0).all()
+    assert dequantize(quantize(torch.full((1, 40), 3.0), 8, 32, symmetric=False)).eq(3).all()
+
+
+@pytest.mark.parametrize("group", GROUP_SIZES)
+def test_pack_is_the_layout_of_q4_0(group):
+    nibbles = torch.randint(0, 16, (3, 2 * group))
+    data = pack(nibbles, group)
+    assert data.shape == (3, group)
+    for j in range(group // 2):
+        assert torch.equal(data[:, j], (nibbles[:, j] + 16 * nibbles[:, j + group // 2]).to(torch.uint8))
+
+
+def test_what_is_not_a_format():
+    weight = torch.randn(4, 64)
+    made = quantize(weight, 4, 32)
+    data, scales, _ = made.tensors
+    cases: list[tuple[type[Exception], str, object]] = [
+        (ValueError, "bits is 3; allowed: 8 or 4", lambda: quantize(weight, 3)),
+        (ValueError, "group_size is 48; allowed: 32, 64, 128, 256", lambda: quantize(weight, 4, 48)),
+        (ValueError, "group_size is 60; .* or d = 64, one group per row", lambda: quantize(weight, 8, 60)),
+        (ValueError, "weight has NaN or infinity", lambda: quantize(weight / 0, 4)),
+        (TypeError, "weight is torch.int64", lambda: quantize(weight.long(), 4)),
+        (ValueError, r"weight is \(64,\)", lambda: quantize(weight[0], 4)),
+        (
+            ValueError,
+            "too large for scales of torch.float16",
+            lambda: quantize(1e9 * weight, 8, scale_dtype=torch.half),
+        ),
+        (TypeError, "data is torch.uint8; with 8 bits it must be torch.int8", lambda: _made(data, scales, bits=8)),
+        (ValueError, r"data is \(4, 32\); it must be \(m, 48\) for d = 96", lambda: _made(data, scales, d=96)),
+        (ValueError, r"scales are \(4, 1\); they must be \(m, groups\)", lambda: _made(data, scales[:, :1])),
+        (ValueError, r"scales are \(3, 2\)", lambda: _made(data, scales[:3])),
+        (TypeError, "scales are torch.float64", lambda: _made(data, scales.double())),
+        (TypeError, "zeros are torch.float16", lambda: _made(data, scales, scales.half())),
+        (ValueError, "d is 0", lambda: _made(data, scales, d=0)),
+    ]
+    for error, sentence, call in cases:
+        with pytest.raises(error, match=sentence):
+            call()  # type: ignore[operator]
+
+
+def _made(data, scales, zeros=None, bits=4, group_size=32, d=64):
+    return QuantizedWeight(data, scales, zeros, bits, group_size, d)
