@@ -152,6 +152,12 @@ def test_runs_of_different_models_are_one_and_of_the_same_model_two() -> None:
     types = e08.SECTION.tables
     (joined,) = together([a, b, speed], types)
     assert list(joined.tables["e08_criteria"]["model"].unique()) == ["a", "b"] and len(joined.tables["e08_speed"]) == 4
-    assert len(together([a, a], types)) == 2, "nothing is averaged over runs"
+    again = made.loaded(e08_criteria=a.tables["e08_criteria"].assign(value=1.0))
+    assert len(together([a, again], types)) == 2, "nothing is averaged over runs"
+    table = a.tables["e08_criteria"]
+    dense = table["criterion"] == "dense"
+    parts = [made.loaded(e08_criteria=table[dense | (table["criterion"] == name)]) for name in ("cats", "teal")]
+    (whole,) = together(parts, types)
+    assert list(whole.tables["e08_criteria"]["criterion"]) == ["dense", *["cats"] * 3, *["teal"] * 3], "dense once"
     one = of_model(joined, "b")
     assert set(one.tables) == {"e08_criteria"} and set(one.tables["e08_criteria"]["model"]) == {"b"}

@@ -69,7 +69,7 @@ def contents(run: Run) -> list[Block]:
     blocks: list[Block] = []
     if run.table(CriterionRow) is not None:
         blocks.append(Table(affordable_table(run), AFFORDABLE_TABLE))
-        if len(prompts := prompts_table(run.tables[CriterionRow.table])):
+        if len(prompts := prompts_table(run.tables[CriterionRow.table], short=True)):
             blocks.append(Table(prompts, PROMPTS_TABLE))
     return blocks
 
@@ -81,6 +81,8 @@ def more(run: Run) -> list[Block]:
         for model in table["model"].unique():
             name = escape(style.model_name(str(model)))
             blocks.append(Table(criteria_table(table, model), f"{name}: {CRITERIA_TABLE.strip()}"))
+        if len(prompts := prompts_table(table)):
+            blocks.append(Table(prompts, PROMPTS_TABLE))
     if (speed := run.table(CriterionSpeedRow)) is not None:
         blocks.append(Table(speed_table(speed), SPEED_TABLE))
     return blocks
