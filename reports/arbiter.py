@@ -290,11 +290,11 @@ def _at_half(models: list[Model], values: pd.Series) -> str:
 def _near_teal(models: list[Model], row: Mapping[Any, Any]) -> str:
     around = {model.name: at for model in models if (at := bracket(model, row["k"]))}
     same = [name for name, (_, at) in around.items() if compared(row["value"], at) in (BETWEEN, WITHIN)]
+    small = f" ({', '.join(same)}): small models show such a loss at that k" if same else ""
     return (
         f"TEAL's {style.signed_percent(row['value'], 0)} on {row['model']} near k = {100 * row['k']:.0f} % lies "
-        f"between our values at the levels around it on {len(same)} of {len(around)} models"
-        f"{' (' + ', '.join(same) + '): small models show such a loss at that k' if same else ''}. That says nothing of "
-        "Mistral-7B itself."
+        f"between our values at the levels around it on {len(same)} of {len(around)} models{small}. "
+        "That says nothing of Mistral-7B itself."
     )
 
 

@@ -96,6 +96,8 @@ def _rows(model: str, members: list[Run], speed: pd.DataFrame) -> list[tuple[tup
             "Keeps 99 % of perplexity": by_text.words if by_text else style.DASH,
             "Speed there": _speed(by_accuracy or by_text, speed, model),
             "Perplexity at 50 %": increase_words(loss),
+            "Speed at 50 %": _all(map(speed_words, speed_at(speed, model, f"{criterion}-50") if scope == "mlp" else []))
+            or style.DASH,
             "Machine": _all(escape(machine(part)) for part in members),
             "Commit": _all(escape(commit(part.provenance.get("e08", {}))) for part in members),
             "Run": _all(f"[{escape(part.label)}]({part.label.replace(' ', '%20')})" for part in members),

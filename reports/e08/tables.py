@@ -55,6 +55,7 @@ def affordable_table(run: Run) -> pd.DataFrame:
                     **_kept_cells("perplexity", affords(text.get(key, [])), speed, model),
                     "Perplexity at 50 %": _cell(at),
                     "Against CATS": _ratio(at),
+                    "Speed at 50 %": "; ".join(map(speed_words, _speeds_at_half(speed, *key))) or style.DASH,
                 }
             )
     frame = without_empty(pd.DataFrame(rows))
@@ -66,6 +67,10 @@ def _kept_cells(metric: str, kept: Kept | None, speed: pd.DataFrame, model: str)
     at = speed_at(speed, model, kept.point.variant) if kept and kept.point else []
     cells[f"Speed there ({metric})"] = "; ".join(map(speed_words, at)) or style.DASH
     return cells
+
+
+def _speeds_at_half(speed: pd.DataFrame, model: str, criterion: str, scope: str) -> list[dict]:
+    return speed_at(speed, model, f"{criterion}-50") if scope == "mlp" else []
 
 
 def speed_words(row: Mapping[Any, Any]) -> str:
