@@ -30,6 +30,15 @@ PROTOCOL = (
            of(CriterionSpeedRow, lambda table: f"{values(table, 'machine')}; {values(table, 'dtype')}")),
 )  # fmt: skip
 
+NOTE = (
+    "CATS keeps the neurons whose gate activation is large; CHESS weighs it by the typical size of what it "
+    "multiplies, gate-norm by the norm of the neuron's row of the down projection as well; up and up-norm do the same "
+    "with the other product, which then decides; auto chooses the side and the weights of each layer on calibration "
+    "text. TEAL and WINA skip inputs of the linear layers that are small (WINA: times the norm of their column). "
+    "ReLUfication puts ReLU in place of the activation. Oracle keeps the neurons that add most to the output, random "
+    "any. This project's kernels serve CATS, CHESS, gate-norm, up, up-norm and auto; the others run as masks."
+)
+
 FIGURE_CAPTION = """
 Quality of one model under every criterion. Increase of perplexity on held-out text (log scale; dotted: the 1.0 % at
 which 99 % of dense are left) and, where tasks were measured, the change of mean accuracy (bars: 95 %, paired over
@@ -96,4 +105,5 @@ SECTION = Section(
     figures=(Drawing("e08_frontier", CriterionRow, frontier_figure, FIGURE_CAPTION, per_model=True),),
     contents=contents,
     more=more,
+    note=lambda runs: NOTE,
 )
