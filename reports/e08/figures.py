@@ -143,10 +143,10 @@ def _accuracy_panel(ax: Axes, points: By) -> None:
         ]
         ax.errorbar(x, y, error, ls=line, marker="o", color=colour, ms=2.8, lw=1.2, elinewidth=0.5)
         bound = 100 * (of[0].change.value - of[0].margin.value)
-        lowest = min(lowest, *y)
+        lowest = min(lowest, *(100 * point.change.low for point in of if point.change.known))
     ax.axhline(0, color=style.GREY, lw=0.6)
     ax.axhline(bound, color=style.GREY, lw=0.8, ls=(0, (1, 2)))
-    ax.set(xlabel="bytes of the MLPs, % of dense", ylabel="change of mean accuracy, points")
+    ax.set(xlabel="bytes of the MLPs, % of dense", ylabel="accuracy, points from dense")
     if len(levels) == 1:
         ax.set_xticks(range(len(points)), [title(criterion) for criterion in points], rotation=60, fontsize=7)
         ax.set_xlabel(f"at {100 * levels.pop():g} %")
