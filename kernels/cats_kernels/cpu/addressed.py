@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, types
+from numba import carray as numba_carray
+from numba import types
 from numba.extending import intrinsic
 
 from cats_kernels.cpu.kernels import jit, parallel_kernel, serial_kernel
 
+carray: Any = numba_carray  # whose stub describes another signature
 STORED = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 """How numba sees the numbers of a weight: bfloat16, which it lacks, as its bits."""
 
@@ -44,14 +46,14 @@ def addressed_kernels(dtype: torch.dtype) -> tuple[Callable[..., None], Callable
         rows: int, d: int, m: int, count: int, gelu: bool, up_decides: bool, threads: int,
     ) -> None:  # fmt: skip
         serial_kernel(
-            carray(pointer(x), (rows, d), np.float32),  # type: ignore[call-arg]
-            carray(pointer(deciding), (m, d), stored),  # type: ignore[call-arg, type-var]
-            carray(pointer(other), (m, d), stored),  # type: ignore[call-arg, type-var]
-            carray(pointer(down), (m, d), stored),  # type: ignore[call-arg, type-var]
-            carray(pointer(thresholds), (count,), np.float32),  # type: ignore[call-arg]
+            carray(pointer(x), (rows, d), np.float32),
+            carray(pointer(deciding), (m, d), stored),
+            carray(pointer(other), (m, d), stored),
+            carray(pointer(down), (m, d), stored),
+            carray(pointer(thresholds), (count,), np.float32),
             gelu,
             up_decides,
-            carray(pointer(y), (rows, d), np.float32),  # type: ignore[call-arg]
+            carray(pointer(y), (rows, d), np.float32),
         )
 
     @jit(nogil=True)
@@ -60,14 +62,14 @@ def addressed_kernels(dtype: torch.dtype) -> tuple[Callable[..., None], Callable
         rows: int, d: int, m: int, count: int, gelu: bool, up_decides: bool, threads: int,
     ) -> None:  # fmt: skip
         parallel_kernel(
-            carray(pointer(x), (rows, d), np.float32),  # type: ignore[call-arg]
-            carray(pointer(deciding), (m, d), stored),  # type: ignore[call-arg, type-var]
-            carray(pointer(other), (m, d), stored),  # type: ignore[call-arg, type-var]
-            carray(pointer(down), (m, d), stored),  # type: ignore[call-arg, type-var]
-            carray(pointer(thresholds), (count,), np.float32),  # type: ignore[call-arg]
+            carray(pointer(x), (rows, d), np.float32),
+            carray(pointer(deciding), (m, d), stored),
+            carray(pointer(other), (m, d), stored),
+            carray(pointer(down), (m, d), stored),
+            carray(pointer(thresholds), (count,), np.float32),
             gelu,
             up_decides,
-            carray(pointer(y), (rows, d), np.float32),  # type: ignore[call-arg]
+            carray(pointer(y), (rows, d), np.float32),
             threads,
         )
 
