@@ -331,7 +331,8 @@ def kernel_agrees(attention: Any) -> bool:
         given = (q, k, v, random(2, 1, d).cos(), random(2, 1, d).sin())
         position = torch.tensor([place], device=weight.device)
         out = decode_attention(*given, *cache, position, first, arrived, d**-0.5, 0)
-        expected = plain_decode_attention(*[t.float() for t in given], *exact, position, first, d**-0.5, 0)
+        in_float32: list[Any] = [*(t.float() for t in given), *exact, position, first, d**-0.5, 0]
+        expected = plain_decode_attention(*in_float32)
         pairs = ((out, expected), *zip(cache, exact, strict=True))
         if not all(_near(actual, right, KERNEL_TOLERANCE[weight.dtype]) for actual, right in pairs):
             return False

@@ -1,6 +1,8 @@
 """The CPU kernels called with addresses. numba looks at an array argument for a microsecond and makes one from a tensor
 in two, together more than a small MLP takes; an integer costs a tenth of one."""
 
+# mypy: disable-error-code="call-arg, type-var"
+# (numba's stubs describe other signatures than those of compiled code)
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,13 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray as numba_carray
-from numba import types
+from numba import carray, types
 from numba.extending import intrinsic
 
 from cats_kernels.cpu.kernels import jit, parallel_kernel, serial_kernel
 
-carray: Any = numba_carray  # whose stub describes another signature
 STORED = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 """How numba sees the numbers of a weight: bfloat16, which it lacks, as its bits."""
 
