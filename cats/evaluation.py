@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from cats.devices import execution_device
 from cats.extras import missing
+from cats.progress import ItemsDone
 from cats.task_data import check_answer, local_sets
 
 try:
@@ -93,6 +94,18 @@ class _LanguageModel(HFLM):
 
     def barrier(self) -> None:
         self.state.wait_for_everyone()
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        self._show_progress(requests)
+        return super().loglikelihood(requests, disable_tqdm)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        self._show_progress(requests)
+        return super().generate_until(requests, disable_tqdm)
+
+    def _show_progress(self, requests: Any) -> None:
+        if self.rank == 0:
+            self.set_cache_hook(ItemsDone(requests))
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
         if args or kwargs:

@@ -244,6 +244,8 @@ PEFT = {
     "ia3": peft.IA3Config(
         target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
     ),
+    "loha": peft.LoHaConfig(r=2, target_modules=["up_proj", "down_proj"], init_weights=False),
+    "oft": peft.OFTConfig(target_modules=["gate_proj", "down_proj"], oft_block_size=4, init_weights=False),
     "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
 }
@@ -276,7 +278,11 @@ def test_peft_in_all_forms(form: str, criterion: str, llama: nn.Module, batches:
     expected = logits(wrapped[2], ids)
     assert error(logits(wrapped[0], ids), expected) < 1e-5 and error(logits(wrapped[1], ids), expected) < 1e-5
     assert list(cats.gated_mlps(wrapped[1])) == list(thresholds.up or thresholds.gate)
-    if form in ("lora", "dora", "all-linear", "ia3"):
+    with wrapped[0].disable_adapter(), wrapped[1].disable_adapter(), wrapped[2].disable_adapter():
+        off = logits(wrapped[2], ids)
+        assert error(logits(wrapped[0], ids), off) < 1e-5 and error(logits(wrapped[1], ids), off) < 1e-5
+    assert error(off, expected[:, -off.shape[1] :]) > 1e-3  # a prompt has positions of its own
+    if form not in ("prompt", "prefix"):
         assert error(logits(wrapped[0].merge_and_unload(), ids), expected) < 1e-4
     cats.remove(wrapped[1])
     assert not any("cats" in name for name, _ in wrapped[1].named_modules())
