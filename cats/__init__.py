@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cats.calibration import calibrate
     from cats.patching import apply, remove
     from cats.quantization import dequantize, quantize
+    from cats.quantized_files import load_quantized, save_quantized
     from cats.relufication import relufy
     from cats.sparsity import measure_sparsity
     from cats.structure import gated_mlps
@@ -28,10 +29,12 @@ _HOMES = {
     "calibrate": "calibration",
     "dequantize": "quantization",
     "gated_mlps": "structure",
+    "load_quantized": "quantized_files",
     "measure_sparsity": "sparsity",
     "quantize": "quantization",
     "relufy": "relufication",
     "remove": "patching",
+    "save_quantized": "quantized_files",
     "threshold_activation": "activation",
 }
 
@@ -42,10 +45,12 @@ __all__ = [
     "calibrate",
     "dequantize",
     "gated_mlps",
+    "load_quantized",
     "measure_sparsity",
     "quantize",
     "relufy",
     "remove",
+    "save_quantized",
     "threshold_activation",
 ]
 

@@ -24,7 +24,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 """Columns of a group; int8 may have one group of a whole row besides."""
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ZERO_NIBBLE = 8
-CHUNK = 2**22
+CHUNK = 2**18
 """Weights at a time while quantising, so that float32 copies of a large weight never exist whole."""
 
 
@@ -222,7 +222,9 @@ def _quantize_rows(weight: Tensor, out: QuantizedWeight) -> None:
     m, d = weight.shape
     missing = out.groups * out.group_size - d
     # repeats of the last column change neither the smallest nor the largest value of its group
-    grouped = torch.cat([weight, weight[:, -1:].expand(m, missing)], 1).view(m, out.groups, out.group_size)
+    if missing:
+        weight = torch.cat([weight, weight[:, -1:].expand(m, missing)], 1)
+    grouped = weight.reshape(m, out.groups, out.group_size)
     low, high = grouped.amin(2), grouped.amax(2)
     if not bool((low.isfinite() & high.isfinite()).all()):
         raise ValueError("weight has NaN or infinity; it must be finite.")
