@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cats.activation import CATSActivation, threshold_activation
     from cats.calibration import calibrate
+    from cats.generation import generate
     from cats.patching import apply, remove
     from cats.quantization import dequantize, quantize
     from cats.quantized_files import load_quantized, save_quantized
@@ -29,6 +30,7 @@ _HOMES = {
     "calibrate": "calibration",
     "dequantize": "quantization",
     "gated_mlps": "structure",
+    "generate": "generation",
     "load_quantized": "quantized_files",
     "measure_sparsity": "sparsity",
     "quantize": "quantization",
@@ -45,6 +47,7 @@ __all__ = [
     "calibrate",
     "dequantize",
     "gated_mlps",
+    "generate",
     "load_quantized",
     "measure_sparsity",
     "quantize",

@@ -22,11 +22,13 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import TextStreamer
 
 import cats
 from cats import criteria
 from cats.devices import resolve_device
 from cats.files import check_output
+from cats.generation import LOOPS as LOOP_NAMES
 from cats.models import DTYPES, load_model
 from cats.patching import KERNELS, PREFILLS
 from cats.thresholds import Thresholds, check_sparsity
@@ -61,10 +63,19 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, default=Path("thresholds.json"), help="default thresholds.json")
     commands.add_parser("sparsity", parents=[on_model, on_text, patched], help="measure what each layer skips")
     command = commands.add_parser("generate", parents=[on_model, patched], help="continue a prompt")
-    command.add_argument("prompt")
-    command.add_argument("--new-tokens", type=int, default=64)
+    command.add_argument("prompt", nargs="?", help="text to continue; or --prompt")
+    command.add_argument("--prompt", dest="prompt_option", metavar="PROMPT", help=argparse.SUPPRESS)
+    command.add_argument("--new-tokens", "--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
     command.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    command.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
+    command.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that add up to P")
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument(
+        "--loop",
+        default="auto",
+        choices=["auto", "transformers", *LOOP_NAMES],
+        help="auto (default): compiled and one CUDA graph on a GPU; transformers: model.generate",
+    )
     command = commands.add_parser(
         "bench", parents=[on_model, patched, by_criterion], help="time generation, dense and sparse"
     )
@@ -159,7 +170,10 @@ def sparsity(arguments: argparse.Namespace) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    """Print the prompt and its continuation."""
+    """Print the prompt and its continuation; on a terminal, token by token."""
+    prompt = arguments.prompt if arguments.prompt_option is None else arguments.prompt_option
+    if prompt is None:
+        raise ValueError("a prompt is needed: the text to continue, in quotes")
     if arguments.new_tokens < 1:
         raise ValueError(f"--new-tokens must be positive, not {arguments.new_tokens}")
     if not arguments.temperature >= 0:
@@ -172,7 +186,7 @@ def generate(arguments: argparse.Namespace) -> None:
         cats.apply(model, thresholds, arguments.kernel, arguments.prefill)
     else:
         warnings.warn("no --thresholds: this is the dense model that speaks", stacklevel=1)
-    ids = tokenizer(arguments.prompt, return_tensors="pt")["input_ids"].long().to(model.device)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long().to(model.device)
     if not ids.numel():
         raise ValueError("the prompt has no tokens")
     positions = getattr(model.config, "max_position_embeddings", None)
@@ -182,15 +196,16 @@ def generate(arguments: argparse.Namespace) -> None:
             f"{positions} positions of this model: what comes after them is not what it was trained for",
             stacklevel=1,
         )
-    torch.manual_seed(arguments.seed)
-    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if arguments.temperature > 0:
-        options = {"do_sample": True, "temperature": arguments.temperature}
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=arguments.new_tokens,
-        pad_token_id=tokenizer.eos_token_id, **options,
+    streamer = None
+    if sys.stdout.isatty():
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    output = cats.generate(
+        model, ids, arguments.new_tokens, temperature=arguments.temperature, top_k=arguments.top_k,
+        top_p=arguments.top_p, seed=arguments.seed if arguments.temperature > 0 else None, streamer=streamer,
+        loop=arguments.loop,
     )  # fmt: skip
-    print(tokenizer.decode(output[0], skip_special_tokens=True))
+    if streamer is None:
+        print(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
 class Clock:

@@ -159,6 +159,21 @@ def _error(mlp: GatedMLP, of: Parts) -> float:
         return math.inf
 
 
+@torch.no_grad()
+def why_not_run(module: Any) -> Exception | None:
+    """What ``module``, which has the shapes of a gated MLP, raises when it is run; None if it runs or is nothing like
+    one."""
+    of = next(_by_shape(module), None)
+    if of is None or not _runs_alone(module):
+        return None
+    try:
+        with eval_mode(module):
+            module(random_input(module, of))
+    except Exception as error:
+        return error
+    return None
+
+
 class _Zeros(nn.Module):
     """The activation that keeps nothing."""
 

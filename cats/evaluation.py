@@ -11,12 +11,12 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -40,6 +40,9 @@ except ImportError as error:
     raise missing(__name__, "experiments", error) from error
 
 METRIC = "acc"
+KINDS = {METRIC: "multiple-choice", "exact_match": "generated-answer"}
+"""What tasks with a metric are called."""
+T = TypeVar("T")
 SEED = 1234  # lm-eval's own default for its few-shot sampler
 
 
@@ -60,6 +63,10 @@ class TaskResult:
     items: int
     chance: float
     correct: tuple[float, ...]
+
+
+LOGITS_BYTES = 2**31
+"""Of logits in float32 at once, when losses are computed: 64 x 1024 tokens can take 64 GB."""
 
 
 class _LanguageModel(HFLM):
@@ -175,17 +182,23 @@ def check_tokenizer(tokenizer: Any, model: str) -> None:
 
 
 def load_tasks(
-    names: Sequence[str], include_path: str | Path | None = None, data_folder: str | Path | None = None
+    names: Sequence[str],
+    include_path: str | Path | None = None,
+    data_folder: str | Path | None = None,
+    metric: str = METRIC,
 ) -> Tasks:
-    """Task objects, with their data, of lm-eval's own tasks or of YAML files under ``include_path``; 0-shot.
+    """Task objects, with their data, of lm-eval's own tasks or of YAML files under ``include_path``.
+
+    They are 0-shot unless they say themselves how many examples a prompt has.
 
     Args:
         names: of the tasks.
         include_path: folder of YAML tasks.
         data_folder: data sets of the hub are read from there and nothing is downloaded (see `cats.task_data`).
+        metric: that every task must have: ``acc``, or ``exact_match`` for `cats.generated_answers`.
 
     Raises:
-        ValueError: an unknown task, or one without the metric ``acc``.
+        ValueError: an unknown task, or one without that metric.
         OSError: a task's data cannot be loaded (hub out of reach, missing file or set) or do not fit it.
     """
     tasks: dict[str, Task] = {}
@@ -200,8 +213,8 @@ def load_tasks(
                 raise OSError(f"task {name} cannot be loaded: {sets.explain(error)}") from error
         tasks |= loaded
     for name, task in tasks.items():
-        if METRIC not in task.aggregation():
-            raise ValueError(f"task {name} has no metric {METRIC}: only multiple-choice tasks can be used")
+        if metric not in task.aggregation():
+            raise ValueError(f"task {name} has no metric {metric}: only {KINDS[metric]} tasks can be used")
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
     return Tasks(tasks)
@@ -231,10 +244,26 @@ def evaluate(
     Raises:
         ValueError, OSError: as `load_tasks`; ``limit`` below 2 (a standard error needs two items).
     """
-    if limit is not None and limit < 2:
-        raise ValueError(f"limit must be at least 2 items, not {limit}")
     if not isinstance(tasks, Tasks):
         tasks = load_tasks(tasks, include_path)
+    return run_tasks(model, tokenizer, tasks, limit, batch_size, _results)
+
+
+def run_tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Tasks,
+    limit: int | None,
+    batch_size: int,
+    read: Callable[[Sequence[str], Any], list[T]],
+) -> list[T]:
+    """What ``read(names, found)`` makes of what `lm_eval.evaluate` returns, the same on every process.
+
+    Raises:
+        ValueError: ``limit`` below 2.
+    """
+    if limit is not None and limit < 2:
+        raise ValueError(f"limit must be at least 2 items, not {limit}")
     training = model.training
     states = random.getstate(), np.random.get_state()
     try:
@@ -249,11 +278,15 @@ def evaluate(
         random.setstate(states[0])
         np.random.set_state(states[1])
     # lm-eval returns a result on the first process only
-    results = [[_result(name, found) for name in tasks] if found else None]
+    results = [read(list(tasks), found) if found else None]
     if language_model.world_size > 1:
         broadcast_object_list(results)
     assert results[0] is not None
     return results[0]
+
+
+def _results(names: Sequence[str], found: Any) -> list[TaskResult]:
+    return [_result(name, found) for name in names]
 
 
 def _result(name: str, found: Any) -> TaskResult:
@@ -294,6 +327,19 @@ def perplexity(model: nn.Module, blocks: Iterable[Tensor]) -> float:
     return math.exp(sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens))
 
 
+def sequences_at_once(model: nn.Module, length: int) -> int:
+    """How many sequences a forward pass may take so that their logits in float32 stay below `LOGITS_BYTES`."""
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 2**18
+    return int(max(1, LOGITS_BYTES // (4 * length * vocabulary)))
+
+
+def _losses(model: nn.Module, ids: Tensor) -> Tensor:
+    """Mean over each sequence of ids (batch, length), float64 on the CPU."""
+    logits = model(ids, use_cache=False).logits[:, :-1].float()
+    nats = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return nats.view(len(ids), -1).double().mean(1).cpu()
+
+
 @torch.no_grad()
 def block_losses(model: nn.Module, blocks: Iterable[Tensor]) -> list[float]:
     """Mean negative log-likelihood of each sequence, in nats per token, of every token but its first.
@@ -316,10 +362,7 @@ def block_losses(model: nn.Module, blocks: Iterable[Tensor]) -> list[float]:
             if index % state.num_processes != state.process_index:
                 losses.append(torch.zeros(len(block), dtype=torch.float64))
                 continue
-            ids = block.to(device)
-            logits = model(ids, use_cache=False).logits[:, :-1].float()
-            nats = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            losses.append(nats.view(len(block), -1).double().mean(1).cpu())
+            losses += [_losses(model, ids) for ids in block.to(device).split(sequences_at_once(model, block.shape[1]))]
     finally:
         model.train(training)
     if not losses:

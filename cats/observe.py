@@ -5,6 +5,7 @@ product of both; ``attention_input`` and ``mlp_input`` are the inputs of the two
 B); ``mlp_linears`` and ``attention_linears`` are the inputs of each of their linear layers.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from cats.activation import CATSActivation, Mask
 from cats.devices import eval_mode, execution_device
-from cats.equation import GatedMLP
+from cats.equation import GatedMLP, check_forward
 from cats.structure import attention_blocks, attention_linears, gated_mlps, mlp_linears, parts_of, unwrapped
 from cats.thresholds import SITES
 
@@ -130,6 +131,7 @@ class _Watcher:
 
 def _watch(watcher: _Watcher, model: nn.Module, sites: tuple[str, ...]) -> None:
     for name, mlp in gated_mlps(model).items():
+        check_forward(name, mlp)
         watcher.watch_mlp(sites, name, mlp)
         if "mlp_input" in sites:
             watcher.watch_input("mlp_input", name, mlp)
@@ -200,8 +202,15 @@ def _vocabulary(model: nn.Module) -> int | None:
         return None
 
 
+def _keeps_logits(model: nn.Module) -> bool:
+    """Whether its forward can be asked for the last token's logits alone."""
+    return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
+
+
 def _run(model: nn.Module, batches: Batches, watcher: _Watcher, watch: Callable[[], None]) -> int:
     tokens, device, vocabulary = 0, execution_device(model), _vocabulary(model)
+    # logits of a whole batch, which nobody reads, can take more memory than all else: 64 GB for 64 x 1024 tokens
+    fewest: dict[str, Any] = {"logits_to_keep": 1} if _keeps_logits(model) else {}
     try:
         watch()
         with torch.no_grad(), eval_mode(model), dense_path(model), torch.compiler.set_stance("force_eager"):
@@ -212,7 +221,7 @@ def _run(model: nn.Module, batches: Batches, watcher: _Watcher, watch: Callable[
                 mask = inputs.get("attention_mask")
                 watcher.valid = None if mask is None else mask.bool()
                 tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
-                model(**inputs, use_cache=False)
+                model(**inputs, use_cache=False, **fewest)
     finally:
         for handle in watcher.handles:
             handle.remove()
@@ -249,8 +258,8 @@ def observe(
     Raises:
         TypeError: a batch is neither a tensor nor a mapping with ``input_ids``, or cannot be made a tensor of ids.
         ValueError: there was no batch, or no real token in any; an id outside the vocabulary; a watched module never
-            ran (a vision tower fed with text, a block that does not call its activation); a mask of another shape than
-            the tokens.
+            ran (a vision tower fed with text, a block that does not call its activation); a block has had its forward
+            replaced; a mask of another shape than the tokens.
     """
     sites, watcher = check_sites(sites), _Watcher(record)
     if after_threshold:

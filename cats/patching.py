@@ -152,6 +152,7 @@ def refresh_kernels(mlp: GatedMLP) -> None:
 
 def _disable_kernel(mlp: GatedMLP) -> None:
     mlp.cats_state.sparse = False
+    mlp.cats_state.known = None
     if mlp.cats_state.handles:
         for handle in mlp.cats_state.handles:
             handle.remove()
@@ -229,6 +230,7 @@ def swap_thresholds(model: nn.Module, thresholds: Thresholds) -> None:
             _set_masks(mlp, masks, criterion, sparsity)
             state.criterion, state.decider = criterion.name, thresholds.decider_of(name) or "gate"
             state.written_out = bool(masks) or of.activation is None
+            state.known = None
         inputs = {**thresholds.mlp_input, **thresholds.attention_input, **thresholds.attention_linears}
         plain = get("cats") if not thresholds.attention_linears else criterion
         _set_input_masks(model, inputs, plain, sparsity)
@@ -395,6 +397,7 @@ def apply(model: nn.Module, thresholds: Thresholds, kernel: str = "auto", prefil
                 _enable_kernel(mlp)
         swap_thresholds(model, thresholds)
         _set_prefill(model, prefill == "dense")
+        _compile_kernels(mlps)
     except BaseException:  # no memory for a transposed weight, Ctrl-C
         for mlp in fresh:
             if _is_patched(mlp):
@@ -406,6 +409,21 @@ def apply(model: nn.Module, thresholds: Thresholds, kernel: str = "auto", prefil
             f"{len(obstacles)} of {len(mlps)} MLPs run on the dense masked path, without speed-up ({name}: {obstacle})",
             stacklevel=3,
         )
+
+
+@torch.no_grad()
+def _compile_kernels(mlps: Mapping[str, Any]) -> None:
+    """On a GPU, one call for each kind of block that the kernel serves: it compiles for one row of x, for seconds where
+    Triton's cache is empty, which the first token would wait for."""
+    compiled = set()
+    for mlp in mlps.values():
+        gate = mlp._modules[parts_of(mlp).gate]._parameters.get("weight")
+        if not mlp.cats_state.sparse or gate is None or gate.device.type != "cuda":
+            continue
+        kind = gate.device, gate.dtype, gate.shape, mlp.cats_state.decider, mlp._deciding_threshold().dim()
+        if kind not in compiled:
+            compiled.add(kind)
+            mlp._run_kernel(torch.zeros(1, gate.shape[1], dtype=gate.dtype, device=gate.device))
 
 
 def _set_prefill(model: nn.Module, dense: bool) -> None:

@@ -12,12 +12,14 @@ from typing import Any
 
 import cats_kernels
 import torch
+from cats_kernels import repeated
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from cats.equation import OWN_ACTIVATION, GatedMLP, Parts
 from cats.quantized_linear import QuantizedLinear, quantized_weights
 
+OPERATOR = cats_kernels.sparse_gated_mlp
 INPUT = "input_"
 """Prefix of a mask on the input of one of the block's linear layers; the others are "up" and "neurons"."""
 
@@ -37,6 +39,7 @@ class State:
         written_out: whether the dense masked path is equation 1 written out here.
         dense_prompts: whether prompts run dense and unmasked, see `is_prompt`.
         handles: of the hooks on the down projection.
+        known: what calls of the operator can be repeated with, and None once anything of the above changes.
     """
 
     parts: Parts
@@ -49,11 +52,36 @@ class State:
     written_out: bool = False
     dense_prompts: bool = False
     handles: list[Any] = field(default_factory=list)
+    known: "Known | None" = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is known of this process's memory, for copies and pickles."""
+        return {**self.__dict__, "known": None}
 
     @property
     def activation_name(self) -> str:
         """Attribute that holds the `CATSActivation`."""
         return self.parts.activation or OWN_ACTIVATION
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the last calls of the operator by one block looked at, so that the next one only compares.
+
+    Attributes:
+        operator: that was called; whoever replaces it wants to see the calls.
+        weights: (name of a linear layer, the facts of its weight) of each one.
+        threshold: facts of the deciding product's threshold.
+        dtype, device: of x.
+        calls: shape of x to what repeats the call, None where nothing does.
+    """
+
+    operator: Any
+    weights: tuple[tuple[str, repeated.Facts], ...]
+    threshold: repeated.Facts
+    dtype: torch.dtype
+    device: torch.device
+    calls: dict[torch.Size, repeated.Repeat | None] = field(default_factory=dict, compare=False)
 
 
 @dataclass
@@ -145,6 +173,73 @@ class SparseForward:
                 return None
         return given
 
+    def _deciding_threshold(self) -> Tensor:
+        """The threshold of the product that decides, as it is now."""
+        state, modules = self.cats_state, self._modules
+        by = modules[state.activation_name] if state.decider == "gate" else modules["cats_masks"]._modules["up"]
+        return by._buffers["threshold"]
+
+    def _repeat(self, x: Any) -> Tensor | None:
+        """y by what repeats an earlier call, if all that it looked at is as it was; None to look at everything anew.
+
+        The host needs half the time for it, and an eager loop is bound by the host.
+        """
+        known = self.cats_state.known
+        if known is None or torch.is_grad_enabled() or self.training or not repeated.ordinary(x):
+            return None
+        call = known.calls.get(x.shape)
+        if call is None or x.dtype is not known.dtype or x.device != known.device or not x.is_contiguous():
+            return None
+        modules = self._modules
+        activation = modules[self.cats_state.activation_name]
+        if activation._forward_hooks or activation._forward_pre_hooks:
+            return None
+        held: list[Tensor] = [self._deciding_threshold()]  # until the call is over, whatever other threads replace
+        if repeated.facts(held[0]) != known.threshold:
+            return None
+        for name, facts in known.weights:
+            linear = modules[name]
+            if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+                return None
+            weight = linear._parameters.get("weight")
+            if type(weight) is not nn.Parameter or repeated.facts(weight) != facts:
+                return None
+            held.append(weight)
+        return call(x) if cats_kernels.sparse_gated_mlp is known.operator else None
+
+    def _know(self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor], threshold: Tensor) -> None:
+        """Remember how to repeat a call that the operator has just served."""
+        state, modules = self.cats_state, self._modules
+        parameters: list[tuple[str, Any]] = [
+            (name, modules[name]._parameters.get("weight")) for name in state.parts.linears
+        ]
+        if (
+            not repeated.ordinary(x)
+            or cats_kernels.sparse_gated_mlp is not OPERATOR
+            or x.numel() > cats_kernels.MAX_ROWS * x.shape[-1]
+            or any(type(weight) is not nn.Parameter for _, weight in parameters)
+        ):
+            return
+        same = tuple((name, repeated.facts(weight)) for name, weight in parameters)
+        known = Known(OPERATOR, same, repeated.facts(threshold), x.dtype, x.device)
+        if state.known == known:
+            known = state.known
+        if x.shape not in known.calls:
+            arguments = x, *weights, threshold, str(state.activation), state.kernel, state.decider
+            known.calls[x.shape] = repeated.repeat(*arguments)
+        state.known = known
+
+    def _run_kernel(self, x: Tensor) -> Tensor | None:
+        """y by the operator, if ``x`` goes to the sparse kernel, else None."""
+        state, weights = self.cats_state, self._sparse_weights(x)
+        if weights is None:
+            return None
+        threshold = self._deciding_threshold()
+        y = cats_kernels.sparse_gated_mlp(x, *weights, threshold, str(state.activation), state.kernel, state.decider)
+        if not torch.compiler.is_compiling():
+            self._know(x, weights, threshold)
+        return y
+
     def _dense_quantized(self, x: Any) -> Tensor | None:
         """The output of a quantised block that is not patched if the operator computes it, with threshold 0, else None:
         as `_sparse_weights`, and where the activation is no longer the block's own."""
@@ -172,18 +267,18 @@ class SparseForward:
         if "cats_state" not in self.__dict__:  # quantised, and not patched
             y = self._dense_quantized(args[0]) if len(args) == 1 and not kwargs else None
             return super().forward(*args, **kwargs) if y is None else y  # type: ignore[misc]
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            y = self._repeat(args[0])
+            if y is not None:
+                return y
         state, modules = self.cats_state, self._modules
         x = args[0] if args else next(iter(kwargs.values()))
         activation = modules[state.activation_name]
         if state.dense_prompts and not self.training and is_prompt(x):
             return masked_equation_1(mlp, x, activation.inner, {})
-        weights = self._sparse_weights(x) if len(args) == 1 and not kwargs else None
-        if weights is not None:
-            by = activation if state.decider == "gate" else modules["cats_masks"]._modules["up"]
-            threshold = by._buffers["threshold"]
-            return cats_kernels.sparse_gated_mlp(
-                x, *weights, threshold, str(state.activation), state.kernel, state.decider
-            )
+        y = self._run_kernel(x) if len(args) == 1 and not kwargs else None
+        if y is not None:
+            return y
         if state.written_out:
             masks = modules.get("cats_masks")
             return masked_equation_1(mlp, x, activation, {} if masks is None else masks._modules)

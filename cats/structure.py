@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from cats.devices import eval_mode, execution_device, resolve_device
-from cats.equation import OWN_ACTIVATION, GatedMLP, Parts, check_equation_1, check_forward, parts
+from cats.equation import OWN_ACTIVATION, GatedMLP, Parts, check_equation_1, check_forward, parts, why_not_run
 
 __all__ = [
     "GatedMLP",
@@ -72,7 +72,8 @@ def gated_mlps(model: nn.Module) -> dict[str, GatedMLP]:
     """The gated MLPs of ``model`` in order, keyed by module path.
 
     Raises:
-        ValueError: the model has none (GPT-2 or OPT style two-layer MLPs), or stacked experts beside them.
+        ValueError: the model has none (GPT-2 or OPT style two-layer MLPs), none that runs here (it is named, with what
+            it raises), or stacked experts beside them.
     """
     modules = dict(named_modules(model))
     stacked = [name for name, module in modules.items() if "down_proj" in module._parameters]
@@ -84,10 +85,14 @@ def gated_mlps(model: nn.Module) -> dict[str, GatedMLP]:
         )
     mlps = {name: cast(GatedMLP, module) for name, module in modules.items() if parts(module) is not None}
     if not mlps:
+        errors = ((path, module, why_not_run(module)) for path, module in modules.items())
+        path, module, error = next((each for each in errors if each[2] is not None), ("", None, None))
+        reason = f"; {path} ({type(module).__name__}) looks like one but does not run here: " if error else ""
         raise ValueError(
             f"{name} has no gated MLP: CATS needs modules that compute (act(x W_gate) * (x W_up)) W_down "
             "with linear layers of their own, as in Llama, Mistral, Qwen, Gemma or Phi-3"
-        )
+            + (f"{reason}{type(error).__name__}: {' '.join(str(error).split())}" if error else "")
+        ) from error
     return mlps
 
 

@@ -2,9 +2,10 @@
 
 Purpose: what thresholds on the inputs of whole blocks cost on top. Same measurements as e02, without fine-tuning; and
 with ``steps`` above 0 once more after so many steps of LoRA (the paper's figures are from after fine-tuning), each
-variant against the dense model that was trained as long. Sparsity of each site is measured on held-out text (metrics
-sparsity_gate, sparsity_attention_input, sparsity_mlp_input).
-Cost: three evaluations of the tasks, or six and three training runs; a minute for the pocket model on two cores.
+variant against the dense model that was trained as long with the same seed. Sparsity of each site is measured on
+held-out text (metrics sparsity_gate, sparsity_attention_input, sparsity_mlp_input).
+Cost: three evaluations of the tasks, and three more with as many training runs per seed; a minute for the pocket model
+on two cores without training.
 
     nox -s experiment -- e07 --model PATH_OR_HUB_ID
 """
@@ -21,7 +22,7 @@ from cats.finetuning import finetune
 from experiments.framework.common_options import EvaluationOptions, TrainingOptions, check_tokens
 from experiments.framework.config import Config
 from experiments.framework.cost import FORWARD, TRAINING, Cost, evaluation_tokens, memory_per_parameter
-from experiments.framework.options import Positive, Whole
+from experiments.framework.options import Positive, Seed, Whole
 from experiments.framework.subject import check, fractions_below, mean
 from experiments.framework.tables import AttentionRow, AttentionSample, AttentionTextSample, Row
 from experiments.framework.training import FinetuningSubject, adapted
@@ -38,10 +39,12 @@ class Options(EvaluationOptions, TrainingOptions):
     Attributes:
         steps: of LoRA, after which everything is measured again; 0 for no training.
         learning_rate: of that training, for all variants.
+        seeds: of that training, added to the profile's seed.
     """
 
     steps: Whole = 0
     learning_rate: Positive = 1e-4
+    seeds: tuple[Seed, ...] = (0,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,61 +61,64 @@ def run(config: Config[Options]) -> Iterable[Row]:
     check(config)
     for name in config.models:
         subject = FinetuningSubject(config, name, options.steps)
-        dense: dict[int, Samples] = {}
-        runs = [(v, steps) for steps in sorted({0, options.steps}) for v in options.variants()]
-        for v, steps in config.progress(runs, name, len(runs)):
-            rows = config.unit(*job(subject, v, steps, dense.get(steps)), ROWS)
+        dense: dict[tuple[int, int], Samples] = {}
+        trainings = [(options.steps, config.seed + seed) for seed in options.seeds] if options.steps else []
+        runs = [(v, *training) for training in [(0, config.seed), *trainings] for v in options.variants()]
+        for v, steps, seed in config.progress(runs, name, len(runs)):
+            rows = config.unit(*job(subject, v, steps, seed, dense.get((steps, seed))), ROWS)
             if v == DENSE:  # it comes first
-                dense[steps] = Samples.of(rows)
+                own = dense[steps, seed] = Samples.of(rows)
                 others = [other for other in options.variants() if other != DENSE]
-                config.compute_ahead(dict(job(subject, other, steps, dense[steps]) for other in others), ROWS)
+                config.compute_ahead(dict(job(subject, other, steps, seed, own) for other in others), ROWS)
             yield from rows
 
 
 def job(
-    subject: FinetuningSubject, v: Variant, steps: int, dense: Samples | None
+    subject: FinetuningSubject, v: Variant, steps: int, seed: int, dense: Samples | None
 ) -> tuple[str, Callable[[], list[Row]]]:
     """Key and work of one variant."""
-    key = f"{subject.name}/{v.name}" + ("/finetuned" if steps else "")
-    return key, partial(measure, subject, v, steps, dense)
+    key = f"{subject.name}/{v.name}" + (f"/finetuned {seed}" if steps else "")
+    return key, partial(measure, subject, v, steps, seed, dense)
 
 
 def cost(config: Config[Options]) -> Cost:
-    """Three evaluations, and after training, if any, as many again."""
+    """Three evaluations, and after training, if any, as many again per seed."""
     options = config.options
-    variants = len(options.variants())
+    variants, trainings = len(options.variants()), len(options.seeds) if options.steps else 0
     each = evaluation_tokens(options.tasks, options.limit) + 3 * options.length * options.heldout_blocks
-    evaluated = variants * (2 if options.steps else 1) * each + 2 * options.length * options.calibration_blocks
-    trained = TRAINING * variants * options.steps * options.train_batch_size * options.length
+    evaluated = variants * (1 + trainings) * each + 2 * options.length * options.calibration_blocks
+    trained = TRAINING * variants * trainings * options.steps * options.train_batch_size * options.length
     memory = memory_per_parameter([config.dtype], trains=options.steps > 0)
     return Cost(flops=FORWARD * evaluated + trained, memory=memory)
 
 
-def measure(subject: FinetuningSubject, v: Variant, steps: int, dense: Samples | None) -> list[Row]:
-    """Rows of one variant after ``steps`` of LoRA; differences are from ``dense``, None for the dense model."""
+def measure(subject: FinetuningSubject, v: Variant, steps: int, seed: int, dense: Samples | None) -> list[Row]:
+    """Rows of one variant after ``steps`` of LoRA with ``seed``; differences are from ``dense``, None for the dense
+    model itself.
+    """
     options = subject.config.options
     thresholds = subject.thresholds(options.variants()).get(v)
     if steps == 0:
         make(subject.model, v, thresholds)
-        return _rows(subject, subject.model, v, False, thresholds, dense)
-    with adapted(subject, v, thresholds, subject.config.seed) as model:
-        workdir = subject.config.workdir(f"{subject.name}/{v.name}/finetuned")
-        settings = subject.settings(steps, options.learning_rate, subject.config.seed)
+        return _rows(subject, subject.model, v, {"finetuned": False, "seed": seed}, thresholds, dense)
+    with adapted(subject, v, thresholds, seed) as model:
+        workdir = subject.config.workdir(f"{subject.name}/{v.name}/finetuned {seed}")
+        settings = subject.settings(steps, options.learning_rate, seed)
         finetune(model, subject.training_data, settings, workdir, range(100, steps, 100))
-        return _rows(subject, model, v, True, thresholds, dense)
+        return _rows(subject, model, v, {"finetuned": True, "seed": seed}, thresholds, dense)
 
 
 def _rows(
     subject: FinetuningSubject,
     model: torch.nn.Module,
     v: Variant,
-    finetuned: bool,
+    training: dict[str, Any],
     thresholds: Thresholds | None,
     dense: Samples | None,
 ) -> list[Row]:
     measurement = measure_as_is(subject, model)
     samples = measurement.samples()
-    who = {**subject.columns(v), "finetuned": finetuned}
+    who = {**subject.columns(v), **training}
     columns: Sequence[dict[str, Any]] = measurement.scores(dense or samples)
     if thresholds is not None:
         columns = [*columns, *_site_columns(subject, model, thresholds)]

@@ -54,7 +54,7 @@ def histogram_figure(run: Run) -> Figure:
     control, table = table[table["weights"] == "random"], table[table["weights"] != "random"]
     models = list(table["model"].unique())
     columns = max((part["layer_index"].nunique() for _, part in table.groupby("model")), default=1)
-    size = (style.WIDTH, 2.0 * max(1, len(models)))
+    size = (style.WIDTH, 2.0 if len(models) == 1 else 1.15 * len(models) + 0.3)
     figure, axes = plt.subplots(max(1, len(models)), columns, figsize=size, squeeze=False)
     for row, model in zip(axes, models, strict=False):
         of_model = table[table["model"] == model]
@@ -62,7 +62,7 @@ def histogram_figure(run: Run) -> Figure:
             ax.set_visible(False)
         for ax, (index, layer) in zip(row, of_model.groupby("layer_index"), strict=False):
             _histogram_panel(ax, layer, control[(control["model"] == model) & (control["layer_index"] == index)])
-            ax.set_title(f"layer {index:.0f}" if len(models) == 1 else f"{model}, layer {index:.0f}")
+            ax.set_title(f"layer {index:.0f}" if len(models) == 1 else f"{style.short_name(model)}, layer {index:.0f}")
             if thresholds is not None:
                 at = thresholds[(thresholds["model"] == model) & (thresholds["layer_index"] == index)]
                 _threshold_lines(ax, at[at["criterion"].eq("cats") & at["weights"].ne("random")])
@@ -131,8 +131,9 @@ def thresholds_figure(run: Run) -> Figure:
             right.axhline(bound, color=style.GREY, lw=0.6, ls="--")
         low, high = right.get_ylim()
         right.set_ylim(min(low, -1.3), max(high, 1.3))
-        left.set(title=model, ylabel="threshold")
-        right.set(title=f"{model}, held-out text", ylabel=f"sparsity {style.MINUS} target, points")
+        name = style.short_name(model)
+        left.set(title=name, ylabel="threshold")
+        right.set(title=f"{name}, held-out text", ylabel=f"sparsity {style.MINUS} target, points")
         for ax in (left, right):
             ax.set_xlabel("layer")
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -144,7 +145,7 @@ def concentration_table(table: pd.DataFrame) -> pd.DataFrame:
     """Per model and layer: how concentrated the activations are, beside the control."""
     rows = []
     for (model, layer), part in table.groupby(["model", "layer_index"], sort=False):
-        cells = {"Model": escape(str(model)), "Layer": f"{layer:.0f}"}
+        cells = {"Model": escape(style.model_name(str(model))), "Layer": f"{layer:.0f}"}
         for weights, name in (("pretrained", "trained"), ("random", "control")):
             of_weights = part[part["weights"] == weights]
             known = len(of_weights) > 0
@@ -163,7 +164,7 @@ def threshold_table(table: pd.DataFrame) -> pd.DataFrame:
         held, level = part["sparsity_heldout"], float(str(target))
         rows.append(
             {
-                "Model": escape(str(model)),
+                "Model": escape(style.model_name(str(model))),
                 "Weights": escape(str(weights)),
                 "Criterion": escape(str(criterion)),
                 "Target": f"{100 * level:g} %",
@@ -180,13 +181,15 @@ def threshold_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def contents(run: Run) -> list[Block]:
-    """One run's tables."""
-    blocks: list[Block] = []
-    if (table := run.table(HistogramRow)) is not None:
-        blocks.append(Table(concentration_table(table), " ".join(CONCENTRATION_TABLE.split())))
-    if (table := run.table(ThresholdRow)) is not None:
-        blocks.append(Table(threshold_table(table), THRESHOLD_TABLE))
-    return blocks
+    """How concentrated the activations are."""
+    table = run.table(HistogramRow)
+    return [] if table is None else [Table(concentration_table(table), CONCENTRATION_TABLE)]
+
+
+def more(run: Run) -> list[Block]:
+    """The thresholds."""
+    table = run.table(ThresholdRow)
+    return [] if table is None else [Table(threshold_table(table), THRESHOLD_TABLE)]
 
 
 SECTION = Section(
@@ -196,8 +199,9 @@ SECTION = Section(
     protocol=PROTOCOL,
     figures=(
         Drawing("e01_histogram", HistogramRow, histogram_figure, HISTOGRAM_CAPTION),
-        Drawing("e01_thresholds", ThresholdRow, thresholds_figure, THRESHOLDS_CAPTION),
+        Drawing("e01_thresholds", ThresholdRow, thresholds_figure, THRESHOLDS_CAPTION, secondary=True),
     ),
     contents=contents,
+    more=more,
     rules=(("C1", c1_concentration),),
 )

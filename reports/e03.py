@@ -65,13 +65,17 @@ def curves_figure(run: Run) -> Figure:
     paper = paper_table("figure2_finetuning_accuracy")
     models = [str(model) for model in means["model"].unique()]
     beside = list(dict.fromkeys(name for model in models for name in paper_models(model, paper["model"])))
-    ratios = {"width_ratios": [1.5] * len(models) + [1.0] * len(beside)}
     count = len(models) + len(beside)
-    figure, axes = plt.subplots(1, count, figsize=(style.WIDTH, 2.5), squeeze=False, gridspec_kw=ratios)
-    for ax, model in zip(axes[0], models, strict=False):
+    columns = min(3, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(style.WIDTH, 2.3 * rows), squeeze=False)
+    flat = list(axes.flat)
+    for ax in flat[count:]:
+        ax.set_visible(False)
+    for ax, model in zip(flat, models, strict=False):
         _our_curves(ax, means[means["model"] == model])
-        ax.set_title(f"{model} (ours)")
-    for ax, name in zip(axes[0][len(models) :], beside, strict=True):
+        ax.set_title(f"{style.short_name(model)} (ours)")
+    for ax, name in zip(flat[len(models) :], beside, strict=False):
         part = paper[paper["model"] == name]
         for variant in variants(part):
             curve = part[part["variant"] == variant].sort_values("step")
@@ -79,9 +83,10 @@ def curves_figure(run: Run) -> Figure:
         base = paper_table("table1_zero_shot").query("task == 'average' and variant == 'dense' and model == @name")
         ax.axhline(base["accuracy"].iloc[0], color=style.GREY, lw=1, ls="--")
         ax.set_title(f"{name} (paper)")
-    for ax in axes[0]:
+    for ax in flat[:count]:
         ax.set_xlabel("LoRA steps")
-    axes[0][0].set_ylabel("mean zero-shot accuracy")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("mean zero-shot accuracy")
     return figure
 
 
@@ -113,7 +118,9 @@ def sparsity_figure(run: Run) -> Figure:
         _sparsity_means_panel(
             right, sparsity_means(part), paper[paper["model"].isin(paper_models(model, paper["model"]))]
         )
-        left.set(xlabel="layer", ylabel="sparsity after fine-tuning, %", title=f"{model} (ours), by layer")
+        left.set(
+            xlabel="layer", ylabel="sparsity after fine-tuning, %", title=f"{style.short_name(model)} (ours), by layer"
+        )
         last = part["layer_index"].max()
         left.set_xlim(right=1.25 * last + 0.3)
         left.set_xticks([tick for tick in MaxNLocator(integer=True).tick_values(0, last) if 0 <= tick <= last])
@@ -192,17 +199,21 @@ def sparsity_table(table: pd.DataFrame, model: str) -> pd.DataFrame:
 
 
 def contents(run: Run) -> list[Block]:
-    """One run's tables."""
+    """Accuracy and sparsity after fine-tuning."""
     blocks: list[Block] = []
     if (table := run.table(FinetuningRow)) is not None:
         for model in table["model"].unique():
-            blocks.append(Table(accuracy_table(table, model), f"{escape(model)}: {ACCURACY_TABLE}"))
+            blocks.append(Table(accuracy_table(table, model), f"{escape(style.model_name(model))}: {ACCURACY_TABLE}"))
     if (table := run.table(SparsityRow)) is not None:
         for model in table["model"].unique():
-            blocks.append(Table(sparsity_table(table, model), f"{escape(model)}: {SPARSITY_TABLE}"))
-    if (table := run.table(SweepRow)) is not None:
-        blocks.append(Table(sweep(table), SWEEP_TABLE))
+            blocks.append(Table(sparsity_table(table, model), f"{escape(style.model_name(model))}: {SPARSITY_TABLE}"))
     return blocks
+
+
+def more(run: Run) -> list[Block]:
+    """The learning rates tried."""
+    table = run.table(SweepRow)
+    return [] if table is None else [Table(sweep(table), SWEEP_TABLE)]
 
 
 SECTION = Section(
@@ -212,8 +223,9 @@ SECTION = Section(
     protocol=PROTOCOL,
     figures=(
         Drawing("e03_curves", FinetuningRow, curves_figure, CURVES_CAPTION),
-        Drawing("e03_sparsity", SparsityRow, sparsity_figure, SPARSITY_CAPTION),
+        Drawing("e03_sparsity", SparsityRow, sparsity_figure, SPARSITY_CAPTION, secondary=True),
     ),
     contents=contents,
+    more=more,
     rules=(("C4", c4_finetuned), ("C5", c5_sparsity_kept), ("C11", c11_finetuned_perplexity)),
 )

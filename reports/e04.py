@@ -56,13 +56,17 @@ def tasks_figure(run: Run) -> Figure:
     means = task_means(run.tables[TaskFinetuningRow.table])
     paper = paper_table("table2_task_finetuning").assign(item_stderr=np.nan)
     models = [str(model) for model in means["model"].unique()]
-    panels = [(f"{model} (ours)", means[means["model"] == model]) for model in models]
+    panels = [(f"{style.short_name(model)} (ours)", means[means["model"] == model]) for model in models]
     panels += [("Mistral-7B (paper)", paper)]
-    figure, axes = plt.subplots(1, len(panels), figsize=(style.WIDTH, 2.0), squeeze=False, sharey=True)
-    for ax, (title, part) in zip(axes[0], panels, strict=True):
+    rows = -(-len(panels) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(style.WIDTH, 1.9 * rows), squeeze=False)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    for ax, (title, part) in zip(axes.flat, panels, strict=False):
         _difference_bars(ax, part)
         ax.set_title(title)
-    axes[0][0].set_ylabel(f"accuracy {style.MINUS} base, points")
+    for ax in axes[:, 0]:
+        ax.set_ylabel(f"accuracy {style.MINUS} base, points")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)), frameon=False, fontsize=8)
     return figure
@@ -134,15 +138,24 @@ def paper_tables_2_and_3() -> pd.DataFrame:
 
 
 def contents(run: Run) -> list[Block]:
-    """One run's tables."""
+    """Accuracy, ours and the paper's."""
+    table = run.table(TaskFinetuningRow)
+    if table is None:
+        return []
+    blocks: list[Block] = [
+        Table(accuracy_table(table, model), f"{escape(style.model_name(model))}: {ACCURACY_TABLE}")
+        for model in table["model"].unique()
+    ]
+    return [*blocks, Table(paper_tables_2_and_3(), PAPER_TABLE)]
+
+
+def more(run: Run) -> list[Block]:
+    """The sparsity left, and the learning rates tried."""
     blocks: list[Block] = []
     if (table := run.table(TaskFinetuningRow)) is not None:
         for model in table["model"].unique():
-            blocks += [
-                Table(accuracy_table(table, model), f"{escape(model)}: {ACCURACY_TABLE}"),
-                Table(sparsity_table(table, model), f"{escape(model)}: {SPARSITY_TABLE}"),
-            ]
-        blocks.append(Table(paper_tables_2_and_3(), PAPER_TABLE))
+            name = escape(style.model_name(model))
+            blocks.append(Table(sparsity_table(table, model), f"{name}: {SPARSITY_TABLE}"))
     if (rates := run.table(TaskSweepRow)) is not None:
         blocks.append(Table(sweep(rates), SWEEP_TABLE))
     return blocks
@@ -155,5 +168,6 @@ SECTION = Section(
     protocol=PROTOCOL,
     figures=(Drawing("e04_tasks", TaskFinetuningRow, tasks_figure, TASKS_CAPTION),),
     contents=contents,
+    more=more,
     rules=(("C6", c6_task_finetuning),),
 )

@@ -16,6 +16,7 @@ from reports.core.protocol import CALIBRATION, of, phrases, tasks_and_items, val
 from reports.core.section import Aspect, Drawing, Section
 from reports.core.tables import accuracy_summary, zero_shot
 from reports.measures.accuracy import variants, zero_shot_means
+from reports.measures.finetuning import mean_over_seeds
 from reports.rules.e07 import c10_attention
 
 SITE_NAMES = {"gate": "gate", "attention_input": "attention\ninput", "mlp_input": "MLP\ninput"}
@@ -33,19 +34,20 @@ CATS on the MLP's gate alone beside CATS on the inputs of the attention and MLP 
 7). Left: mean accuracy ± one standard error, ours and the paper's for Mistral-7B after fine-tuning (no error given; its
 axis is its own). Right: the share of zeros measured on held-out text at each place; dotted: the target."""
 SUMMARY = """
-CATS on the attention and MLP inputs too (eq. 7) beside CATS on the MLP alone. Where sparsity is given for several
-sites, the columns “at ...” hold the share of zeros in each."""
-TASK_TABLE = "the same by task, ± one standard error. Bold: the better of the two."
+CATS on the attention and MLP inputs too (eq. 7) beside CATS on the MLP alone, ± one standard error; the change against
+base is paired over the same items. The columns “at ...” hold the share of zeros at each site."""
+TASK_TABLE = "CATS on the attention inputs too, by task, ± one standard error. Bold: the better of the two."
 
 
 def _training(table: pd.DataFrame) -> str:
-    return "without and with fine-tuning" if table["finetuned"].any() else "none"
+    seeds = table.loc[table["finetuned"], "seed"].nunique()
+    return f"without, and with fine-tuning ({seeds} seed{'s' * (seeds != 1)})" if seeds else "none"
 
 
 def named(table: pd.DataFrame) -> pd.DataFrame:
-    """With the names of fine-tuned variants told apart."""
+    """With the names of fine-tuned variants told apart, each the mean over its seeds."""
     plain = table["variant"].str.removesuffix("-finetuned")
-    return table.assign(variant=plain.where(~table["finetuned"], plain + "-finetuned"))
+    return mean_over_seeds(table.assign(variant=plain.where(~table["finetuned"], plain + "-finetuned")))
 
 
 def attention_figure(run: Run) -> Figure:
@@ -53,16 +55,17 @@ def attention_figure(run: Run) -> Figure:
     table = named(run.tables[AttentionRow.table])
     means = zero_shot_means(table)
     models = [str(model) for model in means["model"].unique()]
-    size, ratios = (style.WIDTH, 2.5 * len(models)), {"width_ratios": [1.3, 1, 1.2]}
+    size, ratios = (style.WIDTH, 2.3 if len(models) == 1 else 1.7 * len(models)), {"width_ratios": [1.3, 1, 1.2]}
     figure, axes = plt.subplots(len(models), 3, figsize=size, squeeze=False, gridspec_kw=ratios)
     paper = paper_table("appendix_b_attention").rename(columns={"average_accuracy": "value"}).assign(stderr=np.nan)
     for (ours, theirs, sparsity), model in zip(axes, models, strict=True):
         _variant_points(ours, means[means["model"] == model])
-        ours.set(title=f"{model} (ours)", ylabel="mean zero-shot accuracy")
+        name = style.short_name(model)
+        ours.set(title=f"{name} (ours)", ylabel="mean zero-shot accuracy")
         _variant_points(theirs, paper)
         theirs.set_title("Mistral-7B (paper)")
         _site_bars(sparsity, table[table["model"] == model])
-        sparsity.set(title=f"{model}, held-out text", ylabel="zeros, %")
+        sparsity.set(title=f"{name}, held-out text", ylabel="zeros, %")
     return figure
 
 
@@ -103,18 +106,21 @@ def _site_bars(ax: Axes, table: pd.DataFrame) -> None:
 
 
 def contents(run: Run) -> list[Block]:
-    """One run's tables."""
+    """Accuracy, sparsity and perplexity of each variant."""
+    table = run.table(AttentionRow)
+    return [] if table is None else [Table(accuracy_summary(named(table), beside_paper=False), SUMMARY)]
+
+
+def more(run: Run) -> list[Block]:
+    """Accuracy by task."""
     table = run.table(AttentionRow)
     if table is None:
         return []
     table = named(table)
-    blocks: list[Block] = []
-    for model in table["model"].unique():
-        blocks += [
-            Table(accuracy_summary(table, model, beside_paper=False), f"{escape(model)}: {SUMMARY}"),
-            Table(zero_shot(table, model), f"{escape(model)}: {TASK_TABLE}"),
-        ]
-    return blocks
+    return [
+        Table(zero_shot(table, model), f"{escape(style.model_name(model))}: {TASK_TABLE}")
+        for model in table["model"].unique()
+    ]
 
 
 SECTION = Section(
@@ -124,5 +130,6 @@ SECTION = Section(
     protocol=PROTOCOL,
     figures=(Drawing("e07_attention", AttentionRow, attention_figure, ATTENTION_CAPTION),),
     contents=contents,
+    more=more,
     rules=(("C10", c10_attention),),
 )

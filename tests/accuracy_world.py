@@ -72,11 +72,58 @@ metric_list:
     )
 
 
+def write_answer_task(folder: Path, name: str) -> None:
+    """A task with generated answers in the manner of lm-eval's gsm8k: examples in the prompt, two ways to read."""
+    rng = random.Random(name)
+    for split in ("train", "test"):
+        rows = [
+            {"question": text, "answer": f"alpha #### {rng.randint(2, 9)}"} for text in sentences(len(split), ITEMS)
+        ]
+        (folder / f"{name}.{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{name}.yaml").write_text(
+        f"""task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    train: {folder}/{name}.train.jsonl
+    test: {folder}/{name}.test.jsonl
+output_type: generate_until
+training_split: train
+fewshot_split: train
+test_split: test
+num_fewshot: 1
+doc_to_text: "Q: {{{{question}}}}\\nA:"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs:
+  until: ["Q:"]
+  do_sample: false
+  max_gen_toks: 8
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+    regexes_to_ignore: ["(?s).*#### "]
+filter_list:
+  - name: strict-match
+    filter:
+      - function: regex
+        regex_pattern: "#### ([0-9]+)"
+      - function: take_first
+  - name: flexible-extract
+    filter:
+      - function: regex
+        group_select: -1
+        regex_pattern: "([0-9]+)"
+      - function: take_first
+"""
+    )
+
+
 def build_world(root: Path) -> Path:
     """``root`` with model/, tasks/ and text.jsonl."""
     text = sentences(0, 600)
     tokenizer = as_pretrained(train_tokenizer(text, 300), 64)
-    model = tiny_model("Llama", vocab_size=len(tokenizer), max_position_embeddings=64, num_hidden_layers=2)
+    model = tiny_model("Llama", vocab_size=len(tokenizer), max_position_embeddings=128, num_hidden_layers=2)
     model.config.bos_token_id = model.config.eos_token_id = model.config.pad_token_id = 0
     model.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
@@ -85,6 +132,7 @@ def build_world(root: Path) -> Path:
     write_task(root / "tasks", "tiny_words", 4)
     write_task(root / "tasks", "tiny_yes", 2)
     write_task(root / "tasks", "tiny_without_acc", 4, "acc_norm")
+    write_answer_task(root / "tasks", "tiny_answer")
     return root
 
 

@@ -21,6 +21,7 @@ from experiments.framework.tables import (
     AttentionSample,
     AttentionTextSample,
     CriterionRow,
+    CriterionSpeedRow,
     FinetuningRow,
     FinetuningSample,
     GreedyRow,
@@ -28,6 +29,9 @@ from experiments.framework.tables import (
     ItemSample,
     LatencyRow,
     LatencySample,
+    QuantizationRow,
+    QuantizationSpeedRow,
+    QuantizationTextSample,
     Row,
     ShareRow,
     SparsityRow,
@@ -420,7 +424,7 @@ def greedy(machine: str = "made-up machine") -> pd.DataFrame:
 
 
 def attention(
-    model: str = "made-up", accuracy: dict[str, float] | None = None, finetuned: bool = False
+    model: str = "made-up", accuracy: dict[str, float] | None = None, finetuned: bool = False, seed: int = 0
 ) -> pd.DataFrame:
     """e07 from the same maker as e02, with the share of zeros at each site."""
     accuracy = accuracy or {"dense": 0.70, "cats-50": 0.69, "cats-50-attention": 0.68}
@@ -429,7 +433,7 @@ def attention(
         wide = "attention" in row["variant"]
         sites = "" if row["criterion"] == "dense" else "gate attention_input mlp_input" if wide else "gate"
         name = row["variant"] + "-finetuned" * finetuned
-        common = {**row, "variant": name, "sites": sites, "finetuned": finetuned}
+        common = {**row, "variant": name, "sites": sites, "finetuned": finetuned, "seed": seed}
         rows.append(AttentionRow(**common))
         if row["criterion"] == "cats" and row["task"] == TASKS[0]:
             common |= {"task": "heldout_text", "stderr": None, "difference": None, "difference_stderr": None,
@@ -444,7 +448,7 @@ def attention_items(table: pd.DataFrame) -> pd.DataFrame:
     table = table[table["metric"] == "acc"]
     return frame(
         AttentionSample(*(row[name] for name in ("model", "criterion", "variant", "finetuned", "task")),
-                        bits(row["value"]))
+                        bits(row["value"]), row["seed"])
         for row in table.to_dict("records")
     )  # fmt: skip
 
@@ -453,21 +457,22 @@ def attention_blocks(table: pd.DataFrame) -> pd.DataFrame:
     """Losses per block, one sample per variant of `attention`."""
     keys = ["model", "criterion", "variant", "finetuned"]
     return frame(
-        AttentionTextSample(*(row[name] for name in keys), 128, pack_numbers([2.5, 2.6]))
-        for row in table.drop_duplicates(keys).to_dict("records")
+        AttentionTextSample(*(row[name] for name in keys), 128, pack_numbers([2.5, 2.6]), row["seed"])
+        for row in table.drop_duplicates([*keys, "seed"]).to_dict("records")
     )
 
 
 def criterion_row(
-    name: str, level: float | None, ratio: float, scope: str = "mlp", on_target: bool | None = True
-) -> CriterionRow:
+    name: str, level: float | None, ratio: float, scope: str = "mlp", on_target: bool | None = True,
+    error: float = 0.01, model: str = "a/model",
+) -> CriterionRow:  # fmt: skip
     """One criterion of e08 whose perplexity is `ratio` times the dense model's, and CATS's 1.2 times."""
     dense = level is None
     skipped = level or 0.0
     return CriterionRow(
-        "a/model", name, name if dense else f"{name}-{100 * skipped:g}", scope, "dense masked", level,
+        model, name, name if dense else f"{name}-{100 * skipped:g}", scope, "dense masked", level,
         None if dense else skipped + 0.02 * (not on_target), None if dense else on_target, None, 1 - 2 * skipped / 3,
-        1 - skipped / 3, "heldout_text", "perplexity", 20 * ratio, None, math.log(ratio), 0.01,
+        1 - skipped / 3, "heldout_text", "perplexity", 20 * ratio, None, math.log(ratio), error,
         None if dense else math.log(ratio / 1.2), 0.01, 48, None,
     )  # fmt: skip
 
@@ -482,6 +487,66 @@ def criteria() -> pd.DataFrame:
             criterion_row("random", level, 300.0),
         ]
         rows.append(criterion_row("teal", level, 1.05, "model", False))
+    return frame(rows)
+
+
+def criterion_accuracy(name: str, level: float | None, change: float, error: float = 0.001) -> CriterionRow:
+    """The accuracy of one criterion of e08 on its one task, `change` from the dense model's 0.5."""
+    row = asdict(criterion_row(name, level, 1.0))
+    changed = {"task": TASKS[0], "metric": "acc", "value": 0.5 + change, "stderr": 0.01, "difference": change,
+               "difference_stderr": error, "chance": 0.25, "items": 1000}  # fmt: skip
+    return CriterionRow(**{**row, **changed})
+
+
+def criterion_speed(
+    name: str, level: float, speedup: float, what: str = "token", machine: str = "NVIDIA Imaginary", loop: str = "graph"
+) -> CriterionSpeedRow:
+    """The speed of one criterion of e08 at one level; dense makes 100 tokens a second, or one MLP in 2 ms."""
+    dense, unit = (100.0, "tokens/s") if what == "token" else (2.0, "ms")
+    value = dense * speedup if what == "token" else dense / speedup
+    return CriterionSpeedRow(
+        machine, "a/model", name, f"{name}-{100 * level:g}", "sparse kernel", "triton", "bfloat16", None, what, loop,
+        level, level, unit, value, dense, speedup, speedup - 0.01, speedup + 0.01, 80,
+    )  # fmt: skip
+
+
+def quantization(interaction: float = 0.0, noise: float = 1e-3) -> dict[str, pd.DataFrame]:
+    """e09: two formats at two levels, whose damages add up but for a share ``interaction`` of their sum; and speeds."""
+    generator = np.random.default_rng(0)
+    base = 2.0 + 0.1 * generator.standard_normal(48)
+    formats = {"none": (None, None, 1.0, 0.0), "int8-row": (8, None, 0.501, 0.01), "int4-128": (4, 128, 0.266, 0.08)}
+    rows, blocks = [], []
+    for name, (bits, group, memory, damage) in formats.items():
+        for level, skipped in ((None, 0.0), (0.5, 0.05), (0.7, 0.3)):
+            both = damage > 0 and level is not None
+            increase = (damage + skipped) * (1 + interaction * both)
+            nats = base + increase + noise * generator.standard_normal(48) * bool(increase)
+            variant, criterion = ("dense", "dense") if level is None else (f"cats-{100 * level:g}", "cats")
+            rows.append(QuantizationRow(
+                "a/model", name, bits, group, criterion, variant, "dense masked", level, level,
+                memory * (1 - 2 * (level or 0.0) / 3), memory, "heldout_text", "perplexity", math.exp(nats.mean()),
+                None, nats.mean() - base.mean(), 0.001, nats.mean() - base.mean() - damage, 0.001, 48, None,
+            ))  # fmt: skip
+            blocks.append(QuantizationTextSample("a/model", name, criterion, variant, 128, pack_numbers(nats)))
+    return {"e09_quantization": frame(rows), "e09_blocks": frame(blocks), "e09_speed": quantization_speed()}
+
+
+def quantization_speed() -> pd.DataFrame:
+    """Speeds of e09: bfloat16 0.1 ms dense, ours 0.08 at 50 %; int4 0.06 and 0.04; int8 in groups failed."""
+    rows = []
+    for name, bits, group, implementation, target, ms in (
+        ("none", None, None, "torch", 0.0, 0.1),
+        ("none", None, None, "cats", 0.5, 0.08),
+        ("int4-128", 4, 128, "torch", 0.0, 0.06),
+        ("int4-128", 4, 128, "cats", 0.5, 0.04),
+        ("int8-128", 8, 128, "torch", 0.0, None),
+    ):
+        measured = (None,) * 9 if ms is None else (ms, ms, ms, 40, 10**8, 2 * 10**8, 3000.0, 0.9 * ms, 0.9)
+        rows.append(QuantizationSpeedRow(
+            "Imaginary GPU", "mlp", "Mistral-7B", 4096, 14336, "bfloat16", None, name, bits, group, implementation,
+            "dense" if implementation == "torch" else "sparse kernel", target, target, 7168, *measured,
+            "" if ms else "torch's int8 kernel takes one scale per row",
+        ))  # fmt: skip
     return frame(rows)
 
 
@@ -512,6 +577,8 @@ def all_tables() -> dict[str, pd.DataFrame]:
         "e07_items": attention_items(wide),
         "e07_blocks": attention_blocks(wide),
         "e08_criteria": criteria(),
+        "e08_speed": frame([criterion_speed("cats", 0.5, 1.2), criterion_speed("cats", 0.5, 1.4, "mlp")]),
+        **quantization(),
     }
 
 
@@ -532,7 +599,7 @@ def provenance() -> dict[str, object]:
                 "started": f"2001-01-0{i}T00:00:00+00:00",
                 "seconds": 61.5 * i,
             }
-            for i in range(1, 9)
+            for i in range(1, 10)
         },
     }
 

@@ -209,6 +209,22 @@ def test_e07_shows_attention_beside_mlp_only_before_and_after_training(world, tm
     assert loss["cats-50-attention"] != loss["cats-50"]
 
 
+def test_e07_trains_once_per_seed_and_pairs_within_a_seed(world, tmp_path):
+    run_experiment(config_of(world, "e07", tmp_path, seeds=[0, 1]))
+    rows = [r for r in table(tmp_path, "e07_attention") if r["metric"] == "perplexity"]
+    assert [(r["variant"], r["finetuned"], r["seed"]) for r in rows] == [
+        (name, str(finetuned), seed)
+        for finetuned, seed in ((False, "0"), (True, "0"), (True, "1"))
+        for name in ("dense", "cats-50", "cats-50-attention")
+    ]
+    for seed in "01":
+        dense, sparse, _ = (float(r["value"]) for r in rows if r["finetuned"] == "True" and r["seed"] == seed)
+        (row,) = [r for r in rows if (r["finetuned"], r["seed"], r["variant"]) == ("True", seed, "cats-50")]
+        assert float(row["difference"]) == pytest.approx(math.log(sparse / dense), abs=1e-4)
+    values = {r["value"] for r in rows if r["variant"] == "cats-50" and r["finetuned"] == "True"}
+    assert len(values) == 2, "another seed trains another model"
+
+
 def test_e07_without_training_needs_no_training_options(world, tmp_path):
     settings = load_profile(str(world / "tiny.toml"))
     for key in ("train_batch_size", "learning_rate", "weight_decay", "warmup_steps", "steps"):

@@ -596,6 +596,36 @@ def test_c10_one_fine_tuning_decides_nothing() -> None:
     assert after.verdict == UNDECIDED and "a single training seed" in after.reason
 
 
+def finetuned_attention(costs: list[float]) -> dict[str, pd.DataFrame]:
+    """e07 before training, and fine-tuned once per seed, where the attention variant costs so much."""
+    tables = [made.attention()]
+    for seed, cost in enumerate(costs):
+        accuracy = {"dense": 0.70, "cats-50": 0.69 + 0.01 * seed, "cats-50-attention": 0.69 + 0.01 * seed - cost}
+        tables.append(made.attention(accuracy=accuracy, finetuned=True, seed=seed))
+    table = made.with_item_values(pd.concat(tables, ignore_index=True))
+    return {"e07_attention": table, "e07_items": made.attention_items(table)}
+
+
+@pytest.mark.parametrize(
+    ("costs", "expected"),
+    [([0.005, 0.004, 0.006], HOLDS), ([0.06, 0.061, 0.059], FAILS), ([0.0, 0.06, 0.03], UNDECIDED),
+     ([0.0], UNDECIDED)],
+)  # fmt: skip
+def test_c10_after_fine_tuning_is_judged_by_pairs_of_seeds(costs: list[float], expected: str) -> None:
+    _, after = e07.c10_attention(made.loaded(**finetuned_attention(costs)))
+    assert after.aspect == "fine-tuned" and after.verdict == expected
+    if len(costs) > 1:  # the seeds differ by a point each, which the pairs do not see
+        assert "3 seeds, items paired" in after.uncertainty
+
+
+def test_c10_after_fine_tuning_needs_both_variants() -> None:
+    tables = finetuned_attention([0.01, 0.01])
+    table = tables["e07_attention"]
+    without = table[~(table["finetuned"] & table["variant"].eq("cats-50-finetuned"))]
+    _, after = e07.c10_attention(made.loaded(e07_attention=without))
+    assert after.verdict == NOT_TESTED and "cats-50 not measured" in after.reason
+
+
 def perplexities(cats_50: float, relu: float) -> Table:
     return made.zero_shot(perplexity={"dense": 10.0, "cats-50": cats_50, "relufication": relu})
 

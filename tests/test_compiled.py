@@ -1,10 +1,13 @@
 """Compiled patched models: one graph for all layers, before and after every change, with the numbers of eager."""
 
 import copy
+import gc
 import io
+import time
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import cats
@@ -115,6 +118,101 @@ def test_dense_prefill_compiles(model: nn.Module, batches: list) -> None:
     by_layer(model)
     for length in (1, 8, 9, 40, 4):
         agrees(model, batches[0]["input_ids"][:1, :length])
+
+
+COMPILE_TIME = 1.3
+"""Most that compiling a patched model may take of what the dense one takes."""
+
+
+@pytest.mark.parametrize(("layers", "whole"), [(LAYERS, False), (2, True)], ids=["by-layer", "whole"])
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_compile_time(kernel: str, layers: int, whole: bool, batches: list) -> None:
+    """Seconds of this thread, which other programs on the cores do not change; the least of several, in turns."""
+    dense = tiny_model("Llama", num_hidden_layers=layers)
+    ids, patched = batches[0]["input_ids"][:1, :4], copy.deepcopy(dense)
+    cats.apply(patched, cats.calibrate(dense, batches, 0.6), kernel)
+
+    def seconds(model: nn.Module) -> float:
+        torch.compiler.reset()
+        model = copy.deepcopy(model)
+        gc.collect()
+        gc.disable()
+        try:
+            counter = Graphs()
+            for part in [model] if whole else model.model.layers:
+                part.compile(backend=counter, fullgraph=True)
+            start = time.thread_time()
+            with torch.no_grad():
+                model(ids, use_cache=False)
+            elapsed = time.thread_time() - start
+            assert counter.frame_count == 1
+            return elapsed
+        finally:
+            gc.enable()
+
+    for model in (dense, patched):
+        seconds(model)  # imports, and what is made once
+    times: dict[str, list[float]] = {"dense": [], "patched": []}
+    for _ in range(8):
+        times["dense"].append(seconds(dense))
+        times["patched"].append(seconds(patched))
+        if len(times["dense"]) > 1 and min(times["patched"]) <= COMPILE_TIME * min(times["dense"]):
+            return
+    raise AssertionError(times)
+
+
+def changes(model: nn.Module, batches: list, criterion: str = "cats"):
+    """One change after another: nothing, apply, swap, apply without the kernel, remove."""
+    made = cats.calibrate(model, batches, [0.5, 0.8], criterion=criterion)
+    yield "dense"
+    cats.apply(model, made[0.5])
+    yield "apply"
+    cats.apply(model, made[0.8])
+    yield "swap"
+    cats.apply(model, made[0.5], "reference")
+    yield "reference"
+    cats.remove(model)
+    yield "remove"
+
+
+@pytest.mark.parametrize("criterion", ["cats", "up-norm"])
+def test_generate_with_a_static_cache(criterion: str, llama: nn.Module, batches: list) -> None:
+    """transformers compiles the decoding step by itself, on a GPU; told to, on a CPU too."""
+    counter = Graphs()
+    # a function, since the settings are copied
+    settings = transformers.CompileConfig(backend=lambda *args: counter(*args), mode=None, fullgraph=True)
+    settings._compile_all_devices = True
+    ids, tokens = batches[0]["input_ids"][:1, :5], {}
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    for change in changes(llama, batches, criterion):
+        frames = counter.frame_count
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            compiled = llama.generate(ids, cache_implementation="static", compile_config=settings, **options)
+        eager = llama.generate(ids, disable_compile=True, **options)
+        assert torch.equal(compiled, eager), change
+        tokens[change] = tuple(eager[0].tolist())
+        assert counter.frame_count == frames + (change not in ("swap", "remove")), change
+        if change in ("apply", "swap"):
+            assert "cats.sparse_gated_mlp" in counter.texts[-1]
+    assert tokens["dense"] == tokens["remove"] and tokens["apply"] == tokens["reference"]
+    assert len(set(tokens.values())) == 3
+
+
+def test_reduce_overhead(batches: list) -> None:
+    """Through inductor, as users compile: layer by layer, the same numbers after every change."""
+    model, ids = tiny_model("Llama", num_hidden_layers=2), batches[0]["input_ids"][:1, :4]
+    for layer in model.model.layers:
+        layer.compile(mode="reduce-overhead", fullgraph=True)
+    seen = []
+    for change in changes(model, batches):
+        if change == "reference":  # one more graph to compile, which the tests above have
+            continue
+        agrees(model, ids)
+        with torch.no_grad():
+            seen.append(model(ids, use_cache=False).logits.clone())
+    dense, applied, swapped, removed = seen
+    assert torch.equal(dense, removed)
+    assert not torch.allclose(dense, applied, atol=1e-2) and not torch.allclose(applied, swapped, atol=1e-2)
 
 
 @pytest.mark.parametrize("criterion", ["cats", "chess", "up"])

@@ -103,7 +103,7 @@ def test_many_rows(dtype, rows):
 def test_above_the_crossover_the_dense_path_runs(monkeypatch):
     rows = int(SPARSE_ROWS["cpu", torch.float32]) + 1
     x, parameters = inputs(rows, 8), weights(8, 8)
-    monkeypatch.setattr("cats_kernels.cpu.launch.serial_kernel", None)
+    monkeypatch.setattr("cats_kernels.cpu.launch.by_address", None)
     assert torch.equal(VARIANTS["cats"](x, *parameters, 0.1), sparse_gated_mlp_reference(x, *parameters, 0.1))
 
 

@@ -1,7 +1,10 @@
 """e08 in a tiny world: equal bytes whatever the criterion, paired differences, resuming, foreign criteria."""
 
+import itertools
 import json
 import math
+import shutil
+from statistics import median
 
 import pytest
 import torch
@@ -12,11 +15,14 @@ from cats.criteria.base import Criterion
 from cats.evaluation import block_losses
 from cats.models import load_model
 from experiments import e08_criteria
-from experiments.e08_criteria.cases import Case, Weights, cases
-from experiments.e08_criteria.heldout import losses_and_skipped
+from experiments.e08_criteria.cases import DENSE_CASE, Case, Weights, cases
+from experiments.e08_criteria.heldout import continuation_losses, losses_and_skipped
+from experiments.e08_criteria.measures import Comparison
+from experiments.e08_criteria.speed import timed_blocks
 from experiments.framework.runner import run_experiment
 from experiments.framework.samples import flags, numbers, paired
 from tests.accuracy_world import build_world, config_of, profile, samples, table
+from tests.conftest import tiny_model
 
 E08 = """[e08]
 include_path = "{world}/tasks"
@@ -24,11 +30,28 @@ tasks = ["tiny_words"]
 limit = 20
 criteria = ["up-norm", "cats", "auto", "teal", "oracle", "random", "relufication"]
 levels = [0.3, 0.6]
+task_levels = [0.6]
+continuation_levels = [0.6]
+generation_tasks = ["tiny_answer"]
+generation_levels = [0.6]
+generation_items = 4
+generation_batch_size = 2
+speed_levels = [0.6]
+speed_tokens = 2
+speed_rounds = 6
+speed_generations = 6
+speed_prompt_tokens = 12
+speed_length = 4
 batch_size = 4
 calibration_blocks = 32
 heldout_blocks = 32
 length = 32
 """
+
+
+PERPLEXITY_ALONE = {
+    "tasks": [], "task_levels": [], "continuation_levels": [], "generation_tasks": [], "speed_levels": [],
+}  # fmt: skip
 
 
 class FirstHalf(Criterion):
@@ -68,7 +91,17 @@ def test_every_case_is_there_once(run):
     assert keys[:3] == [("dense", "mlp"), ("cats-30", "mlp"), ("cats-60", "mlp")]
     assert ("relufication", "mlp") in keys and ("teal-60", "model") in keys and ("up-norm-60", "model") not in keys
     assert len(keys) == 16
-    assert len(of(run, metric="acc", task="tiny_words")) == len(keys)
+    at_60 = {(variant, scope) for variant, scope in keys if not variant.endswith("-30")}
+    accuracy = of(run, metric="acc", task="tiny_words")
+    assert {(row["variant"], row["scope"]) for row in accuracy} == at_60 and len(accuracy) == 9
+    assert {(row["variant"], row["scope"]) for row in of(run, metric="continuation_perplexity")} == at_60
+    plain = {row["variant"] for row in of(run, metric="continuation_perplexity", prompt="masked")}
+    prompts = {row["variant"] for row in of(run, metric="continuation_perplexity", prompt="dense")}
+    assert plain - prompts == {"dense", "relufication"}, "these have no unmasked prompt of their own"
+    for metric in ("exact_match", "exact_match_flexible"):
+        answers = {(row["variant"], row["prompt"]) for row in of(run, metric=metric, task="tiny_answer", items="4")}
+        variants = [("cats-60", "up-norm-60", "auto-60"), ("masked", "dense")]
+        assert answers == {("dense", "masked"), *itertools.product(*variants)}
 
 
 def test_levels_read_the_same_bytes(run):
@@ -101,20 +134,126 @@ def test_a_missed_target_is_said(run):
 
 
 def test_differences_are_paired(run):
-    blocks = {(row["variant"], row["scope"]): numbers(row["nats"]) for row in samples(run, "e08_blocks")}
-    items = {(row["variant"], row["scope"]): flags(row["correct"]) for row in samples(run, "e08_items")}
+    stored = {}
+    for row in samples(run, "e08_blocks"):
+        stored[row["variant"], row["scope"], row["prompt"], "heldout_text", row["metric"]] = numbers(row["nats"])
+    for row in samples(run, "e08_items"):
+        stored[row["variant"], row["scope"], row["prompt"], row["task"], row["metric"]] = flags(row["correct"])
+    assert len(stored) == len(of(run))
     for row in of(run):
-        stored = blocks if row["metric"] == "perplexity" else items
-        own = stored[row["variant"], row["scope"]]
-        difference, error = paired(own, stored["dense", "mlp"])
+        what = row["task"], row["metric"]
+        own = stored[row["variant"], row["scope"], row["prompt"], *what]
+        difference, error = paired(own, stored["dense", "mlp", "masked", *what])
         assert number(row, "difference") == pytest.approx(difference, abs=1e-6)
         assert number(row, "difference_stderr") == pytest.approx(error, abs=1e-6)
         if row["sparsity_target"] == "":
             assert row["cats_difference"] == ""
             continue
-        difference, error = paired(own, stored[f"cats-{100 * number(row, 'sparsity_target'):g}", "mlp"])
+        versus = f"cats-{100 * number(row, 'sparsity_target'):g}", "mlp", row["prompt"]
+        difference, error = paired(own, stored[(*versus, *what)])
         assert number(row, "cats_difference") == pytest.approx(difference, abs=1e-6)
         assert number(row, "cats_difference_stderr") == pytest.approx(error, abs=1e-6)
+
+
+def test_dense_prompts_change_continuations_and_nothing_else(run):
+    """After masked prompts a continuation is the second half of the block in one pass."""
+    for row in of(run, metric="continuation_perplexity", prompt="dense", scope="mlp"):
+        (masked,) = of(run, metric="continuation_perplexity", prompt="masked", scope="mlp", variant=row["variant"])
+        assert row["value"] != masked["value"]
+        same = ("sparsity_measured", "mlp_bytes", "sparsity_target", "items")
+        assert [row[column] for column in same] == [masked[column] for column in same]
+
+
+def test_speed_rows_are_of_the_rounds(run):
+    """Each variant that a kernel serves, against dense in the same rounds; the medians are those of the samples."""
+    rounds = {(row["what"], row["variant"]): numbers(row["milliseconds"]) for row in samples(run, "e08_rounds")}
+    rows = table(run, "e08_speed")
+    assert [(row["what"], row["variant"]) for row in rows] == [
+        (what, variant) for what in ("mlp", "token") for variant in ("cats-60", "up-norm-60", "auto-60")
+    ]
+    for row in rows:
+        own, dense = rounds[row["what"], row["variant"]], rounds[row["what"], "dense"]
+        assert len(own) == len(dense) == int(row["rounds"]) == {"mlp": 6, "token": 6}[row["what"]]
+        ratios = [base / ms for base, ms in zip(dense, own, strict=True)]
+        assert number(row, "speedup") == pytest.approx(median(ratios), rel=1e-4)
+        assert number(row, "speedup_low") == pytest.approx(min(ratios), rel=1e-4)  # of six, 1 in 32 lies outside
+        assert number(row, "speedup_high") == pytest.approx(max(ratios), rel=1e-4)
+        expected = median(own) if row["unit"] == "ms" else 1e3 / median(own)
+        assert number(row, "value") == pytest.approx(expected, rel=1e-4)
+        assert (row["unit"], row["backend"], row["path"]) == (
+            {"mlp": "ms", "token": "tokens/s"}[row["what"]], "cpu", "sparse kernel",
+        )  # fmt: skip
+        assert 0.3 < number(row, "sparsity") < 0.9
+        if row["what"] == "token":
+            (text,) = of(run, metric="perplexity", variant=row["variant"])
+            assert number(row, "sparsity") == pytest.approx(number(text, "sparsity_measured"), abs=1e-6)
+
+
+def test_timed_blocks_are_the_patched_and_the_dense_ones(world):
+    """What is timed gives the outputs of the model's own blocks, of all variants at once."""
+    config = config_of(world, "e08", world, speed_levels=[0.6])
+    subject = Comparison(config, str(world / "model"))
+    x = torch.randn(1, 1, 32)
+    with torch.no_grad():
+        blocks = timed_blocks(subject.model, {case: subject.thresholds_of(case) for case in config.options.timed()})
+        outputs = {case: {path: block(x) for path, block in own.items()} for case, own in blocks.items()}
+        for case, own in outputs.items():
+            cats.remove(subject.model)
+            if case != DENSE_CASE:
+                cats.apply(subject.model, subject.thresholds_of(case), kernel="reference")
+            for path, mlp in cats.gated_mlps(subject.model).items():
+                torch.testing.assert_close(own[path], mlp(x))
+    assert len(outputs) == 4
+
+
+def test_a_part_serves_the_whole(world, tmp_path, monkeypatch):
+    """Units of two parts in directories of their own, put together in a third, are all that the whole run needs."""
+    options = {"criteria": ["cats", "up"], "levels": [0.5], "task_levels": [], "continuation_levels": [0.5]}
+    options |= {"generation_tasks": [], "speed_levels": []}
+    parts = {"one": ["tasks/*"], "two": ["perplexity/*", "continuations/*"]}
+    for name, only in parts.items():
+        run_experiment(config_of(world, "e08", tmp_path / name, **options, only=only))
+        shutil.copytree(tmp_path / name / "state", tmp_path / "whole" / "state", dirs_exist_ok=True)
+    assert {row["metric"] for row in table(tmp_path / "one", "e08_criteria")} == {"acc"}
+    monkeypatch.setattr(e08_criteria, "measure", None)
+    run_experiment(config_of(world, "e08", tmp_path / "whole", **options))
+    rows = table(tmp_path / "whole", "e08_criteria")
+    assert {row["metric"] for row in rows} == {"acc", "perplexity", "continuation_perplexity"}
+    assert all(row["difference"] for row in rows) and not (tmp_path / "whole" / "state" / "e08").exists()
+    with pytest.raises(ValueError, match="only must match a unit, such as perplexity/dense"):
+        config_of(world, "e08", tmp_path, only=["nonsense"])
+
+
+def halves_by_decoding(model, ids):
+    """Loss of the second half, fed token by token, with the prompt in one call: what generation does."""
+    half, nats = ids.shape[1] // 2, []
+    with torch.no_grad():
+        out = model(ids[:, :half], use_cache=True)
+        for place in range(half, ids.shape[1]):
+            logp = out.logits[:, -1].log_softmax(-1)
+            nats.append(-logp.gather(-1, ids[:, place, None]))
+            out = model(ids[:, place, None], past_key_values=out.past_key_values, use_cache=True)
+    return torch.cat(nats, 1).mean(1).tolist()
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
+@pytest.mark.parametrize("criterion", ["cats", "up-norm", "teal"])
+def test_continuations_are_those_of_decoding_token_by_token(family, criterion):
+    extra = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]} if "3" in family else {}
+    model = tiny_model(family, num_hidden_layers=2, max_position_embeddings=128, **extra).eval()
+    ids = torch.randint(0, 64, (2, 48), generator=torch.Generator().manual_seed(0))
+    thresholds = cats.calibrate(model, [ids], 0.7, criterion=criterion)
+    seen = []
+    for prefill in ("sparse", "dense"):
+        cats.apply(model, thresholds, kernel="reference", prefill=prefill)
+        expected = halves_by_decoding(model, ids)
+        cats.apply(model, thresholds, kernel="reference")
+        losses = continuation_losses(model, [ids], prefill == "dense")
+        assert losses == pytest.approx(expected, rel=1e-5)
+        seen.append(losses)
+    assert seen[0] != pytest.approx(seen[1], rel=1e-4)
+    with pytest.raises(ValueError, match="at least 18 tokens, not 12"):
+        continuation_losses(model, [ids[:, :12]], True)
 
 
 def test_the_single_pass_agrees_with_two(world):
@@ -142,27 +281,27 @@ def test_weights_that_a_token_reads(world):
 
 
 def test_an_interrupted_run_goes_on(world, tmp_path, monkeypatch):
-    options = {"criteria": ["cats", "random"], "tasks": [], "levels": [0.5]}
+    options = {"criteria": ["cats", "random"], "levels": [0.5], **PERPLEXITY_ALONE}
     measured, real = [], e08_criteria.measure
 
-    def until_third(subject, case, *others):
-        measured.append(case.key)
+    def until_third(subject, piece):
+        measured.append(piece.key)
         if len(measured) == 3:
             raise KeyboardInterrupt
-        return real(subject, case, *others)
+        return real(subject, piece)
 
     monkeypatch.setattr(e08_criteria, "measure", until_third)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(config_of(world, "e08", tmp_path, **options))
     run_experiment(config_of(world, "e08", tmp_path, **options))
-    assert measured == ["dense", "cats-50", "random-50", "random-50"]
+    assert measured == [f"perplexity/{key}" for key in ("dense", "cats-50", "random-50", "random-50")]
     assert [row["variant"] for row in table(tmp_path, "e08_criteria")] == ["dense", "cats-50", "random-50"]
 
 
 def test_a_registered_criterion_is_measured_by_name(world, tmp_path, monkeypatch):
     monkeypatch.setattr(criteria, "_registered", {"first-half": FirstHalf()})
     assert "first-half" in e08_criteria.Options(levels=(0.5,)).criteria
-    run_experiment(config_of(world, "e08", tmp_path, criteria=["first-half", "cats"], tasks=[], levels=[0.5]))
+    run_experiment(config_of(world, "e08", tmp_path, criteria=["first-half", "cats"], levels=[0.5], **PERPLEXITY_ALONE))
     rows = {row["variant"]: row for row in table(tmp_path, "e08_criteria")}
     assert list(rows) == ["dense", "cats-50", "first-half-50"]
     assert rows["first-half-50"]["value"] == rows["cats-50"]["value"] != rows["dense"]["value"]
@@ -182,6 +321,17 @@ def test_wrong_options_and_models_are_refused(world, tmp_path):
         config_of(world, "e08", tmp_path, criteria=["nonsense"])
     with pytest.raises(ValueError, match="unknown task"):
         run_experiment(config_of(world, "e08", tmp_path, tasks=["tiny_nothing"]))
-    cost = e08_criteria.cost(config_of(world, "e08", tmp_path, tasks=[]))
-    assert cost.flops > 0 and math.isfinite(cost.memory)
+    with pytest.raises(ValueError, match=r"speed_levels must be among levels, which lack 0.4"):
+        config_of(world, "e08", tmp_path, speed_levels=[0.4])
+    with pytest.raises(ValueError, match="length must be at least 18 with continuation_levels"):
+        config_of(world, "e08", tmp_path, length=16)
+    text = (world / "tasks" / "tiny_answer.yaml").read_text()
+    (tmp_path / "long.yaml").write_text(text.replace("tiny_answer\n", "long\n").replace("toks: 8", "toks: 999"))
+    own = {"generation_tasks": ["long"], "include_path": str(tmp_path), "only": ["answers/dense"]}
+    with pytest.raises(ValueError, match=r"task long needs [0-9]+ positions .* the model has 128"):
+        run_experiment(config_of(world, "e08", tmp_path, **own))
+    cost = e08_criteria.cost(config_of(world, "e08", tmp_path))
+    less = e08_criteria.cost(config_of(world, "e08", tmp_path, **PERPLEXITY_ALONE))
+    assert cost.flops > less.flops > 0 and math.isfinite(cost.memory)
+    assert cost.fixed_seconds > less.fixed_seconds == 0 and cost.bytes_read > less.bytes_read == 0
     assert json.dumps(e08_criteria.Options(levels=(0.5,)).criteria)

@@ -20,15 +20,19 @@ from experiments.framework.tables import HistogramRow, ItemSample, ShareRow, Thr
 from reports import e02, e04, e05, e06, e07
 from reports.__main__ import main
 from reports.core import document, provenance, style, tables
-from reports.core.appendix import appendix
+from reports.core.appendix import appendix, recorded
+from reports.core.claims import judge
 from reports.core.load import Run, load_run, load_runs, read_table
 from reports.core.protocol import protocol
+from reports.core.report import build
 from reports.core.section import discover, row_types
+from reports.e02 import figures as e02_figures
 from reports.e06 import figures as e06_figures
 from reports.measures.generation import generation_speedups
 from tests import make_results as made
 
 FIGURES = [drawing.name for section in discover() for drawing in section.figures]
+FIGURES.remove("e02_size")  # of models whose names say their size
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,7 @@ def test_page_one_has_a_row_per_claim(whole: Path) -> None:
     by_claim = {row[0]: row[2:] for row in rows}
     assert by_claim["C2"] == ["**holds here** (made-up)", "not tested", style.DASH, style.DASH]
     assert by_claim["C7"][:2] == [style.DASH, style.DASH]
-    assert "eager loop, as in the paper: " in by_claim["C9"][3] and "fastest loop: " in by_claim["C9"][3]
+    assert by_claim["C9"][3].startswith("eager loop, as in the paper / fastest loop: ")
 
 
 def test_markdown_opens_with_the_claims_and_shows_everything(whole: Path) -> None:
@@ -279,7 +283,7 @@ def test_missing_and_broken_are_said_and_never_zero(tmp_path: Path, capsys: pyte
         assert sentence in said
     text = text_of(run)
     assert "e02\\_zero\\_shot.csv: columns stderr, chance missing" in text
-    assert "| e05\\_mlp\\_latency, e05\\_rounds | not measured here | `nox -s experiment -- e05` |" in text
+    assert "| e05\\_mlp\\_latency | not measured here | `nox -s experiment -- e05` |" in text
     at = judged(run)
     assert set(at["verdict"]) == {"not tested"}
     assert "missing" in at.set_index("claim").loc["C2", "reason"]
@@ -302,15 +306,67 @@ def test_tables_of_schema_1_are_refused_in_one_sentence(tmp_path: Path, capsys: 
         read_table(tmp_path / "e02_zero_shot.csv", ZeroShotRow)
 
 
-def test_what_several_runs_lack_is_said_once(tmp_path: Path) -> None:
+def test_what_no_run_has_is_said_once_and_what_one_has_is_not_missing(tmp_path: Path) -> None:
     runs = [
         Run(label, tmp_path, {"e01_thresholds": made.thresholds(), **more})
         for label, more in (("a", {}), ("b", {"e06_greedy": made.greedy()}))
     ]
     text = document.to_markdown("T", appendix(runs, discover()))
     (both,) = [line for line in text.splitlines() if "| e05\\_mlp\\_latency" in line]
-    assert both.startswith("| a, b |") and both.count("not measured here") == 1
-    assert len([line for line in text.splitlines() if "e06\\_throughput, e06\\_shares" in line]) == 2
+    assert both.count("not measured here") == 1
+    (throughput,) = [line for line in text.splitlines() if "e06\\_throughput, e06\\_shares" in line]
+    assert "greedy" not in throughput and "thresholds" not in text
+
+
+def test_a_text_from_a_local_folder_is_not_said_to_be_the_hubs(tmp_path: Path) -> None:
+    run = made.write_run(tmp_path / "run", {"e02_zero_shot": made.zero_shot()})
+    data = {"source": "hub", "path": "some/text", "name": "raw", "column": "text", "folder": "my texts"}
+    entry = {"settings": {"profile": "small", "data": data, "options": {}}, "inputs": {"text": {**data}}}
+    (run / "provenance.json").write_text(json.dumps({"experiments": {"e02": entry}}))
+    text = document.to_markdown("T", recorded([load_run(run, made.types_read())]))
+    assert text.count("folder my texts") == 2 and "some/text" not in text and "raw" not in text
+    assert "source a local folder" in text
+
+
+def test_secondary_tables_are_on_the_web_and_not_in_print(whole: Path) -> None:
+    """The PDF is short; whatever it leaves out is in the two other forms."""
+    loaded = load_runs([whole], made.types_read())
+    report = build(loaded, discover(), judge(loaded, discover()), whole / "figures")
+    printed, web = (document.to_markdown("T", blocks) for blocks in (report.printed, report.whole))
+    for secondary in ("figures/e05_ablation.png", "The learning-rate sweep", "### What the runs recorded"):
+        assert secondary in web and secondary not in printed
+    for primary in ("figures/e08_frontier.png", "## Claims in detail", "## Appendix"):
+        assert primary in web and primary in printed
+
+
+def test_runs_of_several_models_share_figures_tables_and_the_first_page(tmp_path: Path) -> None:
+    names = ("one-270m", "two-0.5b.Q4_K_M.gguf")
+    runs = [
+        made.write_run(tmp_path / name, {"e02_zero_shot": made.zero_shot(name), "e01_histogram": made.histogram(name)})
+        for name in names
+    ]
+    assert main([*map(str, runs), "--output", str(tmp_path / "both")]) == 0
+    text = text_of(tmp_path / "both")
+    assert text.count("(figures/e02_accuracy") == text.count("(figures/e01_histogram") == 1
+    assert "Real models, 270m: one-270m, 0.5b: two-0.5b." in text
+    assert "| C2 | CATS-50 stays within 1-2 % of base without fine-tuning | **holds here** (270m, 0.5b) |" in text
+    assert text.count("| one-270m | Base |") == text.count("| two-0.5b (Q4\\_K\\_M) | Base |") == 1
+    assert (tmp_path / "both" / "figures" / "e02_size.png").exists()
+
+
+def test_the_cost_of_cats_50_against_size_holds_ours_and_the_papers() -> None:
+    table = pd.concat([made.zero_shot("a-270m"), made.zero_shot("b-1.5b-instruct"), made.zero_shot("pocket")])
+    points = e02_figures.size_points(made.loaded(e02_zero_shot=table))
+    ours = points[~points["paper"]].set_index(["model", "metric"])
+    assert sorted(set(ours.index.get_level_values(0))) == ["a-270m", "b-1.5b"]
+    assert ours.loc[("a-270m", "acc"), "value"] == pytest.approx(-1.0)
+    assert ours.loc[("a-270m", "acc"), "low"] < -1.0 < ours.loc[("a-270m", "acc"), "high"]
+    paper = points[points["paper"]].set_index(["model", "metric"])["value"]
+    assert paper["Mistral-7B", "perplexity"] == 1.21 and paper["Llama2-13B", "acc"] == pytest.approx(-0.65)
+    assert points.loc[points["paper"], "low"].isna().all(), "the paper gives no interval"
+    sizes = points.groupby("model")["parameters"].first()
+    assert (sizes["a-270m"], sizes["b-1.5b"], sizes["Llama2-13B"]) == (270e6, 1.5e9, 13e9)
+    assert e02_figures.size_figure(made.loaded(e02_zero_shot=made.zero_shot())) is None
 
 
 def test_unmeasured_cells_stay_unmeasured(tmp_path: Path) -> None:
@@ -407,7 +463,7 @@ def test_a_run_over_two_commits_says_both_and_all_attempts_count() -> None:
 
 
 def test_the_appendix_is_of_the_runs_shown_and_of_nobody_else(whole: Path) -> None:
-    text = text_of(whole).split("## Appendix")[1]
+    text = text_of(whole).split("### What the runs recorded")[1]
     assert "| command line (e05) | run e05 |" in text
     assert f"weights {'f' * 64}" in text
     assert "H200" not in text and "L40S" not in text
@@ -421,7 +477,7 @@ def test_settings_are_written_in_words(tmp_path: Path) -> None:
     loaded = load_run(run, made.types_read())
     shown = protocol(e02.SECTION, [loaded]).set_index("")["run"]
     assert shown["calibration"] == "256 blocks of 128 tokens, text: some/text"
-    text = document.to_markdown("T", appendix([loaded], discover()))
+    text = document.to_markdown("T", [*recorded([loaded]), *appendix([loaded], discover())])
     assert "levels 0.5, 0.7" in text
     assert not re.search(r"\\\[(?!unlabel)[\d']", text), "no list as Python writes it"
     assert "`nox -s experiment -- e06 --profile laptop`" in text

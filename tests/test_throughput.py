@@ -66,6 +66,18 @@ def test_every_loop_decodes_greedily(loop: str, batch: int, model: nn.Module, dy
         cats.remove(model)
 
 
+@pytest.mark.parametrize("attention", ["cats", "sdpa"])
+def test_the_loop_of_one_graph_follows_a_sliding_window(attention: str, ids: Tensor, dynamo_only: None) -> None:
+    made = tiny_model("Mistral", sliding_window=4)
+    make_greedy(made, PROMPT + NEW)
+    expected = greedy(made, ids, NEW)
+    decoder = Decoder(made, "graph", PROMPT + NEW, attention=attention)
+    assert torch.equal(decoder.generate(ids, NEW).tokens, expected)
+    assert decoder.attention_in_effect == attention
+    made.config.sliding_window = None
+    assert not torch.equal(greedy(made, ids, NEW), expected)  # the window matters here
+
+
 @pytest.mark.parametrize("loop", ["compiled", "graph"])
 def test_what_was_compiled_outlives_switching(loop: str, model: nn.Module, ids: Tensor, dynamo_only: None) -> None:
     """One graph each for dense and CATS although every layer has a threshold of its own; no other after that."""
@@ -147,8 +159,6 @@ def test_make_greedy_overrides_the_models_own_settings(ids: Tensor) -> None:
 def test_bad_loops(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="allowed are eager, compiled, graph, graph-tuned"):
         Decoder(model, "fast", 8)
-    with pytest.raises(ValueError, match="cannot follow a sliding window"):
-        Decoder(tiny_model("Mistral", sliding_window=4), "graph", 8)
     monkeypatch.setattr(decoding.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"C\+\+ compiler"):
         Decoder(model, "compiled", 8)

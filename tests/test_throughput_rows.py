@@ -46,7 +46,7 @@ def test_attention_by_loop_goes_before_attention_by_dtype() -> None:
     assert options.attention_in("eager", "float32") == "eager"
     assert options.attention_in("eager", "bfloat16") == "sdpa"
     assert options.attention_in("graph", "float32") == "flash_attention_2"
-    assert options.attention_in("graph-tuned", "bfloat16") == "eager"
+    assert options.attention_in("graph-tuned", "bfloat16") == "cats"
     assert (
         parse(cases.Options, {"attention": {"graph-tuned": "sdpa"}}, "e06").attention_in("graph-tuned", "x") == "sdpa"
     )

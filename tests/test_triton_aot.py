@@ -27,13 +27,20 @@ import triton
 import triton.language as tl
 from cats_kernels.ablation.triton import VARIANTS, launch, plan
 from cats_kernels.triton.configs import CONFIGS, Config, choose_config
-from cats_kernels.triton.launch import Call, Launch, Recorded, Target, aligned
+from cats_kernels.triton.launch import Call, Launch, Target
+from cats_kernels.triton.recorded import Recorded, Repeated, aligned
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tests.triton_cases import DTYPES
 
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a block, CUDA C++ Programming Guide, table 21
 PROCESSORS = {80: 108, 89: 142, 90: 132}  # A100, L40S, H200
 D, M = 4096, 14336  # Mistral-7B
@@ -208,8 +215,14 @@ def test_a_recorded_launch_takes_the_next_calls_tensors_and_threshold(rows: int,
         step.kernel = kernel
     recorded, second = Recorded(steps), call(0.5)
     recorded(second)
+    y = Repeated(recorded, second)(second.x)
+    assert y is not None and y.shape == second.x.shape
     for step, kernel in zip(steps, kernels, strict=True):
-        first, again = kernel.launches
+        first, again, repeated = kernel.launches
+        assert set(repeated) == set(again)
+        moved = {name for name in again if again[name] != repeated[name]}
+        assert moved <= {name for name, value in step.buffers.items() if isinstance(value, torch.Tensor)} | {"y_ptr"}
+        assert repeated.get("y_ptr", y.data_ptr()) == y.data_ptr()
         assert set(first) - set(again) <= {"num_warps", "launch_pdl"} and set(again) <= set(first)
         for name, field in step.fields.items():
             value = getattr(second, field)
@@ -221,6 +234,18 @@ def test_a_recorded_launch_takes_the_next_calls_tensors_and_threshold(rows: int,
     weights = kernels[0].launches[1]
     deciding = second.gate_weight if decider == "gate" else second.up_weight
     assert weights.get("deciding_ptr", weights.get("w_ptr")) == deciding.data_ptr()
+
+
+def test_a_repeated_launch_refuses_an_unaligned_input():
+    x, weight = torch.zeros(1, 64), torch.zeros(640, 64)
+    call = Call(x, weight, weight, weight, 0.5, "silu", torch.empty_like(x), Target(90, 132, True))
+    steps = plan("cats", call)
+    kernels = [FakeKernel(step.kernel) for step in steps]
+    for step, kernel in zip(steps, kernels, strict=True):
+        step.kernel = kernel
+    repeated = Repeated(Recorded(steps), call)
+    assert repeated(torch.zeros(65)[1:].view(1, 64)) is None and repeated(x) is not None
+    assert [len(kernel.launches) for kernel in kernels] == [2, 2]
 
 
 @pytest.mark.parametrize(("kind", "offset", "expected"), [("one", 1, True), ("vector", 1, False), ("vector", 4, True)])

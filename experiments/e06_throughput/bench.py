@@ -18,7 +18,7 @@ from cats.models import DTYPES, load_config, load_model
 from cats.observe import observe
 from experiments.e06_throughput.amdahl import STEPS, shares_and_amdahl
 from experiments.e06_throughput.cases import Case, Options
-from experiments.e06_throughput.decoding import LOOPS, Decoder, Generation, compile_step, make_greedy
+from experiments.e06_throughput.decoding import ATTENTION, LOOPS, Decoder, Generation, compile_step, make_greedy
 from experiments.framework.config import Config
 from experiments.framework.provenance import machine_name
 from experiments.framework.tables import Row, ThroughputRow
@@ -91,7 +91,7 @@ class Bench:
     def prepare(self, loop: str) -> str:
         """Give the model the loop's implementation of attention, and return its name."""
         attention = self.options.attention_in(loop, self.common["dtype"])
-        self.model.set_attn_implementation(attention)
+        self.model.set_attn_implementation("sdpa" if attention == ATTENTION else attention)
         return attention
 
     def time(self, case: Case) -> list[Row]:
@@ -103,7 +103,7 @@ class Bench:
         warm-up after each switch, or before each generation in the loops of one graph.
         """
         attention = self.prepare(case.loop)
-        decoder = Decoder(self.model, case.loop, case.context, self.options.dependent_launch)
+        decoder = Decoder(self.model, case.loop, case.context, self.options.dependent_launch, attention)
         variants: list[float | None] = [None, *case.sparsities]
         compile_s = self._compile(decoder, case, variants)
         turns: list[Turn] = []
@@ -114,7 +114,12 @@ class Bench:
                     self.switch(sparsity)
                     decoder.warm_up(ids)
                     turns.append(Turn(number, repeat, sparsity, decoder.timed(ids, case.lengths)))
-        shared = {"attention": attention, "condition": case.condition, "loop": case.loop, "batch": case.batch}
+        shared = {
+            "attention": decoder.attention_in_effect,
+            "condition": case.condition,
+            "loop": case.loop,
+            "batch": case.batch,
+        }
         rows: list[Row] = []
         for sparsity in variants:
             own = [turn for turn in turns if turn.sparsity == sparsity]

@@ -6,10 +6,11 @@ from typing import Annotated
 from cats_kernels import BACKENDS
 
 from cats.models import DTYPES
+from experiments.e06_throughput.decoding import ATTENTION as OWN
 from experiments.e06_throughput.decoding import LOOPS
 from experiments.framework.options import Count, MayBeEmpty, OneOf, Range, Sparsity, Whole
 
-ATTENTION = ("eager", "sdpa", "flash_attention_2")
+ATTENTION = ("eager", "sdpa", "flash_attention_2", OWN)
 LoopName = Annotated[str, OneOf(tuple(LOOPS))]
 Several = Annotated[int, Range(2)]
 
@@ -51,7 +52,8 @@ class Options:
         repeats: turns that dense and CATS take on each prompt; every second one in reverse order.
         layers: at most so many, 0 for all; fewer where memory is short.
         attention: transformers' implementation, for dense and CATS alike, by loop or by dtype (a loop's goes first);
-            "eager" in the loop graph-tuned and else "sdpa" if not given. Give what is fastest when dense.
+            "sdpa" if not given, and in the loops of one graph "cats", the attention of `cats.generate`, with "sdpa" for
+            the prompt (and for a model that it does not serve). Give what is fastest when dense.
         dependent_launch: of inductor's kernels in the loops of one graph, on a GPU that can; those of CATS always are.
         calibration: "text", or "generated" for text that the model itself has continued, should decoding stray more
             than 2 points from the target.
@@ -87,8 +89,9 @@ class Options:
 
     def attention_in(self, loop: str, dtype: str) -> str:
         """The implementation of attention in a loop and dtype."""
-        default = "eager" if LOOPS[loop].tuned else "sdpa"
-        return self.attention.get(loop, default if LOOPS[loop].tuned else self.attention.get(dtype, default))
+        if LOOPS[loop].graph:
+            return self.attention.get(loop, OWN)
+        return self.attention.get(loop, self.attention.get(dtype, "sdpa"))
 
     def loops(self) -> set[str]:
         """All loops in use."""

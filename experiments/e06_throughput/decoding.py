@@ -3,16 +3,16 @@
 Four loops. ``eager`` and ``compiled`` are those of ``model.generate``. ``eager`` is the one the paper timed: a growing
 cache, every kernel launched from Python. ``compiled`` is what transformers does with a static cache on a GPU: the
 decode step goes through torch.compile in mode reduce-overhead, that is, it is replayed as a CUDA graph, between which
-Python chooses the token and waits for it; prefill stays eager. ``graph`` is what an inference engine does: the same
-compiled step and the choice of the token are one CUDA graph, whose replays follow each other without Python.
-``graph-tuned`` is that loop with inductor's coordinate descent tuning, which turns one-row products into kernels of
-inductor's own and fuses their neighbours into them: the strongest loop here for the dense model. CATS is one opaque
-operator in all graphs.
+Python chooses the token and waits for it; prefill stays eager. ``graph`` and ``graph-tuned`` are those of
+`cats.generate`, what an inference engine does: the compiled step with the choice of the token is one CUDA graph, whose
+replays follow each other without Python. ``graph-tuned`` has inductor's coordinate descent tuning, which turns one-row
+products into kernels of inductor's own and fuses their neighbours into them: the strongest loop here for the dense
+model. CATS is one opaque operator in all graphs.
 """
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,25 +29,19 @@ from transformers import (
     StaticCache,
 )
 
+from cats.generation import LOOPS as GENERATION_LOOPS
+from cats.generation import Decoder as GraphDecoder
+from cats.generation import Loop, Settings
+from cats.generation.loops import compile_options
 from experiments.e06_throughput.memory import peak_memory, reset_peak_memory
-from experiments.framework.timing import capture
-
-
-@dataclass(frozen=True)
-class Loop:
-    """What distinguishes a loop: a compiled step, replayed as a CUDA graph of our own, compiled with tuning."""
-
-    compiled: bool = True
-    graph: bool = False
-    tuned: bool = False
-
 
 LOOPS = {
-    "eager": Loop(compiled=False),
-    "compiled": Loop(),
-    "graph": Loop(graph=True),
-    "graph-tuned": Loop(graph=True, tuned=True),
+    "eager": Loop(),
+    "compiled": Loop(compiled=True),
+    **{name: GENERATION_LOOPS[name] for name in ("graph", "graph-tuned")},
 }
+ATTENTION = "cats"
+"""The attention of `cats.generate`'s steps, where it serves the model; the other names are those of transformers."""
 WARM_TOKENS = 6
 """New tokens of a warm-up: prefill, then steps to compile, to warm the graph's memory, to record and to replay."""
 WARM_PROMPT = MAX_ROWS + 1
@@ -127,30 +121,46 @@ class Decoder:
         loop: one of `LOOPS`.
         context: prompt and generated tokens together, at most; the size of the static cache.
         dependent_launch: as in `compile_step`.
+        attention: of the loops of one graph, `ATTENTION` or the model's own.
     """
 
     model: PreTrainedModel
     loop: str
     context: int
     dependent_launch: bool = True
+    attention: str = ATTENTION
     options: dict[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.loop not in LOOPS:
             raise ValueError(f"unknown loop {self.loop!r}: allowed are {', '.join(LOOPS)}")
         loop = LOOPS[self.loop]
-        if loop.compiled:
-            # 8 compiled variants of one forward are allowed before dynamo goes back to eager, and shapes seen before
-            # would make it try dynamic ones: every decoder starts afresh
-            torch._dynamo.reset()
+        if not loop.compiled:
+            return
+        # 8 compiled variants of one forward are allowed before dynamo goes back to eager, and shapes seen before
+        # would make it try dynamic ones: every decoder starts afresh
+        torch._dynamo.reset()
+        config = _compile_config(self.model.device)
+        if loop.graph:
+            self.graphs = GraphDecoder()
+            self.settings = Settings(
+                self.loop,
+                room=self.context,
+                own_attention=self.attention != ATTENTION,
+                dependent_launch=self.dependent_launch,
+                backend="inductor" if config is None else config.backend,
+            )
+        else:
             # The cache that cache_implementation="static" builds for every call, but kept: CUDA graphs are recorded
             # again when its address moves
             cache = StaticCache(config=self.model.config, max_cache_len=self.context)
-            if loop.graph and any(cache.is_sliding):
-                # such a layer counts its tokens in a Python int, which a graph would freeze
-                raise ValueError(f'the loop "{self.loop}" cannot follow a sliding window: use "compiled"')
-            self.options = {"past_key_values": cache, "compile_config": _compile_config(self.model.device)}
-            self.compiled = compile_step(self.model, self.loop, self.dependent_launch) if loop.graph else None
+            self.options = {"past_key_values": cache, "compile_config": config}
+
+    @property
+    def attention_in_effect(self) -> str:
+        """What computed attention in the decode steps so far."""
+        ours = LOOPS[self.loop].graph and self.graphs.blocks and self.attention == ATTENTION
+        return ATTENTION if ours else str(self.model.config._attn_implementation)
 
     def generate(self, ids: Tensor, new_tokens: int, marks: Sequence[int] = ()) -> Generation:
         """Continue ``ids`` (batch, prompt) by ``new_tokens`` and time tokens 1 and ``marks``.
@@ -189,41 +199,17 @@ class Decoder:
         return begin, tokens.cpu()
 
     def _replay(self, ids: Tensor, new_tokens: int, clock: Clock) -> tuple[Any, Tensor]:
-        """The loops of one graph per token: when they began, and all tokens.
+        """The loops of `cats.generate`: when they began, and all tokens. The warm-up has captured the graph."""
+        marks = {1, *clock.marks}
 
-        The graph is recorded first: weights may have moved.
-        """
-        cache = self.options["past_key_values"]
-        token = ids[:, :1].clone()
-        tokens = torch.cat([ids, ids.new_empty(ids.shape[0], new_tokens)], 1)
+        def mark(token: int) -> None:
+            if token in marks:
+                clock.times[token] = clock.now()
 
-        def choose(model: Any, given: Tensor) -> None:
-            logits = model(given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-            token.copy_(logits[:, -1:].argmax(-1))
-
-        def step() -> None:
-            choose(self.compiled, token)
-
-        def prefill() -> None:
-            choose(self.model, ids)
-
-        cache.reset()
-        prefill()  # makes the cache, which the step is compiled for
-        replay: Callable[[], Any] = step
-        if ids.device.type == "cuda":
-            replay = capture([step]).replay
-            cache.reset()
-            prefill()  # capturing has given the allocator's memory back
-        else:
-            step()
-        cache.reset()
         begin = clock.start()
-        prefill()
-        for place in range(ids.shape[1], tokens.shape[1]):
-            if place > ids.shape[1]:
-                replay()
-            clock(tokens[:, :place], token)
-            tokens[:, place] = token[:, 0]
+        tokens = self.graphs.run(self.model, ids, None, new_tokens, self.settings, on_step=mark)
+        if self.graphs.refused:
+            raise RuntimeError(f'the loop "{self.loop}" cannot serve this model')
         return begin, tokens.cpu()
 
     def timed(self, ids: Tensor, marks: Sequence[int]) -> Generation:
@@ -233,11 +219,14 @@ class Decoder:
             RuntimeError: it was, in every attempt.
         """
         for _ in range(ATTEMPTS):
-            before = compilations()
+            before = compilations(), self._captures()
             generation = self.generate(ids, max(marks), marks)
-            if compilations() == before:
+            if (compilations(), self._captures()) == before:
                 return generation
         raise RuntimeError(f"torch.compile compiled again in each of {ATTEMPTS} generations after the warm-up")
+
+    def _captures(self) -> int:
+        return self.graphs.captures if LOOPS[self.loop].graph else 0
 
     def warm_up(self, ids: Tensor) -> float:
         """Generate a few tokens: whatever is compiled, recorded or paged in is now. Returns seconds taken."""
@@ -247,19 +236,14 @@ class Decoder:
 
 
 def compile_step(module: torch.nn.Module, loop: str, dependent_launch: bool = True) -> Any:
-    """The module as the loop compiles it, without CUDA graphs of its own, which could not be part of another.
-
-    With ``dependent_launch`` the kernels of the loops of one graph start before their predecessors have ended and then
-    wait, on a GPU that can (from compute capability 9.0): at batch 1 there are hundreds of them per token, of one or
-    two microseconds each.
-    """
+    """The module as the loop compiles it, without CUDA graphs of its own, which could not be part of another; see
+    `cats.generation.loops.compile_options`."""
     if not LOOPS[loop].compiled:
         return module
     device = next(module.parameters()).device
     if device.type == "cuda":
-        able = dependent_launch and LOOPS[loop].graph and torch.cuda.get_device_capability(device) >= (9, 0)
-        options: dict[str, Any] = {"triton.enable_pdl": able, "coordinate_descent_tuning": LOOPS[loop].tuned}
-        return torch.compile(module, options=options)
+        able = dependent_launch and LOOPS[loop].graph
+        return torch.compile(module, options=compile_options(device, LOOPS[loop].tuned, able))
     config = _compile_config(device)
     return torch.compile(module, backend="inductor" if config is None else config.backend)
 

@@ -84,7 +84,6 @@ def int8_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *scales: Tensor)
 
 def compiled_int8_mlp() -> Callable[..., Tensor]:
     """`int8_mlp` compiled by inductor with all of its tuning, which reads int8 and casts in registers."""
-    torch._dynamo.reset()
     compiled: Callable[..., Tensor] = torch.compile(int8_mlp, mode=MODE, dynamic=False, fullgraph=True)
     return compiled
 

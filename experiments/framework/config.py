@@ -18,8 +18,10 @@ from experiments.framework.tables import Row
 from experiments.framework.units import Unit, UnitStore, added_notes, merge_notes
 from experiments.framework.workers import Claims, WorkerFinished, is_worker, run_workers
 
-LOWERED = ("batch_size", "micro_batch_size")
+LOWERED = ("batch_size", "micro_batch_size", "generation_batch_size")
 """Options that set how much is computed at once, and that results do not depend on beyond rounding."""
+SELECTING = "only"
+"""Option that chooses which units are measured and changes none of them: those of a part serve the whole later."""
 T = TypeVar("T")
 O = TypeVar("O")  # noqa: E741, an experiment's Options
 
@@ -108,7 +110,14 @@ class Config(Generic[O]):
 
     def stamp(self, key: str) -> str:
         """Hash of a unit's name and of everything that changes its numbers."""
-        return digest([key, self.settings()])
+        settings = self.settings()
+        settings["options"].pop(SELECTING, None)
+        return digest([key, settings])
+
+    @property
+    def partial(self) -> bool:
+        """Whether only some of the units are measured."""
+        return bool(getattr(self.options, SELECTING, ()))
 
     def unit(self, key: str, compute: Callable[[], list[Row]], row_types: Sequence[type[Row]]) -> list[Row]:
         """Run one unit of work, or return the rows it left before: how an interrupted experiment resumes.

@@ -71,7 +71,8 @@ def run_experiment(config: Config, force: bool = False) -> list[Path]:
     entry = _entry(config, table_entries(paths, directory))
     write_provenance(config.output, config.experiment, entry)
     remove_tables(directory, before, entry)
-    config.clear_state()
+    if not config.partial:  # else the whole run, here or where the units are copied to, goes on from them
+        config.clear_state()
     return paths
 
 

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from statistics import fmean, stdev
+from itertools import accumulate
+from statistics import fmean, median, stdev
 
 from experiments.framework.tables import pack_flags, pack_numbers
 
@@ -30,4 +31,14 @@ def paired(values: Sequence[float], base: Sequence[float]) -> tuple[float, float
     return fmean(differences), error
 
 
-__all__ = ["flags", "numbers", "pack_flags", "pack_numbers", "paired"]
+def median_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Median, and its 95 % interval from order statistics; None where the values are too few for one (under six)."""
+    ordered, count = sorted(values), len(values)
+    chances = list(accumulate(math.comb(count, below) / 2**count for below in range(count // 2)))
+    ranks = [rank for rank, chance in enumerate(chances) if chance <= 0.025]
+    if not ranks:
+        return median(ordered), None, None
+    return median(ordered), ordered[ranks[-1]], ordered[count - 1 - ranks[-1]]
+
+
+__all__ = ["flags", "median_interval", "numbers", "pack_flags", "pack_numbers", "paired"]

@@ -21,6 +21,7 @@ from experiments.data import batches, check_text
 from experiments.framework.config import Config
 from experiments.framework.identity import task_identity, text_identity
 from experiments.framework.variants import ALL_SITES, DENSE, RELUFICATION, Variant, make
+from experiments.framework.workers import is_worker
 
 SWEEP_SEED = 1000  # of short runs that choose a learning rate; the measured runs' seeds are others
 
@@ -151,6 +152,8 @@ def check(config: Config[Any], folder: Callable[[Config[Any]], Path | None] = ta
         ValueError: as `check_models`, or an unknown task.
         OSError: a model's configuration cannot be read.
     """
+    if is_worker():  # the run that started it has checked
+        return
     check_models(config)
     check_tasks(config.options.tasks, folder(config))
     for name in config.models:

@@ -409,11 +409,12 @@ class GreedyRow(Row):
 class AttentionRow(Row):
     """`ZeroShotRow` for the attention variant (appendix B), also after fine-tuning.
 
-    ``metric`` is also ``sparsity_SITE``: the share of zeros at one site.
+    ``metric`` is also ``sparsity_SITE``: the share of zeros at one site. ``seed``: of the training; of what is not
+    fine-tuned that of the run.
     """
 
     table: ClassVar[str] = "e07_attention"
-    key: ClassVar[tuple[str, ...]] = ("model", "variant", "finetuned", "task", "metric")
+    key: ClassVar[tuple[str, ...]] = ("model", "variant", "finetuned", "seed", "task", "metric")
     model: str
     criterion: str
     variant: str
@@ -430,6 +431,7 @@ class AttentionRow(Row):
     difference_stderr: float | None = None
     items: int | None = None
     chance: float | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -437,7 +439,7 @@ class AttentionSample(Row):
     """`ItemSample` for the attention variant."""
 
     table: ClassVar[str] = "e07_items"
-    key: ClassVar[tuple[str, ...]] = ("model", "variant", "finetuned", "task")
+    key: ClassVar[tuple[str, ...]] = ("model", "variant", "finetuned", "seed", "task")
     samples: ClassVar[bool] = True
     model: str
     criterion: str
@@ -445,6 +447,7 @@ class AttentionSample(Row):
     finetuned: bool
     task: str
     correct: str
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -452,7 +455,7 @@ class AttentionTextSample(Row):
     """`TextSample` for the attention variant."""
 
     table: ClassVar[str] = "e07_blocks"
-    key: ClassVar[tuple[str, ...]] = ("model", "variant", "finetuned")
+    key: ClassVar[tuple[str, ...]] = ("model", "variant", "finetuned", "seed")
     samples: ClassVar[bool] = True
     model: str
     criterion: str
@@ -460,23 +463,30 @@ class AttentionTextSample(Row):
     finetuned: bool
     tokens_per_block: int
     nats: str
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class CriterionRow(Row):
-    """One criterion at one level on one task (metric acc or exact_match) or on held-out text (metric perplexity).
+    """One criterion at one level on one task or on held-out text.
+
+    ``metric``: ``acc``; ``exact_match`` of generated answers in the form that the prompt's examples show, and
+    ``exact_match_flexible`` of the last number in them; ``perplexity``; and ``continuation_perplexity``, of the second
+    half of each block of text after the first.
 
     ``scope``: ``mlp``, or ``model`` with the attention's linear layers too. ``sparsity_target`` is the k of a
     neuron criterion that reads as many bytes per token: of the MLPs, or of the model where the scope is that. Measured
-    the same way: the fraction of neurons skipped, or the k of as many bytes where inputs are skipped, whose fraction s
-    is ``input_sparsity``. ``on_target``: whether the two are within a point of each other; empty without a target.
-    ``mlp_bytes`` and ``model_bytes``: fraction of the weights (of all MLPs; of everything that a token reads) that is
-    read, as if the criterion could be decided from what it reads. Differences are from the dense model, and from cats
-    at the same target: paired over items, for perplexity the logarithm of the ratio, paired over blocks of text.
+    the same way on held-out text: the fraction of neurons skipped, or the k of as many bytes where inputs are skipped,
+    whose fraction s is ``input_sparsity``. ``on_target``: whether the two are within a point of each other; empty
+    without a target. ``mlp_bytes`` and ``model_bytes``: fraction of the weights (of all MLPs; of everything that a
+    token reads) that is read, as if the criterion could be decided from what it reads. Differences are from the dense
+    model, and from cats at the same target and prompt: paired over items, for perplexity the logarithm of the ratio,
+    paired over blocks of text. ``prompt``: ``masked`` where every token is masked alike, also for the dense model,
+    which masks none; ``dense`` where the tokens of the prompt run unmasked and those after it masked.
     """
 
     table: ClassVar[str] = "e08_criteria"
-    key: ClassVar[tuple[str, ...]] = ("model", "variant", "scope", "task", "metric")
+    key: ClassVar[tuple[str, ...]] = ("model", "variant", "scope", "prompt", "task", "metric")
     model: str
     criterion: str
     variant: str
@@ -498,14 +508,15 @@ class CriterionRow(Row):
     cats_difference_stderr: float | None = None
     items: int | None = None
     chance: float | None = None
+    prompt: str = "masked"
 
 
 @dataclass(frozen=True)
 class CriterionSample(Row):
-    """`ItemSample` of one criterion at one level."""
+    """`ItemSample` of one criterion at one level; ``prompt`` and ``metric`` as in `CriterionRow`."""
 
     table: ClassVar[str] = "e08_items"
-    key: ClassVar[tuple[str, ...]] = ("model", "variant", "scope", "task")
+    key: ClassVar[tuple[str, ...]] = ("model", "variant", "scope", "prompt", "task", "metric")
     samples: ClassVar[bool] = True
     model: str
     criterion: str
@@ -513,14 +524,19 @@ class CriterionSample(Row):
     scope: str
     task: str
     correct: str
+    prompt: str = "masked"
+    metric: str = "acc"
 
 
 @dataclass(frozen=True)
 class CriterionTextSample(Row):
-    """`TextSample` of one criterion at one level."""
+    """`TextSample` of one criterion at one level; ``prompt`` and ``metric`` as in `CriterionRow`.
+
+    ``tokens_per_block``: tokens of a block; scored are all but its first, or its second half.
+    """
 
     table: ClassVar[str] = "e08_blocks"
-    key: ClassVar[tuple[str, ...]] = ("model", "variant", "scope")
+    key: ClassVar[tuple[str, ...]] = ("model", "variant", "scope", "prompt", "metric")
     samples: ClassVar[bool] = True
     model: str
     criterion: str
@@ -528,6 +544,193 @@ class CriterionTextSample(Row):
     scope: str
     tokens_per_block: int
     nats: str
+    prompt: str = "masked"
+    metric: str = "perplexity"
+
+
+@dataclass(frozen=True)
+class CriterionSpeedRow(Row):
+    """How fast one criterion at one level is at batch 1, against the dense model timed in the same rounds.
+
+    ``what``: ``mlp``, all MLPs of the model for one token, weights cold, on inputs from held-out text; ``token``, one
+    decode step of the whole model in ``loop``. ``unit``: ``ms`` or ``tokens/s``; ``value`` and ``dense_value`` are in
+    it, medians over the rounds. ``speedup``: the dense time over this one's, the median over paired rounds, with the
+    bounds of its 95 % interval from order statistics. The thresholds are those that accuracy was measured with;
+    ``sparsity`` is the mean over layers of what they skip: on the timed tokens for ``mlp``, on held-out text for
+    ``token``. ``backend``: what computed the sparse MLPs, ``cpu`` or ``triton``. ``threads``: of a CPU.
+    """
+
+    table: ClassVar[str] = "e08_speed"
+    key: ClassVar[tuple[str, ...]] = ("machine", "model", "dtype", "threads", "backend", "what", "loop", "variant")
+    machine: str
+    model: str
+    criterion: str
+    variant: str
+    path: str
+    backend: str
+    dtype: str
+    threads: int | None
+    what: str
+    loop: str
+    sparsity_target: float
+    sparsity: float | None
+    unit: str
+    value: float
+    dense_value: float
+    speedup: float
+    speedup_low: float | None
+    speedup_high: float | None
+    rounds: int
+
+
+@dataclass(frozen=True)
+class CriterionSpeedSample(Row):
+    """The times of all rounds behind `CriterionSpeedRow`, in ms with ``;`` between them.
+
+    Round i of all variants of one ``what`` and ``loop``, dense (variant ``dense``) included, ran side by side.
+    """
+
+    table: ClassVar[str] = "e08_rounds"
+    key: ClassVar[tuple[str, ...]] = CriterionSpeedRow.key
+    samples: ClassVar[bool] = True
+    machine: str
+    model: str
+    criterion: str
+    variant: str
+    backend: str
+    dtype: str
+    threads: int | None
+    what: str
+    loop: str
+    milliseconds: str
+
+
+@dataclass(frozen=True)
+class QuantizationRow(Row):
+    """One criterion at one level on MLPs quantised to one format, on one task (metric acc) or on held-out text (metric
+    perplexity).
+
+    ``format``: ``none``, or bits and group size, such as ``int4-128`` and ``int8-row``; ``bits`` and ``group_size``
+    (empty: a row is a group, or nothing is quantised). Thresholds are calibrated on the quantised model.
+    ``mlp_bytes``: bytes of the MLPs' weights, scales included, that a token reads, as a fraction of the unquantised
+    dense ones; ``mlp_memory``: those that are stored, likewise. Differences are from the unquantised dense model, and
+    from the dense model of the same format: paired over items, for perplexity the logarithm of the ratio, paired over
+    blocks of text.
+    """
+
+    table: ClassVar[str] = "e09_quantization"
+    key: ClassVar[tuple[str, ...]] = ("model", "format", "variant", "task", "metric")
+    model: str
+    format: str
+    bits: int | None
+    group_size: int | None
+    criterion: str
+    variant: str
+    path: str
+    sparsity_target: float | None
+    sparsity_measured: float | None
+    mlp_bytes: float
+    mlp_memory: float
+    task: str
+    metric: str
+    value: float
+    stderr: float | None = None
+    difference: float | None = None
+    difference_stderr: float | None = None
+    format_difference: float | None = None
+    format_difference_stderr: float | None = None
+    items: int | None = None
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
+class QuantizationSample(Row):
+    """`ItemSample` of one criterion at one level on one format."""
+
+    table: ClassVar[str] = "e09_items"
+    key: ClassVar[tuple[str, ...]] = ("model", "format", "variant", "task")
+    samples: ClassVar[bool] = True
+    model: str
+    format: str
+    criterion: str
+    variant: str
+    task: str
+    correct: str
+
+
+@dataclass(frozen=True)
+class QuantizationTextSample(Row):
+    """`TextSample` of one criterion at one level on one format."""
+
+    table: ClassVar[str] = "e09_blocks"
+    key: ClassVar[tuple[str, ...]] = ("model", "format", "variant")
+    samples: ClassVar[bool] = True
+    model: str
+    format: str
+    criterion: str
+    variant: str
+    tokens_per_block: int
+    nats: str
+
+
+@dataclass(frozen=True)
+class QuantizationSpeedRow(Row):
+    """Time of one implementation on weights of one format; times in ms, bandwidths in GB/s (1e9 bytes).
+
+    ``what``: ``mlp``, one MLP block of random weights, or ``token``, one decoded token of a whole model. ``format`` as
+    in `QuantizationRow`; ``dtype`` is that of the activations. ``implementation``: ``cats`` (this project's kernels),
+    ``torch`` (torch's own kernels for the format; its dense products where the format is ``none``) or ``compiled``
+    (inductor, tuned). ``bytes_moved`` and ``bytes_stored``: of weights and scales, read by one call and held in memory.
+    ``error`` says why it was not timed.
+    """
+
+    table: ClassVar[str] = "e09_speed"
+    key: ClassVar[tuple[str, ...]] = (
+        "machine", "what", "shape", "dtype", "threads", "format", "implementation", "sparsity_target",
+    )  # fmt: skip
+    machine: str
+    what: str
+    shape: str
+    d: int
+    m: int
+    dtype: str
+    threads: int | None
+    format: str
+    bits: int | None
+    group_size: int | None
+    implementation: str
+    path: str
+    sparsity_target: float
+    sparsity: float | None
+    active_neurons: int | None
+    p20_ms: float | None
+    p50_ms: float | None
+    p80_ms: float | None
+    rounds: int | None
+    bytes_moved: int | None
+    bytes_stored: int | None
+    bandwidth_gb_per_s: float | None
+    bound_ms: float | None
+    fraction_of_bound: float | None
+    error: str
+
+
+@dataclass(frozen=True)
+class QuantizationSpeedSample(Row):
+    """The times of all rounds, in ms with ``;`` between them; round i of all rows of a shape ran side by side."""
+
+    table: ClassVar[str] = "e09_rounds"
+    key: ClassVar[tuple[str, ...]] = QuantizationSpeedRow.key
+    samples: ClassVar[bool] = True
+    machine: str
+    what: str
+    shape: str
+    dtype: str
+    threads: int | None
+    format: str
+    implementation: str
+    sparsity_target: float
+    milliseconds: str
 
 
 def row_types() -> dict[str, type[Row]]:

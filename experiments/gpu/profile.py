@@ -22,7 +22,7 @@ from torch import Tensor
 import cats
 from cats.models import load_model
 from experiments.e05_mlp_latency import SHAPES, variants
-from experiments.e06_throughput.decoding import Decoder, make_greedy
+from experiments.e06_throughput.decoding import ATTENTION, Decoder, make_greedy
 from experiments.framework.files import write_text_atomically
 from experiments.framework.timing import FLUSH_BYTES
 
@@ -63,12 +63,13 @@ def profile_token(name: str, dtype: str, attention: str, loop: str, sparsity: fl
     """Kernels of a decoded token, dense and CATS: launches and microseconds a token, longest first; prefill excluded by
     subtraction of a run of one token."""
     model, _ = load_model(name, dtype, "cuda", None, 0)
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation("sdpa" if attention == ATTENTION else attention)
     make_greedy(model, 128)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (4, 64), generator=generator)
     thresholds = cats.calibrate(model, [ids], sparsity)
-    decoder = Decoder(model, loop, 128, dependent_launch=False)  # else kernels that wait would be timed waiting
+    # without dependent launch, else kernels that wait would be timed waiting
+    decoder = Decoder(model, loop, 128, dependent_launch=False, attention=attention)
     tables = []
     for variant in ("dense", f"cats-{100 * sparsity:g}"):
         if variant != "dense":
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("what", choices=("metrics", "mlp", "token"))
     parser.add_argument("--model", default="shape:mistral-7b")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--attention", default="sdpa", help="as in e06.attention of the paper profile")
+    parser.add_argument("--attention", default=ATTENTION, help="as in e06.attention of the paper profile")
     parser.add_argument("--loop", default="graph")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--output", type=Path, help="folder for token_MODEL_DTYPE_LOOP.csv")

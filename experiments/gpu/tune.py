@@ -1,8 +1,9 @@
 """Check, time and tune the GPU kernels at the paper's shapes on the card at hand.
 
 Purpose: choose the configurations in cats_kernels.triton.configs, and measure what they reach, in one command.
-Cost: under 6 minutes on one H200, compilation included (in parallel processes).
-Run: ``python -m experiments.gpu.tune --output DIR [--quick]``
+Cost: about 4 minutes on one H100 for the search near the present choice, 8 for the wide one, compilation included (in
+parallel processes).
+Run: ``python -m experiments.gpu.tune --output DIR [--search wide] [--rows 1 --shapes Mistral-7B --dtypes bf16]``
 
 Weights, thresholds, reference and timing are those of e05: random weights, rotating copies, CUDA graphs, interleaved
 rounds.
@@ -35,7 +36,6 @@ from experiments.framework.timing import measure
 from experiments.gpu.precompile import Task, precompile
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-SPARSITIES = (0.0, 0.2, 0.5, 0.7, 0.9, 0.95)
 
 # (gate_tile, gate_stages, tile, stages, warps, programs, parts) of the fused kernel, by bytes of a weight: what was
 # within 5 % of the best in wider searches on an H200, and its neighbours
@@ -70,9 +70,39 @@ def fused(gate_tile: int, gate_stages: int, tile: int, stages: int, warps: int, 
     return Config(gate_tile, tile, warps, programs, gate_stages, stages, parts)
 
 
-def configs(rows: int, element_size: int, d: int) -> list[Config]:
-    """The search space for "cats" on a Hopper: the fused kernel's, and around the present choice on tensor cores."""
+# the fused kernel for four rows, whose x and sums fill the registers of 8 or 16 warps
+FUSED_4 = (
+    *((2, 4, 1, 4, 8, 1, 1), (1, 6, 1, 5, 8, 1, 1), (2, 4, 1, 4, 16, 1, 1), (1, 6, 1, 5, 16, 1, 1)),
+    *((1, 6, 2, 3, 16, 1, 1), (2, 4, 2, 3, 16, 1, 1)),
+)
+# changes to the present choice of the fused kernel: what is asked for before it is needed, and the reduction
+CHANGES: tuple[dict[str, Any], ...] = (
+    {"dependent": False},
+    {"early": True},
+    *({"early": True, "ahead": rows} for rows in (2, 4, 8, 16)),
+    {"ahead": 8},
+    *({"next": neurons} for neurons in (8, 16, 32)),
+    *({"early": True, "ahead": rows, "next": 16} for rows in (4, 8)),
+    {"x_policy": "evict_last"},
+    {"reduce_warps": 4},
+    *({"reduce_block": block} for block in (16, 64)),
+)
+
+
+def configs(rows: int, element_size: int, d: int, wide: bool) -> list[Config]:
+    """The search space for "cats" on a Hopper: around the present choice, or everything that was ever near the best."""
     best = choose_config(element_size, rows, d)
+    if not wide:
+        fused_best = [best] if not best.dot else [fused(*parameters) for parameters in FUSED_4 if rows <= 4]
+        near = [best, *fused_best, *(replace(one, **change) for one in fused_best[:1] for change in CHANGES)]
+        if rows == 1:
+            three = replace(best, programs=best.programs + 1)
+            near += [
+                three,
+                replace(three, early=True, ahead=8, next=16),
+                replace(best, gate_stages=best.gate_stages + 2),
+            ]
+        return list(dict.fromkeys(near))
     candidates = [best, replace(best, dependent=False)]
     if rows <= 2:
         candidates += [fused(*parameters) for parameters in FUSED[element_size]]
@@ -116,35 +146,32 @@ def bound_us(d: int, m: int, element_size: int, active: float, bandwidth: float)
     return d * m * element_size * (1 + 2 * active) / bandwidth / 1e3
 
 
-def cases(quick: bool) -> Iterator[tuple[str, str, int, bool]]:
-    """(shape, dtype, rows, whether to search) in the order of their importance."""
-    yield "Mistral-7B", "bf16", 1, True
-    yield "Mistral-7B", "fp32", 1, True
-    yield "Llama2-7B", "bf16", 1, True
-    yield "Llama2-7B", "fp32", 1, True
-    for rows in () if quick else (2, 4, 8):
-        yield "Mistral-7B", "bf16", rows, True
-        yield "Mistral-7B", "fp32", rows, True
-    if not quick:
-        yield "Mistral-7B", "fp16", 1, False
+def cases(options: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
+    """(shape, dtype, rows) in the order of their importance."""
+    for rows in options.rows:
+        yield from ((shape, dtype, rows) for shape in options.shapes for dtype in options.dtypes)
 
 
-def run_case(shape: str, dtype: str, rows: int, search: bool, bandwidth: float) -> Iterator[Result]:
-    """Check and time dense, the variants over sparsities, and, to search, every configuration at 50 and 90 %."""
+def run_case(
+    shape: str, dtype: str, rows: int, bandwidth: float, options: argparse.Namespace, deadline: float
+) -> Iterator[Result]:
+    """Check and time dense, the variants and every configuration of the search, until the deadline."""
     d, m = SHAPES[shape]
     kind = DTYPES[dtype]
     problems = [Problem(d, m, rows, kind, "cuda", seed) for seed in range(COPIES["cuda"])]
-    for sparsity in SPARSITIES:
+    for sparsity in options.sparsities:
+        if time.perf_counter() > deadline:
+            print(f"NOT RUN for lack of time: {shape} {dtype} rows={rows} s={sparsity}", flush=True)
+            continue
         arguments = [problem.arguments(problem.threshold(sparsity)) for problem in problems]
         works: dict[tuple[str, str], list[Callable[[], Tensor]]] = {
             ("dense", ""): [problem.dense() for problem in problems],
             ("dense-masked", ""): [partial(dense_masked, *a) for a in arguments],
-            **{(name, ""): [partial(launch, name, *a) for a in arguments] for name in VARIANTS},
+            **{(name, ""): [partial(launch, name, *a) for a in arguments] for name in options.variants},
         }
-        if search and sparsity in (0.5, 0.9):
-            for config in configs(rows, kind.itemsize, d):
-                key = ("config", " ".join(map(str, astuple(config))))
-                works[key] = [partial(launch, "cats", *a, config=config) for a in arguments]
+        for config in configs(rows, kind.itemsize, d, options.search == "wide") if options.search != "none" else ():
+            key = ("config", " ".join(map(str, astuple(config))))
+            works[key] = [partial(launch, "cats", *a, config=config) for a in arguments]
         errors: dict[tuple[str, str], float | None] = {}
         for key, work in list(works.items()):
             try:
@@ -152,11 +179,15 @@ def run_case(shape: str, dtype: str, rows: int, search: bool, bandwidth: float) 
             except Exception as error:
                 print(f"FAILED {shape} {dtype} rows={rows} s={sparsity} {key}: {type(error).__name__}: {error}"[:300])
                 del works[key]
-        if search and sparsity in (0.5, 0.9) and ("cats", "") in works:
+        if ("cats", "") in works:
             for count in (1, 2, 3) if rows >= 3 else (1, 2):
                 works["first launches", str(count)] = [partial(first_launches, a, count) for a in arguments]
         timings = measure(
-            {str(key): work for key, work in works.items()}, warmups=5, rounds=30, flush=False, device="cuda"
+            {str(key): work for key, work in works.items()},
+            warmups=5,
+            rounds=options.rounds,
+            flush=False,
+            device="cuda",
         )
         active = sum(p.active(p.threshold(sparsity)) for p in problems) / m / len(problems)
         bound = bound_us(d, m, kind.itemsize, active, bandwidth)
@@ -207,25 +238,32 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for tune_gpu.csv")
-    parser.add_argument("--quick", action="store_true", help="batch 1 only")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["Mistral-7B", "Llama2-7B"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.9, 0.3, 0.7])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["cats"])
+    parser.add_argument("--search", choices=("near", "wide", "none"), default="near")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing more after so long")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     tasks: list[Task] = []
-    for shape, dtype, rows, search in cases(options.quick):
-        d, m = SHAPES[shape]
-        kind = DTYPES[dtype]
-        tasks += [Task(name, d, m, kind, rows) for name in VARIANTS]
-        if search:
-            tasks += [Task("cats", d, m, kind, rows, c) for c in configs(rows, kind.itemsize, d)]
+    for shape, dtype, rows in cases(options):
+        problem = (*SHAPES[shape], DTYPES[dtype], rows)
+        tasks += [Task(name, *problem) for name in options.variants]
+        if options.search != "none":
+            wide = options.search == "wide"
+            tasks += [Task("cats", *problem, c) for c in configs(rows, DTYPES[dtype].itemsize, problem[0], wide)]
     for message in precompile(tasks):
         print(message, flush=True)
     print(f"compiled {len(tasks)} plans in {time.perf_counter() - begin:.0f} s", flush=True)
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}, read bandwidth {bandwidth:.0f} GB/s", flush=True)
     results: list[Result] = []
-    for shape, dtype, rows, search in cases(options.quick):
-        results += run_case(shape, dtype, rows, search, bandwidth)
+    for shape, dtype, rows in cases(options):
+        results += run_case(shape, dtype, rows, bandwidth, options, begin + options.seconds)
         with (options.output / "tune_gpu.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(Result.__dataclass_fields__)

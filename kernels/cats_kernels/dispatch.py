@@ -105,6 +105,20 @@ def _triton() -> tuple[Implementation, Implementation]:
 
 
 @cache
+def repeat_by(backend: str) -> Callable[..., Callable[[Tensor], Tensor | None] | None]:
+    """What makes a `cats_kernels.repeated.Repeat` for calls of the sparse kernel of a resolved backend."""
+    if backend == "triton":
+        from cats_kernels.triton.mlp import repeated
+
+        return repeated
+    if backend == "cpu":
+        from cats_kernels.cpu.launch import repeated as repeated_cpu
+
+        return repeated_cpu
+    return lambda *_: None
+
+
+@cache
 def _quantized(backend: str) -> Callable[..., Tensor]:
     if backend == "cpu":
         from cats_kernels.cpu.quantized_launch import sparse_gated_mlp_quantized_cpu

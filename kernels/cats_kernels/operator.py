@@ -24,6 +24,7 @@ from cats_kernels.flops import register_flops
 from cats_kernels.quantized import QuantizedWeight
 from cats_kernels.quantized_operator import quantized_mlp
 from cats_kernels.reference import sparse_gated_mlp_reference
+from cats_kernels.repeated import compute_kept
 from cats_kernels.thresholds import Threshold, as_tensor, check_shape
 from cats_kernels.weights import check_weights
 
@@ -182,7 +183,7 @@ def _operator(
     decider: str,
 ) -> Tensor:
     _validate(x, gate_weight, up_weight, down_weight_t, threshold, activation, backend, decider)
-    return _compute(x, gate_weight, up_weight, down_weight_t, threshold, activation, backend, decider)
+    return compute_kept(x, gate_weight, up_weight, down_weight_t, threshold, activation, backend, decider, _compute)
 
 
 @_operator.register_fake

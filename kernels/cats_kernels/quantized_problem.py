@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cats_kernels.problem import Problem, products
+from cats_kernels.problem import Problem, oracle, products
 from cats_kernels.quantized import QuantizedWeight, dequantize, quantize
 from cats_kernels.thresholds import Threshold
 
@@ -37,9 +37,18 @@ class QuantizedProblem(Problem):
         super().__init__(d, m, rows, dtype, device, seed, activation, decider)
         self.original = self.gate, self.up, self.down_t
         gate, up, down_t = (quantize(weight, bits, group_size, symmetric) for weight in self.original)
-        self.weights: tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight] = gate, up, down_t
+        self.requantize(gate, up, down_t)
+
+    def requantize(self, gate: QuantizedWeight, up: QuantizedWeight, down_t: QuantizedWeight) -> None:
+        """Take other weights of the same shapes."""
+        self.weights = gate, up, down_t
         self.gate, self.up, self.down_t = (dequantize(weight) for weight in self.weights)
-        self.v, self.u = products(self.x, self.gate, self.up, activation)
+        self.v, self.u = products(self.x, self.gate, self.up, self.activation)
+
+    def oracle(self, threshold: Threshold) -> Tensor:
+        """The output in float64, (rows, d), for what x holds now."""
+        arguments = (self.x, self.gate, self.up, self.down_t, threshold, self.activation, self.decider)
+        return oracle(*arguments)
 
     def quantized_arguments(self, threshold: Threshold) -> QuantizedArguments:
         """`arguments` with the quantised weights."""

@@ -1,4 +1,4 @@
-"""The report's appendix: machines, commits and times of the runs shown, what they noted, what they lack."""
+"""The report's appendix: machines, commits and times of the runs shown, what they lack; and what they noted."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 import pandas as pd
 
 from reports.core import style
-from reports.core.document import Block, Heading, Table, Text, escape, without_constant
+from reports.core.document import Block, Heading, Table, Text, escape
 from reports.core.load import Run, command
 from reports.core.provenance import commit, seconds, started
 from reports.core.section import Section
 
-IN_TIMES = ("tables", "started", "seconds", "attempts", "commit", "commits", "dirty")  # shown in the table of times
+IN_TIMES = ("tables", "started", "finished", "seconds", "attempts", "commit", "commits", "dirty")  # in the first table
+IN_FILE = ("schema", "units", "checksums", "source_sha256")  # for machines, in provenance.json
 LONGEST = 600  # characters of one recorded fact
 
 
 def appendix(runs: list[Run], sections: list[Section]) -> list[Block]:
-    """Provenance of every run, and what is missing."""
+    """When and where every run was measured, and what is missing."""
     blocks: list[Block] = [Heading(1, "Appendix: log of the runs shown")]
     blocks += [
         Text(f"{escape(run.label)}: no provenance; commit, versions and hardware are unknown.")
@@ -26,34 +27,51 @@ def appendix(runs: list[Run], sections: list[Section]) -> list[Block]:
         if not run.provenance
     ]
     if any(run.provenance for run in runs):
-        times = without_constant(_times(runs, sections), "Run")
-        blocks += [
-            Table(times, "When each experiment ran, for how long (all attempts), at which commit."),
-            Table(_facts(runs), "Hardware, versions, settings and notes, as recorded with the measurements.", (24, 76)),
-        ]
+        caption = "When each run's experiments ran, for how long (all attempts), at which commit, with which versions."
+        blocks.append(Table(_times(runs), caption, (20, 36, 16, 28)))
     return [*blocks, Heading(2, "Missing pieces"), *_missing(runs, sections)]
 
 
-def _times(runs: list[Run], sections: list[Section]) -> pd.DataFrame:
-    titles = {section.experiment: section.title for section in sections}
+def recorded(runs: list[Run]) -> list[Block]:
+    """Hardware, versions, settings and notes of every run, as recorded."""
+    facts = _facts(runs)
+    if facts.empty:
+        return []
+    caption = "Hardware, versions, settings and notes, as recorded with the measurements."
+    return [Heading(2, "What the runs recorded"), Table(facts, caption, (24, 76))]
+
+
+def _times(runs: list[Run]) -> pd.DataFrame:
+    """A row per run and commit: its experiments with their times, the first start, the versions that matter."""
     rows = []
     for run in runs:
-        label = escape(run.label)
-        known = [seconds(entry) for entry in run.provenance.values() if math.isfinite(seconds(entry))]
+        by_commit: dict[str, list[str]] = {}
         for name, entry in run.provenance.items():
+            by_commit.setdefault(commit(entry), []).append(name)
+        known = [at for at in map(seconds, run.provenance.values()) if math.isfinite(at)]
+        for place, (measured, names) in enumerate(by_commit.items()):
+            entries = [run.provenance[name] for name in names]
+            took = ", ".join(f"{name} {style.duration(seconds(run.provenance[name]))}" for name in names)
+            total = f"; all {style.duration(sum(known))}" if len(run.provenance) > 1 and not place else ""
             rows.append(
                 {
-                    "Run": label,
-                    "Experiment": escape(f"{name}: {titles.get(name, '')}"),
-                    "Started": escape(started(entry)),
-                    "Took": style.duration(seconds(entry)),
-                    "Commit": escape(commit(entry)),
+                    "Run": escape(run.label) if not place else "",
+                    "Experiments, time": escape(took + total),
+                    "Started": escape(min(started(entry) for entry in entries)),
+                    "Commit, versions": escape("; ".join(filter(None, [measured, _versions(entries)]))),
                 }
             )
-        if len(run.provenance) > 1:
-            together = style.duration(sum(known))
-            rows.append({"Run": label, "Experiment": "together", "Started": "", "Took": together, "Commit": ""})
     return pd.DataFrame(rows)
+
+
+def _versions(entries: list[dict[str, Any]]) -> str:
+    """`torch 2.11.0, triton 3.6.0`: the versions that a speed or an accuracy depends on most."""
+    shown: dict[str, list[str]] = {}
+    for entry in entries:
+        for name in ("torch", "triton", "transformers"):
+            if version := (entry.get("versions") or {}).get(name):
+                shown.setdefault(name, []).append(str(version))
+    return ", ".join(f"{name} {' and '.join(dict.fromkeys(versions))}" for name, versions in shown.items())
 
 
 def _facts(runs: list[Run]) -> pd.DataFrame:
@@ -62,7 +80,7 @@ def _facts(runs: list[Run]) -> pd.DataFrame:
     for run in runs:
         for experiment, entry in run.provenance.items():
             for key, value in _flat(entry).items():
-                if text := style.listed(value):
+                if text := style.listed(_of_a_folder(value)):
                     by_key.setdefault(key, {}).setdefault(text, {}).setdefault(run.label, []).append(experiment)
     rows = []
     for key, values in by_key.items():
@@ -70,6 +88,16 @@ def _facts(runs: list[Run]) -> pd.DataFrame:
             shown = text if len(text) <= LONGEST else f"{text[:LONGEST]} ... (the rest is in provenance.json)"
             rows.append({"What": escape(key.replace("_", " ")) + _where(where, runs), "Recorded": escape(shown)})
     return pd.DataFrame(rows)
+
+
+def _of_a_folder(value: Any) -> Any:
+    """Without the names on the hub of a text that was read from a local folder: the hub was not asked."""
+    if not isinstance(value, dict):
+        return value
+    local = bool(value.get("folder"))
+    kept = {key: inner for key, inner in value.items() if not (local and key in ("path", "name", "revision"))}
+    kept |= {"source": "a local folder"} if local and "source" in value else {}
+    return {key: _of_a_folder(inner) for key, inner in kept.items()}
 
 
 def _where(where: dict[str, list[str]], runs: list[Run]) -> str:
@@ -87,7 +115,7 @@ def _where(where: dict[str, list[str]], runs: list[Run]) -> str:
 
 def _flat(entry: dict[str, Any]) -> dict[str, Any]:
     """The facts of one experiment. Settings that most experiments share are separate from their options."""
-    facts = {key: value for key, value in entry.items() if key not in IN_TIMES}
+    facts = {key: value for key, value in entry.items() if key not in (*IN_TIMES, *IN_FILE)}
     settings = facts.pop("settings", None) or {}
     if isinstance(settings, dict):
         options = settings.get("options")
@@ -99,24 +127,27 @@ def _flat(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _missing(runs: list[Run], sections: list[Section]) -> list[Block]:
+    """What no run has, and what is broken in one; samples, which accompany a table, are not named beside it."""
     rows = []
+    for section in sections:
+        absent = [t for t in section.tables if not any(t.table in {**run.tables, **run.problems} for run in runs)]
+        tables = [t.table for t in absent if not t.samples] or [t.table for t in absent]
+        if tables:
+            again = f"`{command(section.experiment, runs[0])}`"
+            rows.append((escape(", ".join(tables)), "not measured here", again))
+        for run in runs:
+            rows += [
+                (escape(t.table), escape(f"broken in {run.label}: {run.problems[t.table]}"),
+                 f"`{command(section.experiment, run)}`")
+                for t in section.tables if t.table in run.problems
+            ]  # fmt: skip
     for run in runs:
-        label = escape(run.label)
-        for section in sections:
-            names = [row_type.table for row_type in section.tables]
-            absent = [name for name in names if name not in run.tables and name not in run.problems]
-            again = f"`{command(section.experiment, run)}`"
-            if absent:
-                rows.append((label, escape(", ".join(absent)), "not measured here", again))
-            rows += [(label, escape(name), f"broken: {escape(run.problems[name])}", again) for name in names
-                     if name in run.problems]  # fmt: skip
-        rows += [(label, escape(name), "no section of the report reads it", "") for name in run.unclaimed]
+        rows += [
+            (escape(name), escape(f"{run.label}: no section of the report reads it"), "") for name in run.unclaimed
+        ]
         if "provenance" in run.problems:
-            rows.append((label, "provenance", escape(run.problems["provenance"]), ""))
+            rows.append(("provenance", escape(f"{run.label}: {run.problems['provenance']}"), ""))
     if not rows:
-        return [Text("None: every table of every run is there and readable.")]
-    columns = ["Run", "Table", "Why", "Command"]
-    # runs of one profile lack the same tables: said once
-    frame = pd.DataFrame(rows, columns=columns).groupby(columns[1:], sort=False)["Run"].agg(", ".join).reset_index()
-    frame = frame[columns].sort_values(["Run", "Table"], kind="stable")
-    return [Table(frame, "Tables that are not in these runs.", (24, 26, 14, 36))]
+        return [Text("None: every table is there in some run, and readable.")]
+    frame = pd.DataFrame(rows, columns=["Table", "Why", "Command"])
+    return [Table(frame, "Tables that no run has, or that cannot be read.", (30, 34, 36))]

@@ -48,7 +48,14 @@ class Picture:
     caption: str
 
 
-Block = Heading | Text | Table | Picture
+@dataclass(frozen=True)
+class Layout:
+    """Typst's own markup for the PDF, such as a page break; the other forms leave it out."""
+
+    typst: str
+
+
+Block = Heading | Text | Table | Picture | Layout
 
 
 def escape(text: str) -> str:
@@ -77,7 +84,7 @@ def to_markdown(title: str, blocks: Iterable[Block]) -> str:
                 parts.append(markdown)
             case Table(frame, caption):
                 tables += 1
-                parts += [f"**Table {tables}.** {one_line(caption)}", _pipe_table(frame)]
+                parts += [f"**Table {tables}.** {one_line(caption)}", pipe_table(frame)]
             case Picture(stem, caption):
                 figures += 1
                 parts += [f"![Figure {figures}](figures/{stem}.png)", f"**Figure {figures}.** {one_line(caption)}"]
@@ -101,7 +108,7 @@ def to_html_source(blocks: Iterable[Block], classes: dict[str, str], picture: Ca
                 parts.append(_classed(markdown, classes))
             case Table(frame, caption):
                 tables += 1
-                table = _classed(_pipe_table(frame), classes)
+                table = _classed(pipe_table(frame), classes)
                 parts.append(f"::: caption\n**Table {tables}.** {one_line(caption)}\n:::")
                 parts.append(f"::: scroll\n{_unbroken(table)}\n:::")
             case Picture(stem, caption):
@@ -128,16 +135,18 @@ def to_pandoc(blocks: Iterable[Block]) -> str:
                 text = _unbroken(markdown)
                 parts.append(f'::: {{typst:sticky="true"}}\n{text}\n:::' if with_next else text)
             case Table(frame, caption, widths):
-                table = _unbroken(f"{_pipe_table(frame, widths or _widths(frame))}\n\n: {one_line(caption)}")
+                table = _unbroken(f"{pipe_table(frame, widths or _widths(frame))}\n\n: {one_line(caption)}")
                 size = len(frame), sum(len(str(cell)) for cell in frame.to_numpy().ravel())
                 whole = all(count <= most for count, most in zip(size, LONG_TABLE, strict=True))
                 parts.append(f'::: {{typst:breakable="false"}}\n{table}\n:::' if whole else table)
             case Picture(stem, caption):
                 parts.append(f"![{_unbroken(one_line(caption))}](figures/{stem}.svg)")
+            case Layout(typst):
+                parts.append(f"```{{=typst}}\n{typst}\n```")
     return "\n\n".join(parts) + "\n"
 
 
-def _pipe_table(frame: pd.DataFrame, widths: tuple[float, ...] = ()) -> str:
+def pipe_table(frame: pd.DataFrame, widths: tuple[float, ...] = ()) -> str:
     """A pipe table. With `widths`, the rule's dashes carry them: pandoc then wraps cells to the page's width."""
     dashes = [max(3, round(150 * width / sum(widths))) for width in widths] or [3] * frame.shape[1]
     rule = "|".join(

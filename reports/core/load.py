@@ -22,6 +22,8 @@ from experiments.framework.tables import SCHEMA_VERSION, Row, columns, file_name
 PAPER = Path(__file__).parents[1] / "paper"
 OWN_FILES = ("claims.csv",)  # the report's own, beside the tables of a run directory without the folder results
 SINCE_SCHEMA_2 = {"criterion", "condition", "path", "weights", "active_neurons"}
+LATER = {("e07", "seed"): "0", ("e08", "prompt"): "masked", ("e08_blocks", "metric"): "perplexity"}
+"""Columns that schema 2 gained, by experiment, and what a table without them means: nothing else was measured then."""
 
 _TRUE, _FALSE = {"true", "1", "1.0", "yes"}, {"false", "0", "0.0", "no", ""}
 
@@ -77,6 +79,9 @@ def read_table(path: Path, row_type: type[Row]) -> pd.DataFrame:
     ) as error:
         raise ValueError(f"unreadable ({str(error).strip()})") from error
     expected = columns(row_type)
+    for (experiment, column), value in LATER.items():
+        if row_type.table.startswith(experiment) and column in expected and column not in table:
+            table[column] = value
     missing = [column for column in expected if column not in table.columns]
     new = SINCE_SCHEMA_2 & set(expected)
     if new and new <= set(missing):

@@ -86,14 +86,18 @@ TRAINING = (
 
 
 def protocol(section: Section, runs: list[Run]) -> pd.DataFrame:
-    """A row per aspect: the paper's, then each run's. Runs that did the same share a column."""
-    ours: dict[tuple[str, ...], list[str]] = {}
+    """A row per aspect: the paper's, then ours. Runs that differ in the first aspect only (the models, the machine)
+    share a column."""
+    alike: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        said = tuple(escape(aspect.ours(run)) or style.DASH for aspect in section.protocol)
-        ours.setdefault(said, []).append(escape(run.label))
-    columns = {", ".join(labels): list(said) for said, labels in ours.items()}
+        alike.setdefault(tuple(aspect.ours(run) for aspect in section.protocol[1:]), []).append(run)
     first = {
         "": [aspect.name for aspect in section.protocol],
         "The paper": [escape(aspect.paper) for aspect in section.protocol],
     }
+    columns = {}
+    for said, members in alike.items():
+        leading = dict.fromkeys(filter(None, (section.protocol[0].ours(run) for run in members)))
+        label = ", ".join(escape(run.label) for run in members)
+        columns[label] = [escape(words) or style.DASH for words in (", ".join(leading), *said)]
     return pd.DataFrame({**first, **columns})

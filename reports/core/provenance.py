@@ -10,6 +10,7 @@ from reports.core.document import escape
 from reports.core.load import Run
 from reports.core.verdicts import CPU, GPU
 
+LONGEST = 120  # characters of what differs from the profile; all of it is in provenance.json
 _GPU_NAME = re.compile(r"\bGPU\b|NVIDIA|GeForce|Quadro|Tesla|Radeon|Instinct", re.IGNORECASE)
 
 
@@ -91,8 +92,18 @@ def provenance_line(run: Run, experiment: str) -> str:
     torch = (entry.get("versions") or {}).get("torch")
     words += [f"torch {torch}"] if torch else []
     differing = differences(entry)
+    differing = differing if len(differing) <= LONGEST else f"{differing[:LONGEST].rsplit(' ', 1)[0]} ..."
     words += [f"differs from its profile in {differing}"] if differing else []
     return f"*Provenance:* {escape(', '.join(words))}."
+
+
+def source(run: Run, experiment: str) -> str:
+    """`2001-01-01, 42 s, commit 0123456789, clean` (Markdown)."""
+    entry = run.provenance.get(experiment)
+    if entry is None:
+        return "no provenance"
+    words = [started(entry)[:10], style.duration(seconds(entry)), f"commit {commit(entry)}"]
+    return escape(", ".join(words))
 
 
 def run_line(run: Run) -> str:

@@ -10,9 +10,8 @@ from typing import Any
 
 from experiments.framework.files import write_bytes_atomically
 from reports.core.claims import judge
-from reports.core.document import Block, escape, to_html_source, to_markdown, to_pandoc
+from reports.core.document import Block, to_html_source, to_markdown, to_pandoc
 from reports.core.load import Run
-from reports.core.provenance import run_line
 from reports.core.report import build
 from reports.core.section import Section
 from reports.core.verdicts import FAILS, HOLDS, ON_POCKET
@@ -39,14 +38,13 @@ def render(runs: list[Run], sections: list[Section], output: Path) -> list[Path]
     judged = judge(runs, sections)
     claims, markdown = output / "claims.csv", output / "report.md"
     write_bytes_atomically(claims, judged.to_csv(index=False, lineterminator="\n").encode())
-    blocks = build(runs, sections, judged, output / "figures")
-    lines = [run_line(run) for run in runs]
-    front = [f"Reproduction of {PAPER_LINE}.", "\n".join(f"- {escape(line)}" for line in lines)]
-    title, _, body = to_markdown(TITLE, blocks).partition("\n\n")
-    write_bytes_atomically(markdown, "\n\n".join([title, *front, body]).encode())
+    report = build(runs, sections, judged, output / "figures")
+    front = f"Reproduction of {PAPER_LINE}."
+    title, _, body = to_markdown(TITLE, report.whole).partition("\n\n")
+    write_bytes_atomically(markdown, "\n\n".join([title, front, body]).encode())
     html, pdf = output / "report.html", output / "report.pdf"
-    _set_html(blocks, "\n\n".join(front), html)
-    _set_pdf(blocks, lines, pdf)
+    _set_html(report.whole, front, html)
+    _set_pdf(report.printed, pdf)
     return [pdf, html, markdown, claims]
 
 
@@ -69,13 +67,12 @@ def _set_html(blocks: list[Block], front: str, html: Path) -> None:
     write_bytes_atomically(html, text.encode())
 
 
-def _set_pdf(blocks: list[Block], lines: list[str], pdf: Path) -> None:
+def _set_pdf(blocks: list[Block], pdf: Path) -> None:
     """Markdown -> typst (pandoc, our template) -> PDF, with the fonts inside the typst wheel: the same everywhere."""
     pypandoc = _require("pypandoc", "report.pdf needs pypandoc_binary")
     typst = _require("typst", "report.pdf needs typst")
     arguments = [f"--template={TEMPLATE / 'report.typ'}", "--columns=40", "--wrap=none", "--syntax-highlighting=none"]
     arguments += [f"--metadata=title:{TITLE}", f"--metadata=paper:{PAPER_LINE}"]
-    arguments += [f"--metadata=run:{line}" for line in lines]
     arguments += [f"--metadata=date:{datetime.now(UTC):%Y-%m-%d}"]
     try:
         source = pypandoc.convert_text(to_pandoc(blocks), "typst", format=READER, extra_args=arguments)

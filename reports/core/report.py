@@ -3,31 +3,85 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
 from reports.core import style
-from reports.core.appendix import appendix
-from reports.core.document import Block, Heading, Picture, Table, Text, escape
+from reports.core.appendix import appendix, recorded
+from reports.core.document import Block, Heading, Layout, Picture, Table, Text, escape
 from reports.core.load import Run, command
+from reports.core.merge import models, of_model, together
 from reports.core.protocol import protocol
-from reports.core.provenance import machine, provenance_line
-from reports.core.section import Section
-from reports.core.summary import claims_blocks
+from reports.core.provenance import machine, provenance_line, run_line, source
+from reports.core.section import Drawing, Section
+from reports.core.summary import details_blocks, first_page, notes
 
-Drawn = dict[tuple[str, str], str]
+FURTHER = "Further tables and figures"
+ELSEWHERE = (
+    "Accuracy by task, thresholds by layer, learning rates, the paper's other kernels, several rows at once, and the "
+    "settings and notes recorded with each run are in `report.html` and `report.md` beside this file; every number is "
+    "in the runs' CSVs, and hashes of all inputs and outputs in their `provenance.json`."
+)
+OUTLINE = "#block(height: 7.5em, columns(2, gutter: 2em, outline(title: none, depth: 1)))"
 
 
-def build(runs: list[Run], sections: list[Section], judged: pd.DataFrame, folder: Path) -> list[Block]:
-    """Every block of the report, in order; the figures are drawn into ``folder``."""
-    headline = _draw_headline(runs, sections, folder)
-    drawn = _draw_all(runs, sections, folder)
-    blocks = claims_blocks(runs, sections, judged, headline)
+@dataclass(frozen=True)
+class Report:
+    """The parts of a report.
+
+    Attributes:
+        main: the first page and the sections.
+        further: secondary tables and figures, which the PDF leaves out.
+        appendix: the log of the runs.
+    """
+
+    main: list[Block]
+    further: list[Block]
+    appendix: list[Block]
+
+    @property
+    def whole(self) -> list[Block]:
+        """What HTML and Markdown show."""
+        further: list[Block] = [Heading(1, FURTHER), *self.further] if self.further else []
+        return [*self.main, *further, *self.appendix]
+
+    @property
+    def printed(self) -> list[Block]:
+        """What the PDF shows."""
+        return [*self.main, Heading(1, FURTHER), Text(ELSEWHERE), *self.appendix]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one section shows at a time: one run, or several of different models as one.
+
+    Attributes:
+        run: the tables.
+        suffix: of the names of its figures' files.
+        label: before its captions; empty where there is nothing to tell apart.
+    """
+
+    run: Run
+    suffix: str
+    label: str
+
+
+def build(runs: list[Run], sections: list[Section], judged: pd.DataFrame, folder: Path) -> Report:
+    """Every block of the report; the figures are drawn into ``folder``."""
+    main = first_page(runs, judged, _draw_headline(runs, sections, folder))
+    lines = "\n".join(f"- {escape(run_line(run))}" for run in runs)
+    main += [Layout("#pagebreak(weak: true)"), Heading(1, "Runs shown"), Text(lines), *notes(judged), Layout(OUTLINE)]
+    main += details_blocks(runs, sections, judged)
+    further: list[Block] = []
     for section in sections:
-        blocks += _section(section, runs, drawn)
-    return blocks + appendix(runs, sections)
+        shown, more = _section(section, runs, folder)
+        main += shown
+        if more:
+            further += [Heading(2, section.title), *more]
+    return Report(main, further + recorded(runs), appendix(runs, sections))
 
 
 def _draw_headline(runs: list[Run], sections: list[Section], folder: Path) -> str | None:
@@ -35,7 +89,7 @@ def _draw_headline(runs: list[Run], sections: list[Section], folder: Path) -> st
     painters = [painter for section in sections if (painter := section.glance(runs)) is not None]
     if not painters:
         return None
-    size = (style.WIDTH if len(painters) > 1 else 3.8, 2.7)
+    size = (style.WIDTH if len(painters) > 1 else 3.8, 2.2)
     figure, axes = plt.subplots(1, len(painters), figsize=size, squeeze=False)
     for ax, painter in zip(axes[0], painters, strict=True):
         painter(ax)
@@ -43,22 +97,46 @@ def _draw_headline(runs: list[Run], sections: list[Section], folder: Path) -> st
     return "headline"
 
 
-def _draw_all(runs: list[Run], sections: list[Section], folder: Path) -> Drawn:
-    """Draw each run's figures: (figure name, run label) -> file stem, for those that could be drawn."""
-    drawn = {}
-    for run in runs:
-        suffix = "" if len(runs) == 1 else "_" + re.sub(r"[^A-Za-z0-9.]+", "-", run.label)
-        for drawing in (drawing for section in sections for drawing in section.figures):
-            if run.table(drawing.table) is None:
-                continue
-            figure = drawing.draw(run)
-            if figure is not None:
-                style.save(figure, folder / f"{drawing.name}{suffix}")
-                drawn[drawing.name, run.label] = f"{drawing.name}{suffix}"
-    return drawn
+def parts(section: Section, runs: list[Run]) -> list[Part]:
+    """What a section shows one after the other."""
+    if section.by_run:
+        measured = [run for run in runs if any(row_type.table in run.tables for row_type in section.tables)]
+        several = len(runs) > 1
+        return [Part(run, f"_{_slug(run.label)}" * several, escape(run.label) * several) for run in measured]
+    groups = together(runs, section.tables)
+    return [
+        Part(run, f"_{number}" * (number > 1), escape(run.label) * (len(groups) > 1))
+        for number, run in enumerate(groups, 1)
+    ]
 
 
-def _section(section: Section, runs: list[Run], drawn: Drawn) -> list[Block]:
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
+
+
+def _pictures(drawing: Drawing, part: Part, folder: Path) -> list[Block]:
+    """The figure, or one per model, drawn into ``folder``."""
+    if part.run.table(drawing.table) is None:
+        return []
+    subjects = [(part.run, part.suffix, part.label)]
+    if drawing.per_model and len(names := models(part.run, drawing.table)) > 1:
+        subjects = [
+            (of_model(part.run, name), f"{part.suffix}_{_slug(style.model_name(name))}", escape(style.model_name(name)))
+            for name in names
+        ]
+    pictures: list[Block] = []
+    for run, suffix, label in subjects:
+        figure = drawing.draw(run)
+        if figure is None:
+            continue
+        style.save(figure, folder / f"{drawing.name}{suffix}")
+        caption = "as in the figure before." if pictures else drawing.caption.strip()
+        pictures.append(Picture(f"{drawing.name}{suffix}", f"{label}: {caption}" if label else caption))
+    return pictures
+
+
+def _section(section: Section, runs: list[Run], folder: Path) -> tuple[list[Block], list[Block]]:
+    """The section's blocks, and its secondary ones."""
     blocks: list[Block] = [Heading(1, section.title)]
     names = [row_type.table for row_type in section.tables]
     measured = [run for run in runs if any(name in run.tables for name in names)]
@@ -69,29 +147,38 @@ def _section(section: Section, runs: list[Run], drawn: Drawn) -> list[Block]:
         if name in run.problems
     ]
     if not measured:
-        return [*blocks, Text(f"Not measured here; run `{command(section.experiment)}`.")]
+        return [*blocks, Text(f"Not measured here; run `{command(section.experiment)}`.")], []
     if note := section.note(measured):
         blocks.append(Text(note))
     if section.protocol:
         frame = protocol(section, measured)
         widths = (14, 38, *([38] * (frame.shape[1] - 2)))
         blocks.append(Table(frame, "The paper's protocol and what was done here.", widths))
-    for run in measured:
-        blocks += _one_run(section, run, drawn, several=len(runs) > 1)
+    more: list[Block] = []
+    several = len(runs) > 1
+    if not section.by_run:
+        blocks += _sources(section, measured, len(measured) > 1)
+    for part in parts(section, runs):
+        if section.by_run:
+            blocks += [Heading(2, f"{part.label}: {escape(machine(part.run))}")] if several else []
+            blocks += _sources(section, [part.run], False)
+        for drawing in section.figures:
+            (more if drawing.secondary else blocks).extend(_pictures(drawing, part, folder))
+        blocks += section.contents(part.run)
+        more += section.more(part.run)
+    return blocks, more
+
+
+def _sources(section: Section, runs: list[Run], several: bool) -> list[Block]:
+    """When, how long and at which commit each run was measured, and which tables a single one lacks."""
+    if several:
+        named = "; ".join(f"{escape(run.label)}, {source(run, section.experiment)}" for run in runs)
+        return [Text(f"*Provenance:* {named}.", with_next=True)]
+    (run,) = runs
+    blocks: list[Block] = [Text(provenance_line(run, section.experiment), with_next=True)]
+    lacks = [t.table for t in section.tables if not t.samples and run.table(t) is None]
+    if absent := [name for name in lacks if name not in run.problems]:
+        blocks.append(
+            Text(f"Not measured here: {escape(', '.join(absent))}; run `{command(section.experiment, run)}`.")
+        )
     return blocks
-
-
-def _one_run(section: Section, run: Run, drawn: Drawn, several: bool) -> list[Block]:
-    blocks: list[Block] = [Heading(2, f"{escape(run.label)}: {escape(machine(run))}")] if several else []
-    blocks.append(Text(provenance_line(run, section.experiment), with_next=True))
-    absent = [t.table for t in section.tables if not t.samples and run.table(t) is None and t.table not in run.problems]
-    if absent:
-        again = command(section.experiment, run)
-        blocks.append(Text(f"Not measured here: {escape(', '.join(absent))}; run `{again}`."))
-    label = f"{escape(run.label)}: " if several else ""
-    blocks += [
-        Picture(drawn[drawing.name, run.label], label + drawing.caption)
-        for drawing in section.figures
-        if (drawing.name, run.label) in drawn
-    ]
-    return blocks + section.contents(run)

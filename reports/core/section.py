@@ -35,12 +35,19 @@ class Aspect:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure: its file name, the table without which there is nothing to draw, and its caption (Markdown)."""
+    """One figure: its file name, the table without which there is nothing to draw, and its caption (Markdown).
+
+    Attributes:
+        secondary: it stands among the further figures of the HTML and Markdown, and not in the PDF.
+        per_model: a figure per model rather than one for all.
+    """
 
     name: str
     table: type[Row]
     draw: Callable[[Run], Figure | None]
     caption: str
+    secondary: bool = False
+    per_model: bool = False
 
 
 def nothing(run: Run) -> list[Block]:
@@ -58,7 +65,10 @@ class Section:
         tables: row types that it reads, samples included; the first is the one without which there is no section.
         protocol: rows of the table that sets the paper's protocol beside ours.
         figures: in the order of the report.
-        contents: one run's tables with their captions.
+        contents: tables with their captions.
+        more: further tables, which the PDF leaves out.
+        by_run: show each run for itself, as what is measured is its machine; else the runs of different models are
+            shown together, as if they were one.
         rules: (claim, rule) pairs: what decides the paper's claims (`reports.core.claims.CLAIMS`).
         note: a paragraph (Markdown) above everything else, from the runs that measured it.
         glance: what to paint into a panel of the first figure, or None where the runs have nothing for it.
@@ -70,6 +80,8 @@ class Section:
     protocol: tuple[Aspect, ...] = ()
     figures: tuple[Drawing, ...] = ()
     contents: Callable[[Run], list[Block]] = nothing
+    more: Callable[[Run], list[Block]] = nothing
+    by_run: bool = False
     rules: tuple[tuple[str, Rule], ...] = ()
     note: Callable[[list[Run]], str] = lambda runs: ""
     glance: Callable[[list[Run]], Painter | None] = lambda runs: None

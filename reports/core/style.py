@@ -138,6 +138,28 @@ def model_name(model: str) -> str:
     return MODEL_NAMES.get(name.removeprefix("shape:"), name)
 
 
+def plain_name(model: str) -> str:
+    """`model_name` without how the weights were quantised."""
+    return re.sub(r" \(\w+\)$", "", model_name(model))
+
+
+def short_name(model: str) -> str:
+    """`plain_name` for a narrow place: without what the model was tuned for."""
+    return plain_name(model).removesuffix("-instruct")
+
+
+def size_name(model: str) -> str:
+    """How many parameters a model's name says that it has: `gemma-3-270m` -> `270m`; nothing where it says nothing."""
+    sizes = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?[mb])(?![a-z0-9])", plain_name(model).lower())
+    return str(sizes[-1]) if sizes else ""
+
+
+def parameters(model: str) -> float:
+    """`size_name` as a number; NaN where the name says nothing."""
+    size = size_name(model)
+    return float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]] if size else math.nan
+
+
 def dtype_name(dtype: str) -> str:
     """`torch.bfloat16` -> `bfloat16`."""
     return dtype.removeprefix("torch.")

@@ -9,40 +9,44 @@ from reports.core.claims import CLAIMS, Claim, counts, plain, rule_text, rules_o
 from reports.core.document import Block, Heading, Picture, Table, Text, escape
 from reports.core.load import Run
 from reports.core.section import Section
-from reports.core.verdicts import COLUMNS, FAILS, HOLDS, NOT_TESTED, POCKET, UNDECIDED
+from reports.core.verdicts import COLUMNS, FAILS, HOLDS, NOT_TESTED, POCKET, REAL, UNDECIDED
 
 TITLES = {column: column[0].upper() + column[1:] for column in COLUMNS}
+HOW_TO_READ = (
+    "In the count of claims, one holds in a column when it holds for every model and condition tested there; one that "
+    "does not outweighs those that do. Models that cannot decide a claim stand in the details only."
+)
 POCKET_NOTE = (
     "The pocket model is the project's own and small: it says whether everything works. A claim about models of 7 "
     "billion parameters is never more than “holds on the pocket model” there. Its checkpoint was chosen on held-out "
     "modules from which its tasks are made too."
 )
 HEADLINE_CAPTION = """
-At a glance. Left: mean accuracy against sparsity without fine-tuning; base (grey), CATS-50 (blue), CATS-70 (green),
-CATS-90 (orange), CATS at ReLUfication's own sparsity (purple), ReLUfication (diamond); bars: one standard error. Right:
-speed-up of one MLP block over dense against sparsity, and the ratio of the bytes that dense and CATS read."""
+Left: mean accuracy against sparsity without fine-tuning, ± one standard error. Right: speed-up of one MLP block over
+dense, and (dotted) the ratio of the bytes that dense and CATS read."""
 
 
-def claims_blocks(runs: list[Run], sections: list[Section], judged: pd.DataFrame, headline: str | None) -> list[Block]:
-    """Page 1 and the details of every claim."""
-    several = len(runs) > 1
-    where = f"{len(runs)} runs" if several else f"the run *{escape(runs[0].label)}*"
+def first_page(runs: list[Run], judged: pd.DataFrame, headline: str | None) -> list[Block]:
+    """One table of the claims, and one figure."""
+    where = f"{len(runs)} runs" if len(runs) > 1 else f"the run *{escape(runs[0].label)}*"
     intro = (
-        f"The paper's claims, judged on {where} by rules that are code. {_counted(judged)} A claim holds in a column "
-        "when it holds for every model and condition tested there, and is undecided where the measurement's own error "
-        "(95 %) reaches the rule's bound or is unknown."
+        f"Judged on {where} by rules that are code. {_counted(judged)} Undecided: the measurement's own error (95 %) "
+        "reaches the rule's bound, or is unknown."
     )
     unclaimed = [f"{escape(run.label)}: {escape(', '.join(run.unclaimed))}" for run in runs if run.unclaimed]
     warning = [Text(f"**Not shown, since no section reads it:** {'; '.join(unclaimed)}.")] if unclaimed else []
-    blocks: list[Block] = [
-        Heading(1, "Claims"),
-        *warning,
-        Text(intro),
-        Table(summary(judged), "The paper's claims, one row each.", (3.4, 24, 15, 17, 20, 20)),
-        Text(POCKET_NOTE if (judged["column"] == POCKET).any() else ""),
-    ]
-    if headline:
-        blocks.append(Picture(headline, HEADLINE_CAPTION))
+    table = Table(summary(judged), _summary_caption(judged), (3.2, 28, 21, 15.5, 20, 18))
+    pictures = [Picture(headline, HEADLINE_CAPTION)] if headline else []
+    return [Heading(1, "Claims"), *warning, Text(intro), table, *pictures]
+
+
+def notes(judged: pd.DataFrame) -> list[Block]:
+    """How the table of claims is to be read, and what has to be known of the models."""
+    return [Text(f"{HOW_TO_READ} {POCKET_NOTE if (judged['column'] == POCKET).any() else ''}".strip())]
+
+
+def details_blocks(runs: list[Run], sections: list[Section], judged: pd.DataFrame) -> list[Block]:
+    """Every finding, and the rules in words."""
     rules = [
         {
             "": claim.id,
@@ -52,26 +56,42 @@ def claims_blocks(runs: list[Run], sections: list[Section], judged: pd.DataFrame
         for claim in CLAIMS
     ]
     return [
-        *(block for block in blocks if block != Text("")),
         Heading(1, "Claims in detail"),
         Text(
             "Accuracies are fractions, “points” hundredths; intervals are 95 %, each for itself: a claim of many "
             "comparisons fails by one that misses for certain, and is not corrected for their number. The paper's "
             "numbers come from its own models and hardware, so a ratio or an ordering is compared, not a value."
         ),
-        Table(details(judged, several), "What was measured for each claim.", (3.4, 14, 24, 23, 22)),
+        Table(details(judged, len(runs) > 1), "What was measured for each claim.", (3.4, 14, 24, 23, 22)),
         Table(pd.DataFrame(rules), "The paper's own figures, and the rules that give the verdicts.", (4, 24, 66)),
     ]
 
 
 def _counted(judged: pd.DataFrame) -> str:
-    """`By claim: pocket model: 3 hold, 1 does not hold, 4 undecided, 0 not tested; ...`."""
-    words = {HOLDS: "hold", FAILS: "do not hold", UNDECIDED: "undecided", NOT_TESTED: "not tested"}
+    """`By claim, pocket model: 3 hold, 1 fail, 4 undecided, 0 not tested; ...`."""
+    words = {HOLDS: "hold", FAILS: "fail", UNDECIDED: "undecided", NOT_TESTED: "not tested"}
     said = [
         f"{column}: " + ", ".join(f"{of_column.get(verdict, 0)} {word}" for verdict, word in words.items())
         for column, of_column in counts(judged).items()
     ]
     return f"By claim, {'; '.join(said)}."
+
+
+def real_models(judged: pd.DataFrame) -> dict[str, str]:
+    """Real model -> its name in the summary: by size where there are several and their sizes tell them apart."""
+    models = list(dict.fromkeys(judged.loc[(judged["column"] == REAL) & (judged["model"] != ""), "model"]))
+    sizes = [style.size_name(model) for model in models]
+    by_size = len(models) > 1 and all(sizes) and len(set(sizes)) == len(models)
+    return {model: size if by_size else style.short_name(model) for model, size in zip(models, sizes, strict=True)}
+
+
+def _summary_caption(judged: pd.DataFrame) -> str:
+    named = [
+        f"{name}: {style.plain_name(model)}"
+        for model, name in real_models(judged).items()
+        if name != style.short_name(model)
+    ]
+    return "The paper's claims, one row each." + (f" Real models, {escape(', '.join(named))}." if named else "")
 
 
 def summary(judged: pd.DataFrame) -> pd.DataFrame:
@@ -92,23 +112,24 @@ def _cell(judged: pd.DataFrame, claim: Claim, column: str) -> str:
         return NOT_TESTED
     if rows["verdict"].ne(NOT_TESTED).any():  # models that cannot decide the claim stand in the details only
         rows = rows[rows["verdict"].ne(NOT_TESTED) | rows["aspect"].ne("")]
-    parts = []
+    parts: dict[str, list[str]] = {}
+    short = real_models(judged)
     for aspect, of_aspect in rows.groupby("aspect", sort=False):
         tested = of_aspect[of_aspect["verdict"] != NOT_TESTED]
         shown = tested if len(tested) else of_aspect
-        said = [_verdict_with_models(verdict, of, shown) for verdict, of in shown.groupby("verdict", sort=False)]
-        parts.append((f"{escape(str(aspect))}: " if aspect else "") + ", ".join(said))
-    return "; ".join(parts)
+        said = [_verdict_with_models(verdict, of, shown, short) for verdict, of in shown.groupby("verdict", sort=False)]
+        parts.setdefault(", ".join(said), []).append(escape(str(aspect)))
+    return "; ".join((f"{' / '.join(aspects)}: " if any(aspects) else "") + said for said, aspects in parts.items())
 
 
-def _verdict_with_models(verdict: object, rows: pd.DataFrame, beside: pd.DataFrame) -> str:
+def _verdict_with_models(verdict: object, rows: pd.DataFrame, beside: pd.DataFrame, short: dict[str, str]) -> str:
     """The verdict with its models, and their conditions where the same model has several verdicts."""
     names = []
     rows = rows[rows["column"] != POCKET]  # whose column has named the model
     for model, of_model in rows.groupby("model", sort=False):
         split = beside.loc[beside["model"] == model, "verdict"].nunique() > 1
         conditions = [condition for condition in dict.fromkeys(of_model["condition"]) if condition]
-        name = style.model_name(str(model))
+        name = short.get(str(model), style.short_name(str(model)))
         names.append(f"{name} {', '.join(conditions)}" if split and conditions else name)
     models = escape(", ".join(dict.fromkeys(filter(None, names))))
     if verdict in (UNDECIDED, NOT_TESTED):
@@ -122,7 +143,8 @@ def details(judged: pd.DataFrame, several_runs: bool) -> pd.DataFrame:
     for row in judged.to_dict("records"):
         first, last = row["claim"] != last, row["claim"]
         where = ", ".join(filter(None, [style.model_name(row["model"]), row["condition"], row["aspect"]]))
-        where = escape(where) + (f" ({escape(row['run'])})" if several_runs and row["run"] else "")
+        run = row["run"].replace(style.plain_name(row["model"]), "").strip()  # a run is often named after its model
+        where = escape(where) + (f" ({escape(run)})" if several_runs and run else "")
         clear = plain(row["verdict"]) in (HOLDS, FAILS)
         verdict = f"**{row['verdict']}**" if clear else row["verdict"]
         why = escape(row["reason"]) + (f"; run `{row['command']}`" if row["command"] and not row["ours"] else "")

@@ -62,8 +62,18 @@ def paper_rows(paper: pd.DataFrame, model: str) -> list[dict[str, str]]:
     return rows
 
 
-def accuracy_summary(table: pd.DataFrame, model: str, beside_paper: bool) -> pd.DataFrame:
-    """A row per variant: sparsity (also by site), mean accuracy, paired change to base, perplexity, the paper's."""
+def accuracy_summary(table: pd.DataFrame, beside_paper: bool) -> pd.DataFrame:
+    """A row per model and variant: sparsity (also by site), mean accuracy, paired change to base, perplexity, and the
+    paper's accuracies."""
+    models = [str(model) for model in table.loc[table["metric"] == "acc", "model"].unique()]
+    frames = [_summary_of(table, model, beside_paper) for model in models]
+    for model, frame in zip(models, frames, strict=True):
+        frame.insert(0, "Model", [escape(style.model_name(model)), *[""] * (len(frame) - 1)])
+    shown = pd.concat(frames, ignore_index=True).fillna(style.DASH) if frames else pd.DataFrame()
+    return without_empty(shown if len(models) > 1 else shown.drop(columns="Model", errors="ignore"))
+
+
+def _summary_of(table: pd.DataFrame, model: str, beside_paper: bool) -> pd.DataFrame:
     part = table[table["model"] == model]
     means = zero_shot_means(part)
     perplexity = part[part["metric"] == "perplexity"].groupby("variant")["value"].first()
@@ -97,7 +107,7 @@ def accuracy_summary(table: pd.DataFrame, model: str, beside_paper: bool) -> pd.
                 **{f"{name} (paper)": _paper_average(paper, variant, name) for name in names},
             }
         )
-    return without_empty(pd.DataFrame(rows))
+    return pd.DataFrame(rows)
 
 
 def _paper_average(paper: pd.DataFrame, variant: str, model: str) -> str:
@@ -122,7 +132,7 @@ def sweep(table: pd.DataFrame) -> pd.DataFrame:
         losses = tried.set_index("learning_rate")["eval_loss"]
         rows.append(
             {
-                "Model": escape(named["model"]),
+                "Model": escape(style.model_name(named["model"])),
                 **({"Task": escape(style.task_name(named["task"]))} if "task" in named else {}),
                 "Variant": escape(style.variant_name(named["variant"])),
                 "Steps": style.number(tried["step"].max(), 0),

@@ -66,7 +66,7 @@ rounds were kept. “Over torch”: over torch's own MLP, as the paper measured.
 sparsity, the gain of sparsity alone. “At the bound”: dense's time over that of reading the needed bytes at the measured
 bandwidth. Paper: its nearest measured sparsity, L40S, float32."""
 ROWS_TABLE = """
-Several rows at once: a neuron is read if any row keeps it, so that the rows' union is what can be skipped. “Path” is
+several rows at once: a neuron is read if any row keeps it, so that the rows' union is what can be skipped. “Path” is
 what really ran."""
 
 
@@ -169,7 +169,7 @@ def errors_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def contents(run: Run) -> list[Block]:
-    """One run's tables."""
+    """Speed-up at one row."""
     table = run.table(LatencyRow)
     if table is None:
         return []
@@ -180,10 +180,20 @@ def contents(run: Run) -> list[Block]:
     blocks: list[Block] = []
     if len(shown := latency_table(run)):
         blocks.append(Table(shown, caption))
+    return blocks
+
+
+def more(run: Run) -> list[Block]:
+    """Several rows at once, and what could not be timed."""
+    table = run.table(LatencyRow)
+    if table is None:
+        return []
+    label = escape(run.label)
+    blocks: list[Block] = []
     if len(several := rows_table(table)):
-        blocks.append(Table(several, ROWS_TABLE))
+        blocks.append(Table(several, f"{label}: {ROWS_TABLE.strip()}"))
     failed = errors_table(table)
-    return [*blocks, Table(failed, "What could not be timed, and why.")] if len(failed) else blocks
+    return [*blocks, Table(failed, f"{label}: what could not be timed, and why.")] if len(failed) else blocks
 
 
 SECTION = Section(
@@ -192,12 +202,14 @@ SECTION = Section(
     tables=(LatencyRow, LatencySample),
     protocol=PROTOCOL,
     figures=(
-        Drawing("e05_latency", LatencyRow, figures.latency_figure, LATENCY_CAPTION),
+        Drawing("e05_latency", LatencyRow, figures.latency_figure, LATENCY_CAPTION, secondary=True),
         Drawing("e05_speedup", LatencyRow, figures.speedup_figure, SPEEDUP_CAPTION),
-        Drawing("e05_ablation", LatencyRow, figures.ablation_figure, ABLATION_CAPTION),
-        Drawing("e05_rows", LatencyRow, figures.rows_figure, ROWS_CAPTION),
+        Drawing("e05_ablation", LatencyRow, figures.ablation_figure, ABLATION_CAPTION, secondary=True),
+        Drawing("e05_rows", LatencyRow, figures.rows_figure, ROWS_CAPTION, secondary=True),
     ),
     contents=contents,
+    more=more,
+    by_run=True,
     rules=(("C7", c7_kernel_speed), ("C8", c8_fused_mask)),
     glance=figures.glance,
 )

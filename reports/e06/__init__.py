@@ -45,10 +45,10 @@ alone: where they add to more than the token, “other” is negative and the ba
 THROUGHPUT_TABLE = """
 batch 1, geometric mean over prompts and repeats ± one standard error of the paired ratio; memory: peak."""
 GROWTH_TABLE = """
-Other conditions than Figure 4's; tokens per second are of all sequences of a batch together."""
+other conditions than Figure 4's; tokens per second are of all sequences of a batch together."""
 AMDAHL_TABLE = "Amdahl's law: what the MLP's share of the time and the kernel's own gain allow, and what was measured."
 GREEDY_TABLE = """
-Greedy tokens: how many of the first generated tokens two ways of computing the same function agree on."""
+greedy tokens: how many of the first generated tokens two ways of computing the same function agree on."""
 
 
 def _figure_rows(table: pd.DataFrame) -> pd.DataFrame:
@@ -174,22 +174,29 @@ def greedy_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def contents(run: Run) -> list[Block]:
-    """One run's tables."""
+    """What Amdahl's law allows; the figure holds the rates."""
     blocks: list[Block] = []
+    if (table := run.table(ThroughputRow)) is not None and generation_speedups(table).empty:
+        blocks.append(Text("No condition was timed both dense and sparse."))
+    if (table := run.table(AmdahlRow)) is not None:
+        blocks.append(Table(amdahl_table(table), AMDAHL_TABLE))
+    return blocks
+
+
+def more(run: Run) -> list[Block]:
+    """All rates, other conditions, and the check of the tokens."""
+    blocks: list[Block] = []
+    label = escape(run.label)
     if (table := run.table(ThroughputRow)) is not None:
         speedups = generation_speedups(table)
         shown = throughput_table(speedups, table)
-        caption = f"Generation on {escape(', '.join(table['machine'].unique()))}, {THROUGHPUT_TABLE.strip()}"
         if len(shown):
-            blocks.append(Table(shown, caption))
+            machines = escape(", ".join(table["machine"].unique()))
+            blocks.append(Table(shown, f"{label}: generation on {machines}, {THROUGHPUT_TABLE.strip()}"))
         if len(grown := growth_table(speedups)):
-            blocks.append(Table(grown, GROWTH_TABLE))
-        if not blocks:
-            blocks.append(Text("No condition was timed both dense and sparse."))
-    if (table := run.table(AmdahlRow)) is not None:
-        blocks.append(Table(amdahl_table(table), AMDAHL_TABLE))
+            blocks.append(Table(grown, f"{label}: {GROWTH_TABLE.strip()}"))
     if (table := run.table(GreedyRow)) is not None:
-        blocks.append(Table(greedy_table(table), GREEDY_TABLE))
+        blocks.append(Table(greedy_table(table), f"{label}: {GREEDY_TABLE.strip()}"))
     return blocks
 
 
@@ -200,9 +207,11 @@ SECTION = Section(
     protocol=PROTOCOL,
     figures=(
         Drawing("e06_ratio", ThroughputRow, figures.ratio_figure, RATIO_CAPTION),
-        Drawing("e06_growth", ThroughputRow, figures.growth_figure, GROWTH_CAPTION),
-        Drawing("e06_shares", ShareRow, figures.shares_figure, SHARES_CAPTION),
+        Drawing("e06_growth", ThroughputRow, figures.growth_figure, GROWTH_CAPTION, secondary=True),
+        Drawing("e06_shares", ShareRow, figures.shares_figure, SHARES_CAPTION, secondary=True),
     ),
     contents=contents,
+    more=more,
+    by_run=True,
     rules=(("C9", c9_generation),),
 )

@@ -56,13 +56,15 @@ def ratio_figure(run: Run) -> Figure | None:
         for (model, layers, dtype, loop), part in lengths.groupby(["model", "layers", "dtype", "loop"], sort=False)
     ]
     groups += [(f"{name}\npaper, eager", paper_ratio[paper_ratio["model"] == name], "paper") for name in beside]
-    figure, ax = plt.subplots(figsize=(style.WIDTH, 0.5 + 0.16 * sum(len(part) + 0.7 for _, part, _ in groups)))
+    figure, ax = plt.subplots(
+        figsize=(style.WIDTH, 0.5 + 0.16 * sum(max(len(part), 1.4) + 0.7 for _, part, _ in groups))
+    )
     middles, end_of_group = [], 0.0
     for _, part, loop in groups:
         part = part.sort_values("generated_tokens")
         y = end_of_group + np.arange(len(part))  # a bar is as thick in a group of one as in a group of four
         middles.append(y.mean())
-        end_of_group += len(part) + 0.7
+        end_of_group += max(len(part), 1.4) + 0.7  # the names have two lines
         look: dict[str, Any] = {
             "color": style.GREEN if loop == "paper" else style.BLUE,
             "hatch": "" if loop == "paper" else hatch(loop, [name for *_, name in groups if name != "paper"]),

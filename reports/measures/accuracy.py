@@ -14,7 +14,15 @@ import numpy as np
 import pandas as pd
 
 from reports.core import style
-from reports.core.statistics import Estimate, normal_estimate, paired_difference, quadrature, unpack_flags
+from reports.core.statistics import (
+    Estimate,
+    bootstrap_means,
+    normal_estimate,
+    paired_difference,
+    quadrature,
+    unpack_flags,
+    unpack_numbers,
+)
 from reports.core.verdicts import Finding, untested
 
 ORDER = ("dense", "cats-50", "cats-70", "cats-90", "cats-matched", "relufication")
@@ -123,6 +131,24 @@ def scores(table: pd.DataFrame, samples: pd.DataFrame | None, model: str) -> dic
         rest = row["difference_stderr"], row["chance"], row["sparsity_measured"]
         at[str(row["variant"])] = Score(row["value"], row["stderr"], *rest, items if set(items) == tasks else {})
     return at
+
+
+def log_ratio(part: pd.DataFrame, samples: pd.DataFrame | None, model: str, variant: str) -> Estimate:
+    """Logarithm of a variant's perplexity over dense's: paired over blocks where kept, else the table's own error."""
+    row = part[part["variant"] == variant].iloc[0]
+    dense = part.loc[part["variant"] == "dense", "value"].iloc[0]
+    value = float(np.log(row["value"] / dense))
+    if samples is not None:
+        of_model = samples[samples["model"] == model].drop_duplicates("variant").set_index("variant")["nats"]
+        if {"dense", variant} <= set(of_model.index):
+            ours, base = unpack_numbers(of_model[variant]), unpack_numbers(of_model["dense"])
+            if len(ours) == len(base) > 1 and abs((ours - base).mean() - value) < 1e-3:
+                draws = bootstrap_means(ours - base, np.random.default_rng(0))
+                low, high = np.quantile(draws, [0.025, 0.975])
+                return Estimate(value, float(low), float(high), "paired over blocks of text")
+    if abs(row["difference"] - value) < 1e-3:
+        return normal_estimate(value, row["difference_stderr"], "paired over blocks, from the table's errors")
+    return Estimate(value)
 
 
 def unfit(model: str, at: dict[str, Score], needed: tuple[str, ...], aspect: str = "") -> Finding | None:

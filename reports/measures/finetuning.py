@@ -97,6 +97,25 @@ def sparsity_means(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def mean_over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows in the layout of e02 with a column ``seed``: one per model, variant, task and metric, the mean over seeds.
+
+    Standard errors join those of the items, which are the same for every seed, and that over seeds.
+    """
+    keys = ["model", "variant", "task", "metric"]
+    rows = []
+    for _, part in table.groupby(keys, sort=False):
+        row = part.iloc[0].copy()
+        if len(part) > 1:
+            row["sparsity_measured"] = part["sparsity_measured"].mean()
+            for column, error in (("value", "stderr"), ("difference", "difference_stderr")):
+                over_seeds = standard_error(part[column].to_numpy())
+                row[column] = part[column].mean(skipna=False)
+                row[error] = math.hypot(part[error].mean(skipna=False), over_seeds)
+        rows.append(row)
+    return pd.DataFrame(rows, columns=table.columns).infer_objects()
+
+
 @dataclass(frozen=True)
 class Trained:
     """One variant as trained: its rows of accuracy, and its items where samples were kept.

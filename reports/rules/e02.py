@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-import pandas as pd
-
 from experiments.framework.tables import ItemSample, TextSample, ZeroShotRow
 from reports.core.load import Run
-from reports.core.statistics import Estimate, bootstrap_means, normal_estimate, unpack_numbers
+from reports.core.statistics import Estimate
 from reports.core.style import number, percent, plus_minus, signed_percent, variant_name
 from reports.core.verdicts import Finding, column_of, decide, untested
-from reports.measures.accuracy import LEVELS, of_the_paper, points_interval, scores, unfit
+from reports.measures.accuracy import LEVELS, log_ratio, of_the_paper, points_interval, scores, unfit
 
 RAISED_BY = {"cats-50": math.log(1.02), "relufication": math.log(1.10)}  # at most; at least
 
@@ -99,21 +96,3 @@ def perplexity_finding(model: str, raised: dict[str, Estimate], ours: str, aspec
         if e.known
     ]
     return Finding(model, column_of(model), verdict, ours, "; ".join(ends), reason, aspect=aspect)
-
-
-def log_ratio(part: pd.DataFrame, samples: pd.DataFrame | None, model: str, variant: str) -> Estimate:
-    """Logarithm of a variant's perplexity over dense's: paired over blocks where kept, else the table's own error."""
-    row = part[part["variant"] == variant].iloc[0]
-    dense = part.loc[part["variant"] == "dense", "value"].iloc[0]
-    value = float(np.log(row["value"] / dense))
-    if samples is not None:
-        of_model = samples[samples["model"] == model].drop_duplicates("variant").set_index("variant")["nats"]
-        if {"dense", variant} <= set(of_model.index):
-            ours, base = unpack_numbers(of_model[variant]), unpack_numbers(of_model["dense"])
-            if len(ours) == len(base) > 1 and abs((ours - base).mean() - value) < 1e-3:
-                draws = bootstrap_means(ours - base, np.random.default_rng(0))
-                low, high = np.quantile(draws, [0.025, 0.975])
-                return Estimate(value, float(low), float(high), "paired over blocks of text")
-    if abs(row["difference"] - value) < 1e-3:
-        return normal_estimate(value, row["difference_stderr"], "paired over blocks, from the table's errors")
-    return Estimate(value)

@@ -1,13 +1,15 @@
-"""Launch of the fused CPU kernel: tensors in, numpy views to numba, a tensor out."""
+"""Launch of the fused CPU kernel: tensors in, their addresses to numba, a tensor out."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cats_kernels.cpu.addressed import addressed_kernels
 from cats_kernels.cpu.kernels import parallel_kernel, serial_kernel
 from cats_kernels.cpu.threads import parallel_region, threads_for
 from cats_kernels.reference import check_decider, gate_activation
@@ -53,15 +55,56 @@ def sparse_gated_mlp_cpu(
     """
     gate_activation(activation)
     check_decider(decider)
-    y = torch.empty(x.shape)
-    deciding, other = (gate_weight, up_weight) if decider == "gate" else (up_weight, gate_weight)
-    weights = as_array(deciding), as_array(other), as_array(down_weight_t)
-    options = as_thresholds(threshold), activation == "gelu_tanh", decider == "up"
-    inputs, output = as_array(x.float()), as_array(y)
-    threads = threads_for(3 * gate_weight.numel())
-    for i in range(0, x.shape[0], MAX_ROWS):
-        launch(threads, inputs[i : i + MAX_ROWS], *weights, *options, output[i : i + MAX_ROWS])
-    return y.to(x.dtype)
+    thresholds = as_thresholds(threshold)
+    weights = gate_weight, up_weight, down_weight_t
+    return by_address(x, weights, thresholds.ctypes.data, thresholds.size, activation, decider)(x)
+
+
+def by_address(
+    x: Tensor, weights: tuple[Tensor, Tensor, Tensor], thresholds: int, count: int, activation: str, decider: str
+) -> Callable[[Tensor], Tensor]:
+    """The kernel for x (..., d) of this shape and dtype, weights (gate, up, transposed down) and ``count`` thresholds
+    where they are now. It keeps none of them alive."""
+    m, d = weights[0].shape
+    gate, up, down = (weight.data_ptr() for weight in weights)
+    deciding, other = (gate, up) if decider == "gate" else (up, gate)
+    fixed = deciding, other, down, thresholds
+    options = d, m, count, activation == "gelu_tanh", decider == "up"
+    rows, dtype, row_bytes = x.numel() // d, x.dtype, 4 * d
+    chunks = [(i * row_bytes, min(MAX_ROWS, rows - i)) for i in range(0, rows, MAX_ROWS)]
+    serial, parallel = addressed_kernels(dtype)
+
+    def call(x: Tensor) -> Tensor:
+        inputs = x if dtype == torch.float32 else x.float()
+        y = torch.empty_like(inputs)
+        first_x, first_y = inputs.data_ptr(), y.data_ptr()
+        threads = threads_for(3 * m * d)
+        for offset, n in chunks:
+            if threads == 1:
+                serial(first_x + offset, *fixed, first_y + offset, n, *options, threads)
+            else:
+                with parallel_region(threads):
+                    parallel(first_x + offset, *fixed, first_y + offset, n, *options, threads)
+        return y if dtype == torch.float32 else y.to(dtype)
+
+    return call
+
+
+def repeated(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight_t: Tensor,
+    threshold: Threshold,
+    activation: str,
+    decider: str,
+) -> Callable[[Tensor], Tensor] | None:
+    """`sparse_gated_mlp_cpu` for contiguous x (..., d) of this shape, while weights and threshold keep their addresses;
+    None where the threshold is not in memory as the kernel reads it."""
+    if not isinstance(threshold, Tensor) or not threshold.is_contiguous():
+        return None
+    weights = gate_weight, up_weight, down_weight_t
+    return by_address(x, weights, threshold.data_ptr(), threshold.numel(), activation, decider)
 
 
 def launch(threads: int, *arguments: Any) -> None:

@@ -26,6 +26,11 @@ class Config:
     down_tile: int = 16  # weight rows, of the down kernel, with dot
     reduce_block: int = 32  # columns that a program of the reduction sums, if fused
     dependent: bool = True  # programmatic dependent launch, where the chip has it
+    early: bool = False  # with it, the next kernel may start before this one has waited for the previous one
+    ahead: int = 0  # fused: rows of the deciding weight that a program asks for before it waits (a power of 2)
+    next: int = 0  # fused: of so many last neurons the active ones' rows are asked for as soon as they are listed
+    x_policy: str = ""  # fused: "evict_last" to keep x in L2
+    reduce_warps: int = 8  # of the reduction, if fused
 
 
 TENSOR_CORES = Config(64, 64, warps=4, programs=2, stages=4, dot=True, down_block=512, down_tile=16)

@@ -19,6 +19,7 @@ from cats_kernels.triton.device import (
     list_active,
     load_rows,
     load_x,
+    prefetch_rows,
     project,
     threshold_of,
 )
@@ -47,7 +48,7 @@ def deciding_kernel(
 ):
     """v = the deciding product of TILE neurons on tensor cores, masked, and the words by which the next kernel
     skips."""
-    await_previous_kernel(PDL)
+    await_previous_kernel(PDL, False)
     neuron = tl.program_id(0) * TILE + tl.arange(0, TILE)
     row = tl.arange(0, BLOCK_ROWS)[:, None]
     valid = neuron < m
@@ -87,6 +88,11 @@ def fused_kernel(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     PARTS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    NEXT: tl.constexpr,
+    LINE: tl.constexpr,
+    X_POLICY: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """All three products over this program's even share of the neurons: first its rows of the deciding weight, listing
@@ -94,13 +100,18 @@ def fused_kernel(
     another. With PARTS over 1 it does so in two parts, divided at a neuron that its number decides, so that not all
     programs turn from the deciding weight to the others at one time.
 
-    The loads of both rows are issued together, before the product that the second one has to wait for.
+    The loads of both rows are issued together, before the product that the second one has to wait for. AHEAD: the first
+    rows of the deciding weight are asked for in L2 before the previous kernel is waited for. NEXT: of the last so many
+    neurons of a part, the active ones' rows of the other two are asked for as soon as they are listed, and used first.
     """
-    await_previous_kernel(PDL)
-    x = load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D)
     program = tl.program_id(0)
     start = program * m // tl.num_programs(0)
     end = (program + 1) * m // tl.num_programs(0)
+    if AHEAD:
+        early = start + tl.arange(0, AHEAD)
+        prefetch_rows(deciding_ptr, early, early < end, D, BLOCK_D, LINE)
+    await_previous_kernel(PDL, EARLY)
+    x = load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D, X_POLICY)
     row = tl.arange(0, BLOCK_ROWS)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
     middle = start + (end - start) * (program % PARTS + 1) // PARTS
@@ -121,11 +132,19 @@ def fused_kernel(
             tl.store(indices_ptr + slot, neuron, mask=active == 1)
             mask = (active == 1)[None, :] & (row < ROWS)
             tl.store(v_ptr + row * m + slot[None, :], tl.where(keep, v, 0.0), mask=mask)
+            if NEXT:
+                soon = (active == 1) & (neuron >= part_end - NEXT)
+                prefetch_rows(other_ptr, neuron, soon, D, BLOCK_D, LINE)
+                prefetch_rows(down_ptr, neuron, soon, D, BLOCK_D, LINE)
             last += tl.sum(active, 0)
         tl.debug_barrier()  # other threads of this program read the list back
         for first in tl.range(part_start, last, TILE, num_stages=STAGES):
             slot = first + tl.arange(0, TILE)
-            valid = slot < last
+            if NEXT:
+                slot = last - 1 - (slot - part_start)
+                valid = slot >= part_start
+            else:
+                valid = slot < last
             neuron = tl.load(indices_ptr + slot, mask=valid, other=0)
             other = load_rows(other_ptr, neuron, valid, 0, D, BLOCK_D, False)
             down = load_rows(down_ptr, neuron, valid, 0, D, BLOCK_D, False)
@@ -161,7 +180,7 @@ def other_kernel(
     PDL: tl.constexpr,
 ):
     """h = v times the other product at the active neurons, on tensor cores."""
-    await_previous_kernel(PDL)
+    await_previous_kernel(PDL, False)
     start, end, total = list_active(words_ptr, indices_ptr, words, BLOCK_WORDS, WORD_ROWS, CHUNK)
     tl.store(count_ptr, total, mask=tl.program_id(0) == 0)
     row = tl.arange(0, BLOCK_ROWS)[:, None]
@@ -193,7 +212,7 @@ def down_kernel(
     PDL: tl.constexpr,
 ):
     """Partial sums of h W_down over one split of the active neurons and one block of columns."""
-    await_previous_kernel(PDL)
+    await_previous_kernel(PDL, False)
     total = tl.load(count_ptr)
     split = tl.program_id(0)
     start = split * total // tl.num_programs(0)
@@ -219,10 +238,11 @@ def reduce_kernel(
     n,
     BLOCK_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y = the sum of the partial outputs, always in the same order, cast once."""
-    await_previous_kernel(PDL)
+    await_previous_kernel(PDL, EARLY)
     part = tl.arange(0, BLOCK_PARTS)[:, None]
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = (part < parts) & (element < n)[None, :]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cats_kernels.thresholds import ONE, Threshold, kind_of
+from cats_kernels.thresholds import Threshold, kind_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -30,7 +30,8 @@ class Target:
 class Call:
     """One call of the sparse gated MLP: x (rows, d) and weights (m, d) into y (rows, d), on one chip.
 
-    ``TENSORS`` are its fields that are always tensors."""
+    ``TENSORS`` are its fields that are always tensors.
+    """
 
     TENSORS: ClassVar[tuple[str, ...]] = ("x", "gate_weight", "up_weight", "down_weight_t", "y")
     x: Tensor
@@ -114,61 +115,6 @@ class Launch:
         values = [arguments[name] for name in self.kernel.arg_names if name in arguments]
         types = [value.dtype if isinstance(value, Tensor) else value for value in values]
         self.kernel.warmup(*types, grid=self.grid, **self.constants, **self.compiler_options())
-
-
-class Recorded:
-    """The launches of a plan and what Triton compiled for them, to be made again on other tensors of the same kind.
-
-    Triton's launcher looks at every argument of every launch anew, and planning makes a tensor for every buffer:
-    together more than a whole MLP takes on a GPU. Here a call fills in addresses, and takes its buffers as one.
-    """
-
-    def __init__(self, launches: Sequence[Launch]) -> None:
-        """Enqueues the launches. Arguments that are neither fields of a call nor buffers are the same in all calls."""
-        offsets: dict[int, int] = {}  # of the plan's buffers in one
-        self.size = 0
-        self.steps: list[tuple[Any, list[Any], list[tuple[int, str | int]]]] = []
-        for step in launches:
-            named = {**step.buffers, **step.constants}
-            values: list[Any] = [named.get(name) for name in step.kernel.arg_names]
-            sources: list[tuple[int, str | int]] = []
-            for position, (name, value) in enumerate(zip(step.kernel.arg_names, values, strict=True)):
-                if name in step.fields:
-                    sources.append((position, step.fields[name]))
-                elif isinstance(value, Tensor):
-                    values[position] = None  # not kept alive
-                    if id(value) not in offsets:
-                        offsets[id(value)] = self.size
-                        self.size += cdiv(value.nbytes, ALIGNMENT) * ALIGNMENT
-                    sources.append((position, offsets[id(value)]))
-            grid = (*step.grid, 1, 1)[:3]
-            self.steps.append((step()[grid], values, sources))
-
-    def __call__(self, call: Call) -> None:
-        """Enqueue the same launches for another call on the current stream."""
-        buffer = torch.empty(self.size, dtype=torch.uint8, device=call.x.device)
-        base = buffer.data_ptr()
-        fields: dict[str, Any] = {name: getattr(call, name).data_ptr() for name in call.TENSORS}
-        threshold = call.threshold
-        fields["threshold"] = threshold.data_ptr() if isinstance(threshold, Tensor) else threshold
-        for enqueue, values, sources in self.steps:
-            filled = values.copy()
-            for position, source in sources:
-                filled[position] = base + source if isinstance(source, int) else fields[source]
-            enqueue(*filled)
-
-
-ALIGNMENT = 256
-"""Bytes; Triton compiles for pointers that are multiples of 16, and torch allocates in multiples of 512."""
-
-
-def aligned(call: Call) -> bool:
-    """Whether all tensors of a call lie at multiples of 16 bytes: kernels compiled for one such call serve another. A
-    threshold of one element is loaded alone, wherever it lies."""
-    if any(getattr(call, name).data_ptr() % 16 for name in call.TENSORS):
-        return False
-    threshold = call.threshold
-    return not isinstance(threshold, Tensor) or kind_of(threshold) == ONE or threshold.data_ptr() % 16 == 0
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

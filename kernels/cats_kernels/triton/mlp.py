@@ -29,14 +29,13 @@ from cats_kernels.triton.launch import (
     INTERPRETED,
     Call,
     Launch,
-    Recorded,
-    aligned,
     cdiv,
     on,
     power_of_2,
     run,
     target_of,
 )
+from cats_kernels.triton.recorded import Recorded, Repeated, aligned
 from cats_kernels.weights import MAX_ROWS
 
 
@@ -75,12 +74,17 @@ def plan_fused(call: Call, config: Config) -> list[Launch]:
             TILE=config.tile,
             STAGES=config.stages,
             PARTS=config.parts,
+            AHEAD=config.ahead,
+            NEXT=config.next,
+            LINE=128 // call.x.element_size(),
+            X_POLICY=config.x_policy,
+            EARLY=config.early,
             PDL=pdl,
         ),
         warps=config.warps,
         dependent=pdl,
     )
-    return [fused, plan_reduce(call, sums, pdl, config.reduce_block)]
+    return [fused, plan_reduce(call, sums, pdl, config.reduce_block, config.reduce_warps, config.early)]
 
 
 def plan_split(call: Call, config: Config) -> list[Launch]:
@@ -160,7 +164,9 @@ def plan_down(call: Call, config: Config, h: Tensor, indices: Tensor, count: Ten
     return [down, plan_reduce(call, partial, pdl, block=128)]
 
 
-def plan_reduce(call: Call, partial: Tensor, dependent: bool, block: int) -> Launch:
+def plan_reduce(
+    call: Call, partial: Tensor, dependent: bool, block: int, warps: int = 8, early: bool = False
+) -> Launch:
     """The sum of partial (parts, rows, d) into y; a program sums a block of elements."""
     parts, n = partial.shape[0], call.y.numel()
     return Launch(
@@ -169,8 +175,8 @@ def plan_reduce(call: Call, partial: Tensor, dependent: bool, block: int) -> Lau
         call,
         dict(y_ptr="y"),
         dict(partial_ptr=partial, parts=parts, n=n),
-        dict(BLOCK_PARTS=power_of_2(parts), BLOCK=block, PDL=dependent),
-        warps=8,
+        dict(BLOCK_PARTS=power_of_2(parts), BLOCK=block, EARLY=early, PDL=dependent),
+        warps=warps,
         dependent=dependent,
     )
 
@@ -230,7 +236,7 @@ def sparse_gated_mlp_triton(
     if INTERPRETED or not aligned(call):
         run(plan(call, config), x.device)
         return call.y.view(x.shape)
-    key = (call.x.shape, call.m, x.dtype, activation, decider, kind_of(call.threshold), x.device, config)
+    key = recorded_key(call, config)
     with on(x.device):
         if key in RECORDED:
             RECORDED[key](call)
@@ -241,6 +247,30 @@ def sparse_gated_mlp_triton(
 
 RECORDED: dict[tuple[Any, ...], Recorded] = {}
 """What has been launched once, by all that its kernels were compiled for."""
+
+
+def recorded_key(call: Call, config: Config | None = None) -> tuple[Any, ...]:
+    """All that the kernels of an aligned call are compiled for."""
+    rule = call.activation, call.decider, kind_of(call.threshold)
+    return call.x.shape, call.m, call.x.dtype, *rule, call.x.device, config
+
+
+def repeated(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight_t: Tensor,
+    threshold: Threshold,
+    activation: str,
+    decider: str,
+) -> Repeated | None:
+    """The launches that `sparse_gated_mlp_triton` has made for these arguments, to be made again with another x of this
+    shape while weights and threshold keep their addresses; None where it has recorded none."""
+    if isinstance(threshold, Tensor) and not threshold.is_contiguous():
+        return None
+    call = make_call(x, gate_weight, up_weight, down_weight_t, threshold, activation, decider)
+    recorded = RECORDED.get(recorded_key(call)) if aligned(call) else None
+    return None if recorded is None else Repeated(recorded, call)
 
 
 def dense_masked(

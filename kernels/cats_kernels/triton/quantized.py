@@ -20,9 +20,7 @@ from cats_kernels.triton.launch import (
     INTERPRETED,
     Call,
     Launch,
-    Recorded,
     Target,
-    aligned,
     cdiv,
     on,
     power_of_2,
@@ -33,6 +31,7 @@ from cats_kernels.triton.mlp import count_programs, plan_reduce
 from cats_kernels.triton.quantized_configs import QuantizedConfig, choose_quantized_config
 from cats_kernels.triton.quantized_device import HIGH_BITS, LOW_BITS
 from cats_kernels.triton.quantized_kernels import fused_quantized_kernel
+from cats_kernels.triton.recorded import Recorded, aligned
 from cats_kernels.weights import MAX_ROWS
 
 

@@ -64,7 +64,7 @@ def fused_quantized_kernel(
     """All three products over this program's even share of the neurons: first its rows of the deciding weight, listing
     the active neurons, then their rows of the other weight and of W_down^T, summed in registers. PARTS as in
     `fused_kernel`."""
-    await_previous_kernel(PDL)
+    await_previous_kernel(PDL, False)
     column = chunk_columns(GROUP, BITS, CHUNK, CHUNKS)
     x_low = load_columns(x_ptr, column, ROWS, BLOCK_ROWS, D)
     x_high = load_columns(x_ptr, column + GROUP // 2, ROWS, BLOCK_ROWS, D) if BITS == 4 else x_low

@@ -1,4 +1,4 @@
-"""What the report says of e02: zero-shot accuracy and perplexity without fine-tuning (Table 1, perplexity of v4)."""
+"""Figures of e02: accuracy and perplexity against sparsity, and the cost of CATS-50 against the size of the model."""
 
 from __future__ import annotations
 
@@ -13,42 +13,13 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from experiments.framework.tables import ItemSample, TextSample, ZeroShotRow
 from reports.core import style
-from reports.core.document import Block, Table, escape
 from reports.core.load import Run, paper_models, paper_table
-from reports.core.protocol import CALIBRATION, of, phrases, tasks_and_items, values
-from reports.core.section import Aspect, Drawing, Painter, Section
-from reports.core.tables import accuracy_summary, paper_rows, zero_shot
+from reports.core.section import Painter
 from reports.core.verdicts import POCKET_MODEL
-from reports.measures.accuracy import zero_shot_means
-from reports.rules.e02 import c2_near_base, c3_beats_relufication, c11_perplexity
+from reports.measures.accuracy import log_ratio, scores, zero_shot_means
 
 PAPER_RELU_SPARSITY = 0.90  # the paper gives "about 90 %" and no measured value
-
-PROTOCOL = (
-    Aspect("models", "Mistral-7B, Llama2-7B (13B: averages)", of(ZeroShotRow, lambda table: values(table, "model"))),
-    Aspect("tasks", "openbookqa, arc_easy, winogrande, hellaswag, arc_challenge, piqa, boolq, sciq; lm-eval's acc, "
-           "0-shot, all items", of(ZeroShotRow, tasks_and_items)),
-    Aspect("calibration", "500 samples of RefinedWeb", phrases("e02", *CALIBRATION)),
-    Aspect("path", "dense, then a mask", of(ZeroShotRow, lambda table: values(table, "path"))),
-)  # fmt: skip
-
-ACCURACY_CAPTION = """
-Mean zero-shot accuracy against measured sparsity, without fine-tuning; ours first, then the paper's (where
-ReLUfication stands at the 90 % that the paper states). Circles: base (grey), CATS-50 (blue), CATS-70 (green),
-CATS-90 (orange), CATS at ReLUfication's own sparsity (purple); diamond: ReLUfication; squares: other criteria, by name.
-Bars: one standard error."""
-TABLE_1 = """
-zero-shot accuracy in the layout of the paper's Table 1, ± one standard error (lm-eval's; that of the mean takes
-the tasks as independent). Bold: the best sparse variant of each column."""
-PAPER_TABLE_1 = "The paper's Table 1. Bold: the best sparse variant of each column."
-SUMMARY = """
-sparsity, mean accuracy and perplexity on held-out text. The change against base is paired over the same items, ± one
-standard error. “CATS at ReLU's sparsity” is the matched comparison that the paper leaves out."""
-PAPER_PERPLEXITY = "The paper's increase of perplexity against its dense models (Table 3 of its fourth version)."
-POCKET_NOTE = (
-    "The pocket model's checkpoint was chosen by its loss on held-out modules from which its tasks are made too: its "
-    "accuracies are a little too high. All variants share that, and what is compared are differences between them."
-)
+HALF = "cats-50"
 
 
 def accuracy_figure(run: Run) -> Figure:
@@ -69,16 +40,17 @@ def accuracy_figure(run: Run) -> Figure:
     for ax, (name, ours) in zip(flat, panels, strict=False):
         part = means[means["model"] == name] if ours else _as_means(paper[paper["model"] == name])
         accuracy_panel(ax, part)
-        ax.set_title(f"{name} (ours)" if ours else f"{name} (paper)")
+        ax.set_title(f"{style.short_name(name)} (ours)" if ours else f"{name} (paper)", fontsize=8.5)
     for ax, (model, part) in zip(flat[len(panels) :], perplexity.groupby("model") if extra else (), strict=False):
         accuracy_panel(ax, part)
-        _perplexity_axis(ax, part["value"], str(model))
+        _perplexity_axis(ax, part["value"], style.short_name(str(model)))
     flat[0].set_ylabel("mean zero-shot accuracy")
     return figure
 
 
 def _perplexity_axis(ax: Axes, measured: pd.Series, model: str) -> None:
-    ax.set(title=f"{model}, held-out text", ylabel="perplexity")
+    ax.set(ylabel="perplexity")
+    ax.set_title(f"{model}, text", fontsize=8.5)
     if measured.max() > 3 * measured.min():
         ax.set_yscale("log")
         ax.set_ylabel("perplexity, log scale")
@@ -147,70 +119,75 @@ def glance(runs: list[Run]) -> Painter | None:
         if np.isfinite(chance):
             ax.axhline(chance, color=style.GREY, lw=0.8, ls=":")
             ax.annotate("chance", (0, chance), xytext=(0, 3), textcoords="offset points", color=style.GREY, fontsize=8)
-        ax.set(title=f"{model}: zero-shot, no fine-tuning", ylabel=f"mean accuracy, {count} tasks")
+        ax.set(title=f"{style.short_name(model)}: zero-shot, no fine-tuning", ylabel=f"mean accuracy, {count} tasks")
 
     return paint
 
 
-def paper_table_1(models: list[str]) -> pd.DataFrame:
-    """The paper's Table 1 for the models that stand beside ours."""
-    paper = paper_table("table1_zero_shot")
-    names = dict.fromkeys(name for model in models for name in paper_models(model, paper["model"]))
-    rows: list[dict[str, str]] = []
-    for name in names:
-        rows += paper_rows(paper[paper["model"] == name], name)
-    return pd.DataFrame(rows).fillna(style.DASH)
+def size_points(run: Run) -> pd.DataFrame:
+    """What CATS-50 costs: a row per model and metric, ours with the 95 % interval, and the paper's without one.
 
-
-def paper_perplexity() -> pd.DataFrame:
-    """The paper's increases of perplexity, a row per model and variant."""
-    paper = paper_table("table3_v4_perplexity")
-    wide = paper.pivot_table(index=["model", "variant"], columns="fine_tuned", values="perplexity_increase_percent")
+    Columns: model, paper (whether it is the paper's), parameters, metric (``acc``: points of mean accuracy;
+    ``perplexity``: increase in percent), value, low, high.
+    """
+    table = run.tables[ZeroShotRow.table]
     rows = []
-    for model, variant in wide.index:
-        increases = wide.loc[(model, variant)]
-        rows.append(
-            {
-                "Model": str(model),
-                "": style.variant_name(str(variant)),
-                "Without fine-tuning": style.signed_percent(increases.get("no", math.nan) / 100),
-                "Fine-tuned": style.signed_percent(increases.get("yes", math.nan) / 100),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def contents(run: Run) -> list[Block]:
-    """One run's tables."""
-    table = run.table(ZeroShotRow)
-    if table is None:
-        return []
-    models = [str(model) for model in table["model"].unique()]
-    blocks: list[Block] = []
-    for model in models:
-        if not len(table[(table["model"] == model) & (table["metric"] == "acc")]):
+    for model in dict.fromkeys(table["model"]):
+        if not math.isfinite(style.parameters(model)):
             continue
-        blocks += [
-            Table(zero_shot(table, model), f"{escape(model)}: {TABLE_1}"),
-            Table(accuracy_summary(table, model, beside_paper=True), f"{escape(model)}: {SUMMARY}"),
-        ]
-    return [*blocks, Table(paper_table_1(models), PAPER_TABLE_1), Table(paper_perplexity(), PAPER_PERPLEXITY)]
+        who = {"model": style.short_name(model), "paper": False, "parameters": style.parameters(model)}
+        part = table[table["model"] == model]
+        at = scores(part, run.table(ItemSample), model)
+        if {"dense", HALF} <= set(at):
+            change = at[HALF].lead(at["dense"], to_dense=True)
+            ends = [100 * end for end in (change.value, change.low, change.high)]
+            rows.append({**who, "metric": "acc", **dict(zip(("value", "low", "high"), ends, strict=True))})
+        text = part[part["metric"] == "perplexity"]
+        if {"dense", HALF} <= set(text["variant"]):
+            raised = log_ratio(text, run.table(TextSample), model, HALF)
+            ends = [100 * math.expm1(end) for end in (raised.value, raised.low, raised.high)]
+            rows.append({**who, "metric": "perplexity", **dict(zip(("value", "low", "high"), ends, strict=True))})
+    return pd.DataFrame([*rows, *_paper_sizes()])
 
 
-def note(runs: list[Run]) -> str:
-    """The caution about the pocket model, where a run has it."""
-    tables = [table for run in runs if (table := run.table(ZeroShotRow)) is not None]
-    return POCKET_NOTE if any((table["model"] == POCKET_MODEL).any() for table in tables) else ""
+def _paper_sizes() -> list[dict[str, object]]:
+    accuracy = paper_table("table1_zero_shot").query("task == 'average'").pivot(index="model", columns="variant")
+    text = paper_table("table3_v4_perplexity").query("variant == @HALF and fine_tuned == 'no'")
+    unknown = {"low": math.nan, "high": math.nan}
+    change = 100 * (accuracy["accuracy"][HALF] - accuracy["accuracy"]["dense"])
+    points = [(name, "acc", value) for name, value in change.items()]
+    points += list(text.assign(metric="perplexity")[["model", "metric", "perplexity_increase_percent"]].to_numpy())
+    return [
+        {"model": str(name), "paper": True, "parameters": style.parameters(str(name)), "metric": metric, "value": value,
+         **unknown}
+        for name, metric, value in points
+    ]  # fmt: skip
 
 
-SECTION = Section(
-    experiment="e02",
-    title="Zero-shot accuracy (Table 1)",
-    tables=(ZeroShotRow, ItemSample, TextSample),
-    protocol=PROTOCOL,
-    figures=(Drawing("e02_accuracy", ZeroShotRow, accuracy_figure, ACCURACY_CAPTION),),
-    contents=contents,
-    rules=(("C2", c2_near_base), ("C3", c3_beats_relufication), ("C11", c11_perplexity)),
-    note=note,
-    glance=glance,
-)
+def size_figure(run: Run) -> Figure | None:
+    """Two panels over the size of the model: what CATS-50 costs in accuracy, and in perplexity."""
+    points = size_points(run)
+    if points["paper"].all():
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(style.WIDTH, 2.5))
+    titles = {"acc": ("change of mean accuracy, points", -2.0), "perplexity": ("increase of perplexity, %", 2.0)}
+    for ax, (metric, (title, bound)) in zip(axes, titles.items(), strict=True):
+        part = points[points["metric"] == metric]
+        for row in part.to_dict("records"):
+            colour = style.GREEN if row["paper"] else style.BLUE
+            error = None
+            if math.isfinite(row["low"]):
+                error = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+            marker = "D" if row["paper"] else "o"
+            ax.errorbar(row["parameters"], row["value"], error, fmt=marker, color=colour, capsize=2, ms=5)
+        ax.axhline(bound, color=style.GREY, lw=0.8, ls=":")
+        ax.set(xscale="log", xlabel="parameters", ylabel=title)
+        ax.set_xlim(part["parameters"].min() / 1.8, part["parameters"].max() * 6)
+        ends = [(row["parameters"], row["value"], row["model"] + " (paper)" * row["paper"],
+                 style.GREEN if row["paper"] else style.BLUE) for row in part.to_dict("records")]  # fmt: skip
+        style.label_ends(ax, ends, size=7)
+    axes[1].set_yscale("log")
+    axes[1].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes[1].yaxis.set_major_formatter(ScalarFormatter())
+    axes[1].yaxis.set_minor_formatter(NullFormatter())
+    return figure

@@ -1,0 +1,161 @@
+"""Generation as an inference engine does it: one fixed cache, one compiled step with the choice of the token inside.
+
+tokens = cats.generate(model, input_ids, max_new_tokens=256)
+
+The model may be dense or patched by `cats.apply`, and may be switched between calls. On a GPU a token is the replay of
+one CUDA graph; on a CPU the step runs as it is, over a cache that is written in place.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cats.generation.attention import separate
+from cats.generation.cache import capacity_for
+from cats.generation.decoder import Decoder, Settings, decoder_of
+from cats.generation.loops import LOOPS, Loop, check_loop, default_loop
+from cats.generation.sampling import Sampling
+from cats.generation.serving import inner, obstacle, transformers_generate, wrapper_obstacle
+
+__all__ = ["LOOPS", "Decoder", "Loop", "Sampling", "Settings", "capacity_for", "decoder_of", "generate", "release"]
+
+MODELS_OWN = "model"
+
+
+def generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    attention_mask: Tensor | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    eos_token_id: int | Iterable[int] | str | None = MODELS_OWN,
+    pad_token_id: int | None = None,
+    streamer: Any = None,
+    loop: str = "auto",
+    cache_tokens: int = 0,
+) -> Tensor:
+    """Continue ``input_ids``; greedily unless a temperature is given.
+
+    The same tokens as ``model.generate`` with the same settings, up to rounding: on a GPU sums are taken in another
+    order. Of the model's ``generation_config`` only the end and padding tokens count.
+
+    Args:
+        model: a causal language model of transformers on one device, dense or patched.
+        input_ids: int64 (batch, prompt), or (prompt,) for one sequence; shorter sequences are padded on the left.
+        max_new_tokens: tokens to generate, at least 1.
+        attention_mask: (batch, prompt), 0 for padding; None where there is none.
+        temperature: 0 takes the likeliest token; else one is drawn from the logits divided by it.
+        top_k: draw among the so many likeliest tokens.
+        top_p: draw among the likeliest tokens whose probabilities add up to this.
+        seed: of the draws; None for torch's default generator.
+        eos_token_id: a token, or several, that end a sequence; "model" for those of the model's generation_config,
+            None for none.
+        pad_token_id: what follows the end of a sequence that others outlast; by default the model's, or its first end
+            token.
+        streamer: one of transformers' streamers, or a function that is called with every token, int64 (batch,) on the
+            host.
+        loop: "auto" (on a GPU "graph-tuned", or "graph" for several sequences; on a CPU "eager"), "eager" (nothing is
+            compiled), "captured" (a CUDA graph of what runs uncompiled), "graph" (compiled, then captured),
+            "graph-tuned" (compiled with tuning: a minute more for a 7B model), or "transformers" (``model.generate``).
+        cache_tokens: tokens that the cache holds from the start, at least; a cache that is full is replaced by one of
+            twice the size.
+
+    Returns:
+        int64 (batch, prompt + new tokens), on the device of the model.
+
+    Raises:
+        TypeError, ValueError: one sentence naming the argument that is wrong and what is allowed.
+    """
+    ids, mask = _check_input(model, input_ids, attention_mask, max_new_tokens)
+    sampling = Sampling(temperature, top_k, top_p)
+    itself = inner(model)
+    reason = obstacle(itself) or wrapper_obstacle(model)
+    if loop == "auto" and reason is None:
+        loop = default_loop(ids.device, len(ids))
+    elif loop not in ("auto", "transformers"):
+        check_loop(loop, ids.device)
+    stop, pad = _special_tokens(itself, eos_token_id, pad_token_id)
+    generator = None if seed is None else torch.Generator(ids.device).manual_seed(_check_seed(seed))
+    settings = Settings(loop, sampling, generator, stop, pad, room=cache_tokens)
+    on_tokens = _on_tokens(streamer, ids)
+    if reason is not None or loop == "transformers":
+        if reason is not None and loop != "transformers":
+            warnings.warn(f"transformers' generate is used, since {reason}", stacklevel=2)
+        tokens = transformers_generate(model, ids, mask, max_new_tokens, settings, on_tokens)
+    else:
+        tokens = decoder_of(itself).run(itself, ids, mask, max_new_tokens, settings, on_tokens)
+    if hasattr(streamer, "end"):
+        streamer.end()
+    return tokens
+
+
+def release(model: nn.Module) -> None:
+    """Free what `generate` keeps for ``model``: the cache, the captured graph, and the joined storage of weights."""
+    itself = inner(model)
+    decoder_of(itself).release()
+    separate(itself)
+
+
+def _check_input(model: Any, ids: Any, mask: Any, new_tokens: int) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.dim() not in (1, 2):
+        given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"input_ids must be an int64 tensor (batch, prompt), not {given}")
+    if not ids.numel():
+        raise ValueError("input_ids has no tokens: a prompt needs at least one")
+    if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be a whole number, 1 or more, not {new_tokens!r}")
+    device = next(model.parameters()).device
+    ids = ids.long().to(device)
+    ids = ids[None] if ids.dim() == 1 else ids
+    if mask is None:
+        return ids, None
+    if not isinstance(mask, Tensor) or mask.numel() != ids.numel():
+        raise ValueError(f"attention_mask must be a tensor of the shape of input_ids, {tuple(ids.shape)}")
+    mask = (mask.reshape(ids.shape) != 0).long().to(device)
+    if bool((mask[:, 1:] < mask[:, :-1]).any()) or not bool(mask[:, -1].all()):
+        raise ValueError("attention_mask has padding after a token: pad on the left (tokenizer.padding_side = 'left')")
+    return ids, mask
+
+
+def _check_seed(seed: int) -> int:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number from 0 to 2^63, not {seed}")
+    return seed
+
+
+def _special_tokens(model: Any, eos: Any, pad: int | None) -> tuple[frozenset[int], int]:
+    """The tokens that end a sequence, and the one that follows."""
+    own = getattr(model, "generation_config", None)
+    if isinstance(eos, str):
+        if eos != MODELS_OWN:
+            raise ValueError(f'eos_token_id must be a token, several, None or "model", not {eos!r}')
+        eos = getattr(own, "eos_token_id", None)
+    stop = [eos] if isinstance(eos, int) else list(eos or ())
+    if not all(isinstance(token, int) for token in stop):
+        raise ValueError(f"eos_token_id must be whole numbers, not {eos!r}")
+    if pad is None:
+        pad = getattr(own, "pad_token_id", None)
+    if pad is None:
+        pad = stop[0] if stop else 0
+    return frozenset(stop), pad
+
+
+def _on_tokens(streamer: Any, ids: Tensor) -> Callable[[Tensor], None] | None:
+    """What to call with each new token."""
+    if streamer is None:
+        return None
+    if hasattr(streamer, "put"):
+        streamer.put(ids.cpu())
+        put: Callable[[Tensor], None] = streamer.put
+        return put
+    if not callable(streamer):
+        raise TypeError(f"streamer must have put and end, or be a function, not a {type(streamer).__name__}")
+    function: Callable[[Tensor], None] = streamer
+    return function

@@ -1,0 +1,123 @@
+"""int8 and int4 weights under sparsity: speed, memory and quality, alone and together.
+
+Purpose: weight quantisation is what most people run, and sparsity has to come on top of it. Quality: perplexity (and
+tasks) of a model whose MLPs are rounded to each format, dense and with one criterion at each level, thresholds
+calibrated on the quantised model; whether the two damages add up is a question that the report answers. Speed: one MLP
+block of the true shapes at batch 1, cold cache, this project's kernels on each format beside torch's own dense
+kernels for it and its dense products, everything checked against a float64 reference and timed in the same
+interleaved rounds, with the bytes that must be read at the measured bandwidth as the bound.
+Cost: quality, a pass over the held-out text (and the tasks) per format and level, and a calibration per format; speed,
+some seconds per shape and format.
+
+    nox -s experiment -- e09 --model PATH_OR_HUB_ID
+    nox -s experiment -- e09 --set 'e09.formats=["int4-128"]' --set 'e09.shapes=[]'
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+from experiments.e05_mlp_latency import SHAPES
+from experiments.e09_quantization import speed
+from experiments.e09_quantization.formats import NAMES, PLAIN
+from experiments.e09_quantization.quality import ROWS, Case, QuantizedSubject, cases, measure
+from experiments.framework.common_options import EvaluationOptions
+from experiments.framework.config import Config
+from experiments.framework.cost import BYTES, FORWARD, Cost, evaluation_tokens, memory_per_parameter
+from experiments.framework.options import Count, MayBeEmpty, OneOf, Sparsity, Whole
+from experiments.framework.subject import check, check_models
+from experiments.framework.tables import Row
+from experiments.framework.timing import FLUSH_BYTES
+from experiments.framework.zero_shot import Samples
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def neuron_criteria() -> tuple[str, ...]:
+    """Criteria with a level that skip neurons, imported when they are needed."""
+    from cats.criteria import get, names
+
+    return tuple(name for name in names() if get(name).has_level and "mlp_linears" not in get(name).sites)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(EvaluationOptions):
+    """Options of e09.
+
+    Attributes:
+        formats: of the MLPs' weights; unquantised is always measured too.
+        criterion: one that skips neurons.
+        levels: its target sparsities, for quality.
+        tasks: may be empty: perplexity alone.
+        quality: whether a model's quality is measured at all.
+        shapes: of the MLP blocks timed; may be empty.
+        dtypes: of their activations.
+        sparsities: of the timing; 0 is timed always.
+        warmups, rounds: of the timing.
+        compiled: whether inductor's MLPs are timed too, which compile for minutes on a CPU.
+    """
+
+    formats: tuple[Annotated[str, OneOf(NAMES)], ...] = ("int8-row", "int8-128", "int4-32", "int4-128")
+    criterion: Annotated[str, OneOf(neuron_criteria)] = "cats"
+    levels: tuple[Sparsity, ...] = (0.3, 0.5, 0.7)
+    tasks: Annotated[tuple[str, ...], MayBeEmpty()] = ()
+    quality: bool = True
+    shapes: Annotated[tuple[Annotated[str, OneOf(tuple(SHAPES))], ...], MayBeEmpty()] = ()
+    dtypes: tuple[Annotated[str, OneOf(DTYPES)], ...] = ("bfloat16",)
+    sparsities: tuple[Sparsity, ...] = (0.5, 0.7, 0.9)
+    warmups: Whole = 5
+    rounds: Count = 40
+    compiled: bool = True
+
+    def cases(self) -> list[Case]:
+        """What is measured of a model."""
+        return cases(self.formats, self.criterion, self.levels) if self.quality else []
+
+
+def run(config: Config[Options]) -> Iterable[Row]:
+    """Quality of each model, then speed of each shape."""
+    options = config.options
+    if options.quality:
+        if options.tasks:
+            check(config)
+        check_models(config)
+        for name in config.models:
+            yield from measure_model(config, name)
+    units = [(shape, dtype) for shape in options.shapes for dtype in options.dtypes]
+    for shape, dtype in config.progress(units, "MLP latency", total=len(units)):
+        key = f"speed/{shape}/{dtype}"
+        yield from config.unit(key, partial(speed.time_shape, config, shape, dtype), speed.ROWS)
+
+
+def measure_model(config: Config[Options], name: str) -> list[Row]:
+    """All rows of one model; a format at a level is a unit of work of its own."""
+    subject, every = QuantizedSubject(config, name), config.options.cases()
+    rows: list[Row] = []
+    dense: dict[str, Samples] = {}
+    for case in config.progress(every, name, len(every)):
+        given = dense.get(PLAIN), dense.get(case.format.name)
+        own = config.unit(f"{name}/{case.key}", partial(measure, subject, case, *given), ROWS)
+        if case.level is None:
+            dense[case.format.name] = Samples.of(own)
+        rows += own
+    return rows
+
+
+def cost(config: Config[Options]) -> Cost:
+    """A pass over the held-out text and the tasks per case and a calibration per format; and the timing."""
+    options, on_gpu = config.options, config.device.startswith("cuda")
+    each = evaluation_tokens(options.tasks, options.limit) + options.length * options.heldout_blocks
+    calibrations = 2 * (len(options.formats) + 1) * options.length * options.calibration_blocks
+    flops = FORWARD * (len(options.cases()) * each + options.quality * calibrations)
+    seconds = fixed = 0.0
+    for shape in options.shapes:
+        d, m = SHAPES[shape]
+        for dtype in options.dtypes:
+            weights = 3.0 * d * m * BYTES[dtype]
+            fixed = max(fixed, 8 * weights)  # float32 and float64 for the reference, and copies
+            calls = (len(options.formats) + 1) * (len(options.sparsities) + 3) * (options.warmups + options.rounds)
+            work = calls * (0.5 * weights + FLUSH_BYTES) / 20e9
+            seconds += 20.0 * (len(options.formats) + 1) if on_gpu else work
+    memory = 1.5 * memory_per_parameter([config.dtype]) if options.quality else 0.0
+    return Cost(flops=flops, memory=memory, fixed_memory=fixed, fixed_seconds=seconds, uses_models=options.quality)
