@@ -44,14 +44,14 @@ def addressed_kernels(dtype: torch.dtype) -> tuple[Callable[..., None], Callable
         rows: int, d: int, m: int, count: int, gelu: bool, up_decides: bool, threads: int,
     ) -> None:  # fmt: skip
         serial_kernel(
-            carray(pointer(x), (rows, d), np.float32),  # type: ignore[call-arg, type-var]
-            carray(pointer(deciding), (m, d), stored),  # type: ignore[call-arg]
-            carray(pointer(other), (m, d), stored),  # type: ignore[call-arg]
-            carray(pointer(down), (m, d), stored),  # type: ignore[call-arg]
-            carray(pointer(thresholds), (count,), np.float32),  # type: ignore[call-arg, type-var]
+            carray(pointer(x), (rows, d), np.float32),  # type: ignore[call-arg]
+            carray(pointer(deciding), (m, d), stored),  # type: ignore[call-arg, type-var]
+            carray(pointer(other), (m, d), stored),  # type: ignore[call-arg, type-var]
+            carray(pointer(down), (m, d), stored),  # type: ignore[call-arg, type-var]
+            carray(pointer(thresholds), (count,), np.float32),  # type: ignore[call-arg]
             gelu,
             up_decides,
-            carray(pointer(y), (rows, d), np.float32),  # type: ignore[call-arg, type-var]
+            carray(pointer(y), (rows, d), np.float32),  # type: ignore[call-arg]
         )
 
     @jit(nogil=True)
@@ -60,14 +60,14 @@ def addressed_kernels(dtype: torch.dtype) -> tuple[Callable[..., None], Callable
         rows: int, d: int, m: int, count: int, gelu: bool, up_decides: bool, threads: int,
     ) -> None:  # fmt: skip
         parallel_kernel(
-            carray(pointer(x), (rows, d), np.float32),  # type: ignore[call-arg, type-var]
-            carray(pointer(deciding), (m, d), stored),  # type: ignore[call-arg]
-            carray(pointer(other), (m, d), stored),  # type: ignore[call-arg]
-            carray(pointer(down), (m, d), stored),  # type: ignore[call-arg]
-            carray(pointer(thresholds), (count,), np.float32),  # type: ignore[call-arg, type-var]
+            carray(pointer(x), (rows, d), np.float32),  # type: ignore[call-arg]
+            carray(pointer(deciding), (m, d), stored),  # type: ignore[call-arg, type-var]
+            carray(pointer(other), (m, d), stored),  # type: ignore[call-arg, type-var]
+            carray(pointer(down), (m, d), stored),  # type: ignore[call-arg, type-var]
+            carray(pointer(thresholds), (count,), np.float32),  # type: ignore[call-arg]
             gelu,
             up_decides,
-            carray(pointer(y), (rows, d), np.float32),  # type: ignore[call-arg, type-var]
+            carray(pointer(y), (rows, d), np.float32),  # type: ignore[call-arg]
             threads,
         )
 
