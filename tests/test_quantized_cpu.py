@@ -13,7 +13,7 @@ from cats_kernels.dispatch import DENSE_MASKED, QUANTIZED_ROWS, SPARSE, compute_
 from cats_kernels.problem import TOLERANCE, oracle, relative_error
 from cats_kernels.quantized import GROUP_SIZES, pack
 from cats_kernels.quantized_problem import QuantizedProblem
-from cats_kernels.reference import quantized_mlp_reference, sparse_gated_mlp_reference
+from cats_kernels.reference import QUANTIZED_CHUNK, quantized_mlp_reference, sparse_gated_mlp_reference
 from cats_kernels.weights import bytes_per_row, bytes_read
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -172,7 +172,8 @@ def test_rows_decide_the_path(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_the_reference_is_that_of_the_dequantised_weights(dtype):
+def test_the_reference_is_that_of_the_dequantised_weights(dtype, monkeypatch):
+    monkeypatch.setitem(QUANTIZED_CHUNK, "cpu", 50 * 700)  # neurons in three pieces
     made = QuantizedProblem(50, 1500, 2, 4, 32, dtype=torch.float32)
     threshold = made.thresholds(0.5)
     x = made.x.to(dtype)
