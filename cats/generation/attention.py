@@ -328,11 +328,11 @@ def kernel_agrees(attention: Any) -> bool:
     arrived = torch.zeros(2 * heads, dtype=torch.int32, device=weight.device)
     for place in (199, 200):
         q, k, v = random(2, 1, (heads + 2 * kv_heads) * d).split([heads * d, kv_heads * d, kv_heads * d], -1)
-        given = (q, k, v, random(2, 1, d).cos(), random(2, 1, d).sin())
+        given: Any = (q, k, v, random(2, 1, d).cos(), random(2, 1, d).sin())
         position = torch.tensor([place], device=weight.device)
         out = decode_attention(*given, *cache, position, first, arrived, d**-0.5, 0)
-        in_float32: list[Any] = [*(t.float() for t in given), *exact, position, first, d**-0.5, 0]
-        expected = plain_decode_attention(*in_float32)
+        plain: Any = (*map(Tensor.float, given), *exact, position, first, d**-0.5, 0)
+        expected = plain_decode_attention(*plain)
         pairs = ((out, expected), *zip(cache, exact, strict=True))
         if not all(_near(actual, right, KERNEL_TOLERANCE[weight.dtype]) for actual, right in pairs):
             return False
