@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cats.generation import generate
     from cats.patching import apply, remove
     from cats.quantization import dequantize, quantize
+    from cats.quantized_files import load_quantized, save_quantized
     from cats.relufication import relufy
     from cats.sparsity import measure_sparsity
     from cats.structure import gated_mlps
@@ -30,10 +31,12 @@ _HOMES = {
     "dequantize": "quantization",
     "gated_mlps": "structure",
     "generate": "generation",
+    "load_quantized": "quantized_files",
     "measure_sparsity": "sparsity",
     "quantize": "quantization",
     "relufy": "relufication",
     "remove": "patching",
+    "save_quantized": "quantized_files",
     "threshold_activation": "activation",
 }
 
@@ -45,10 +48,12 @@ __all__ = [
     "dequantize",
     "gated_mlps",
     "generate",
+    "load_quantized",
     "measure_sparsity",
     "quantize",
     "relufy",
     "remove",
+    "save_quantized",
     "threshold_activation",
 ]
 

@@ -63,8 +63,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, default=Path("thresholds.json"), help="default thresholds.json")
     commands.add_parser("sparsity", parents=[on_model, on_text, patched], help="measure what each layer skips")
     command = commands.add_parser("generate", parents=[on_model, patched], help="continue a prompt")
-    command.add_argument("prompt", nargs="?", help="text to continue; or --prompt")
-    command.add_argument("--prompt", dest="prompt_option", metavar="PROMPT", help=argparse.SUPPRESS)
+    command.add_argument("prompt", help="text to continue; also as --prompt TEXT")
     command.add_argument("--new-tokens", "--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
     command.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
     command.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
@@ -171,9 +170,6 @@ def sparsity(arguments: argparse.Namespace) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     """Print the prompt and its continuation; on a terminal, token by token."""
-    prompt = arguments.prompt if arguments.prompt_option is None else arguments.prompt_option
-    if prompt is None:
-        raise ValueError("a prompt is needed: the text to continue, in quotes")
     if arguments.new_tokens < 1:
         raise ValueError(f"--new-tokens must be positive, not {arguments.new_tokens}")
     if not arguments.temperature >= 0:
@@ -186,7 +182,7 @@ def generate(arguments: argparse.Namespace) -> None:
         cats.apply(model, thresholds, arguments.kernel, arguments.prefill)
     else:
         warnings.warn("no --thresholds: this is the dense model that speaks", stacklevel=1)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long().to(model.device)
+    ids = tokenizer(arguments.prompt, return_tensors="pt")["input_ids"].long().to(model.device)
     if not ids.numel():
         raise ValueError("the prompt has no tokens")
     positions = getattr(model.config, "max_position_embeddings", None)
@@ -279,9 +275,18 @@ def _show_warning(
     print(f"warning: {message}", file=file or sys.stderr)
 
 
+def with_prompt_last(words: Sequence[str]) -> list[str]:
+    """``words`` with ``--prompt TEXT`` as the positional argument that it names (argparse takes one or the other)."""
+    words = list(words)
+    if words[:1] == ["generate"] and "--prompt" in words[:-1]:
+        place = words.index("--prompt")
+        return [*words[:place], *words[place + 2 :], "--", words[place + 1]]
+    return words
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Entry point of `cats` and ``python -m cats``; bad input is one sentence on stderr and status 2."""
-    arguments = parser().parse_args(words)
+    arguments = parser().parse_args(with_prompt_last(sys.argv[1:] if words is None else words))
     command = {"calibrate": calibrate, "sparsity": sparsity, "generate": generate, "bench": bench}[arguments.command]
     try:
         with warnings.catch_warnings():

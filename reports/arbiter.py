@@ -21,6 +21,8 @@ from experiments.framework.tables import CriterionRow, CriterionSample, Criterio
 from reports.core import style
 from reports.core.document import pipe_table
 from reports.core.load import Run, load_run, paper_table
+from reports.core.merge import grouped, joined, of_model
+from reports.core.merge import models as models_of
 from reports.core.page import filled, write_or_check
 from reports.core.statistics import Estimate
 from reports.core.verdicts import POCKET_MODEL
@@ -62,24 +64,21 @@ class Model:
 
 
 def our_models(results: Path) -> list[Model]:
-    """Real models below ``results``, by size."""
-    made: dict[str, Model] = {}
+    """Real models below ``results``, by size; parts of one model's measurements lie in several runs."""
+    runs = []
     for path in sorted(folder for folder in results.glob("*/*") if (folder / "results").is_dir()):
-        if not any((path / "results" / f"{t.table}.csv").exists() for t in (CriterionRow, ZeroShotRow)):
-            continue
-        run = load_run(path, TYPES)
-        for name in _models_of(run):
-            made.setdefault(name, _model(run, name))
-    return sorted(made.values(), key=lambda model: style.parameters(model.name))
+        if any((path / "results" / f"{t.table}.csv").exists() for t in (CriterionRow, ZeroShotRow)):
+            runs.append(load_run(path, TYPES, path.relative_to(results).as_posix()))
+    made = []
+    for name in dict.fromkeys(name for run in runs for t in (CriterionRow, ZeroShotRow) for name in models_of(run, t)):
+        groups = grouped([of_model(run, name) for run in runs], TYPES)
+        for number, members in enumerate(groups if name != POCKET_MODEL else []):
+            again = f" ({members[0].label})" * (number > 0)  # measured again, with other results
+            made.append(_model(joined(members, TYPES), name, again))
+    return sorted(made, key=lambda model: style.parameters(model.name))
 
 
-def _models_of(run: Run) -> list[str]:
-    tables = [run.table(CriterionRow), run.table(ZeroShotRow)]
-    names = dict.fromkeys(str(name) for table in tables if table is not None for name in table["model"].unique())
-    return [name for name in names if name != POCKET_MODEL]
-
-
-def _model(run: Run, name: str) -> Model:
+def _model(run: Run, name: str, again: str) -> Model:
     share, text, words = math.nan, [], "not measured"
     if (table := run.table(CriterionRow)) is not None:
         key = (name, "cats", "mlp")
@@ -89,7 +88,7 @@ def _model(run: Run, name: str) -> Model:
             share = float((whole["input_sparsity"] / (SAVED * whole["sparsity_measured"])).mean())
         kept = affords(accuracy_points(table, run.table(CriterionSample)).get(key, []))
         words = kept.words if kept else words
-    return Model(style.short_name(name), share, text, _accuracy_kept(run, name), words)
+    return Model(style.short_name(name) + again, share, text, _accuracy_kept(run, name), words)
 
 
 def _accuracy_kept(run: Run, name: str) -> dict[float, Estimate]:
@@ -291,11 +290,11 @@ def _at_half(models: list[Model], values: pd.Series) -> str:
 def _near_teal(models: list[Model], row: Mapping[Any, Any]) -> str:
     around = {model.name: at for model in models if (at := bracket(model, row["k"]))}
     same = [name for name, (_, at) in around.items() if compared(row["value"], at) in (BETWEEN, WITHIN)]
+    small = f" ({', '.join(same)}): small models show such a loss at that k" if same else ""
     return (
         f"TEAL's {style.signed_percent(row['value'], 0)} on {row['model']} near k = {100 * row['k']:.0f} % lies "
-        f"between our values at the levels around it on {len(same)} of {len(around)} models"
-        f"{' (' + ', '.join(same) + ')' if same else ''}: such a loss at that k is what small models show, and says "
-        "nothing of Mistral-7B itself."
+        f"between our values at the levels around it on {len(same)} of {len(around)} models{small}. "
+        "That says nothing of Mistral-7B itself."
     )
 
 

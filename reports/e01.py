@@ -44,8 +44,9 @@ THRESHOLD_TABLE = "Thresholds over the layers and the sparsity they give on text
 
 
 def _controls(table: pd.DataFrame) -> str:
-    models = table.loc[table["weights"] == "random", "model"].unique()
-    return f"random weights, the same text: {', '.join(models)}" if len(models) else "none"
+    controlled, everything = (set(part["model"]) for part in (table[table["weights"] == "random"], table))
+    which = "" if controlled == everything else f" ({', '.join(map(style.model_name, sorted(controlled)))})"
+    return f"random weights, the same text{which}" if controlled else "none"
 
 
 def histogram_figure(run: Run) -> Figure:
@@ -65,7 +66,8 @@ def histogram_figure(run: Run) -> Figure:
             ax.set_title(f"layer {index:.0f}" if len(models) == 1 else f"{style.short_name(model)}, layer {index:.0f}")
             if thresholds is not None:
                 at = thresholds[(thresholds["model"] == model) & (thresholds["layer_index"] == index)]
-                _threshold_lines(ax, at[at["criterion"].eq("cats") & at["weights"].ne("random")])
+                at = at[at["criterion"].eq("cats") & at["weights"].ne("random")]
+                _threshold_lines(ax, at, small=len(models) > 1)
         row[0].set_ylabel("share of activations")
     for ax in axes[-1]:
         ax.set_xlabel(r"$|\mathrm{SiLU}(xW_\mathrm{gate})|$")
@@ -97,17 +99,18 @@ def _cumulative(layer: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return edges, np.append(0.0, np.cumsum(closed["count"].to_numpy())) / layer["count"].sum()
 
 
-def _threshold_lines(ax: Axes, thresholds: pd.DataFrame) -> None:
+def _threshold_lines(ax: Axes, thresholds: pd.DataFrame, small: bool) -> None:
     """A line per threshold, as high as the bars, and their values in the room above."""
     high = ax.dataLim.y1
-    ax.set_ylim(0, 1.5 * high)
+    room, size, step = (1.9, 6.5, 0.16) if small else (1.5, 8, 0.11)
+    ax.set_ylim(0, room * high)
     for place, row in enumerate(thresholds.sort_values("sparsity_target").to_dict("records")):
         target = round(row["sparsity_target"], 2)
         colour = LEVEL_COLOURS.get(target, style.BLACK)
         ax.plot([row["threshold"]] * 2, [0, high], color=colour, lw=1.2)
-        look: dict[str, Any] = {"color": style.INK.get(colour, colour), "fontsize": 8, "ha": "right", "va": "top"}
+        look: dict[str, Any] = {"color": style.INK.get(colour, colour), "fontsize": size, "ha": "right", "va": "top"}
         label = f"{100 * target:g} %: {row['threshold']:.3f}"
-        ax.text(0.99, 0.98 - 0.11 * place, label, transform=ax.transAxes, **look)
+        ax.text(0.99, 0.98 - step * place, label, transform=ax.transAxes, **look)
 
 
 def thresholds_figure(run: Run) -> Figure:
@@ -143,9 +146,11 @@ def thresholds_figure(run: Run) -> Figure:
 
 def concentration_table(table: pd.DataFrame) -> pd.DataFrame:
     """Per model and layer: how concentrated the activations are, beside the control."""
-    rows = []
+    rows, last = [], None
+    several = table["model"].nunique() > 1
     for (model, layer), part in table.groupby(["model", "layer_index"], sort=False):
-        cells = {"Model": escape(style.model_name(str(model))), "Layer": f"{layer:.0f}"}
+        cells = {"Model": escape(style.model_name(str(model))) if model != last else "", "Layer": f"{layer:.0f}"}
+        last = model
         for weights, name in (("pretrained", "trained"), ("random", "control")):
             of_weights = part[part["weights"] == weights]
             known = len(of_weights) > 0
@@ -153,7 +158,8 @@ def concentration_table(table: pd.DataFrame) -> pd.DataFrame:
             median = quantile(of_weights, 0.5) / quantile(of_weights, 0.999) if known else float("nan")
             cells[f"Median, {name}"] = style.percent(median)
         rows.append(cells)
-    return without_constant(pd.DataFrame(rows), "Model")
+    frame = pd.DataFrame(rows)
+    return frame if several else frame.drop(columns="Model")
 
 
 def threshold_table(table: pd.DataFrame) -> pd.DataFrame:

@@ -64,7 +64,7 @@ def attention_figure(run: Run) -> Figure:
         ours.set(title=f"{name} (ours)", ylabel="mean zero-shot accuracy")
         _variant_points(theirs, paper)
         theirs.set_title("Mistral-7B (paper)")
-        _site_bars(sparsity, table[table["model"] == model])
+        _site_bars(sparsity, table[table["model"] == model], small=len(models) > 1)
         sparsity.set(title=f"{name}, held-out text", ylabel="zeros, %")
     return figure
 
@@ -84,7 +84,7 @@ def _variant_points(ax: Axes, means: pd.DataFrame) -> None:
     ax.margins(y=0.15)
 
 
-def _site_bars(ax: Axes, table: pd.DataFrame) -> None:
+def _site_bars(ax: Axes, table: pd.DataFrame, small: bool) -> None:
     """The share of zeros at each place where a variant thresholds; nothing where it does not."""
     sites = table[table["metric"].str.startswith("sparsity_")]
     shown = [site for site in SITE_NAMES if f"sparsity_{site}" in set(sites["metric"])]
@@ -100,9 +100,9 @@ def _site_bars(ax: Axes, table: pd.DataFrame) -> None:
     for target in sites["sparsity_target"].dropna().unique():
         ax.axhline(100 * target, color=style.GREY, lw=0.8, ls=":")
     ax.set_xticks(range(len(shown)), [SITE_NAMES[site] for site in shown], fontsize=7.5)
-    ax.set_ylim(0, 1.45 * ax.get_ylim()[1])
+    ax.set_ylim(0, (1.8 if small else 1.45) * ax.get_ylim()[1])
     if names:
-        ax.legend(frameon=False, fontsize=7.5, loc="upper right")
+        ax.legend(frameon=False, fontsize=6.5 if small else 7.5, loc="upper right", ncols=2 if small else 1)
 
 
 def contents(run: Run) -> list[Block]:

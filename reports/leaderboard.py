@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from experiments.framework.tables import CriterionRow, CriterionSample, Criterio
 from reports.core import style
 from reports.core.document import escape, pipe_table
 from reports.core.load import Run, load_run
+from reports.core.merge import grouped, joined, models, of_model
 from reports.core.page import filled, write_or_check
 from reports.core.provenance import commit, machine
 from reports.core.verdicts import POCKET_MODEL
@@ -56,15 +58,26 @@ def leaderboard(results: Path) -> str:
     runs = runs_in(results)
     speeds = [table for run in runs if (table := run.table(CriterionSpeedRow)) is not None]
     speed = fastest(pd.concat(speeds, ignore_index=True) if speeds else None)
-    rows = [row for run in runs if run.table(CriterionRow) is not None for row in _rows(run, speed)]
+    rows = [row for model in _models(runs) for members in _groups(runs, model) for row in _rows(model, members, speed)]
     rows.sort(key=lambda row: row[0])
     frame = pd.DataFrame([cells for _, cells in rows])
     named = pd.DataFrame([_source(run) for run in runs])
     return filled("leaderboard.md", {"rows": pipe_table(frame), "runs": pipe_table(named)})
 
 
-def _rows(run: Run, speed: pd.DataFrame) -> list[tuple[tuple[bool, str, float], dict[str, str]]]:
-    """The run's rows, each with what they are ordered by."""
+def _models(runs: list[Run]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in models(run, CriterionRow)))
+
+
+def _groups(runs: list[Run], model: str) -> list[list[Run]]:
+    """The runs that measured parts of one model's quality, in groups that contradict each other nowhere."""
+    parts = [of_model(run, model) for run in runs if model in models(run, CriterionRow)]
+    return grouped(parts, (CriterionRow, CriterionSample, CriterionTextSample))
+
+
+def _rows(model: str, members: list[Run], speed: pd.DataFrame) -> list[tuple[tuple[bool, str, float], dict[str, str]]]:
+    """The rows of one model, measured in these runs, each with what they are ordered by."""
+    run = joined(members, (CriterionRow, CriterionSample, CriterionTextSample))
     table = run.tables[CriterionRow.table]
     accuracy = accuracy_points(table, run.table(CriterionSample))
     text = text_points(table, run.table(CriterionTextSample))
@@ -73,7 +86,7 @@ def _rows(run: Run, speed: pd.DataFrame) -> list[tuple[tuple[bool, str, float], 
     losses = halves["increase"].to_dict()
     rows = []
     for key in dict.fromkeys([*accuracy, *text]):
-        model, criterion, scope = key
+        _, criterion, scope = key
         by_accuracy, by_text = affords(accuracy.get(key, [])), affords(text.get(key, []))
         loss = float(losses.get(key, math.inf))
         cells = {
@@ -83,12 +96,18 @@ def _rows(run: Run, speed: pd.DataFrame) -> list[tuple[tuple[bool, str, float], 
             "Keeps 99 % of perplexity": by_text.words if by_text else style.DASH,
             "Speed there": _speed(by_accuracy or by_text, speed, model),
             "Perplexity at 50 %": increase_words(loss),
-            "Machine": escape(machine(run)),
-            "Commit": escape(commit(run.provenance.get("e08", {}))),
-            "Run": f"[{escape(run.label)}]({run.label.replace(' ', '%20')})",
+            "Speed at 50 %": _all(map(speed_words, speed_at(speed, model, f"{criterion}-50") if scope == "mlp" else []))
+            or style.DASH,
+            "Machine": _all(escape(machine(part)) for part in members),
+            "Commit": _all(escape(commit(part.provenance.get("e08", {}))) for part in members),
+            "Run": _all(f"[{escape(part.label)}]({part.label.replace(' ', '%20')})" for part in members),
         }
         rows.append(((model == POCKET_MODEL, model, loss), cells))
     return rows
+
+
+def _all(words: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(words))
 
 
 def increase_words(increase: float) -> str:

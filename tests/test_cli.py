@@ -86,6 +86,21 @@ def test_generate_is_the_sparse_model(model: str, thresholds: str, capsys) -> No
     assert printed == tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
 
 
+def test_generate_takes_the_prompt_as_an_option_and_any_loop(model: str, thresholds: str, capsys) -> None:
+    words = ["generate", model, "--thresholds", thresholds]
+    assert main([*words, "--new-tokens", "9", "--", "- The quick"]) == 0
+    expected = capsys.readouterr().out
+    for loop in ("eager", "captured", "transformers"):
+        assert main([*words, "--prompt", "- The quick", "--max-new-tokens", "9", "--loop", loop]) == 0
+        assert capsys.readouterr().out == expected
+    drawing = ["--temperature", "1.5", "--top-k", "30", "--top-p", "0.95", "--new-tokens", "9"]
+    drawn = []
+    for loop in ("eager", "transformers"):
+        assert main([*words, *drawing, "--loop", loop, "The quick"]) == 0
+        drawn.append(capsys.readouterr().out)
+    assert drawn[0] == drawn[1]
+
+
 def test_bench_prints_both_speeds_and_their_ratio(model: str, thresholds: str, capsys) -> None:
     words = ["bench", model, "--thresholds", thresholds, "--rounds", "2", "--new-tokens", "4", "--kernel", "reference"]
     assert main(words) == 0

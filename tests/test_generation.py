@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 import warnings
 import weakref
 from collections.abc import Callable
@@ -12,10 +13,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import cats
-from cats.generation import Settings, capacity_for, decoder, decoder_of, loops, release
+from cats.generation import Settings, attention, capacity_for, decoder, decoder_of, loops, release
 from cats.generation.attention import DecodeBlock, decode_blocks
 from cats.generation.loops import fingerprint
 
@@ -53,6 +55,21 @@ def dynamo_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "compile_function", lambda function, *_: inner(function, {}, "eager"))
 
 
+def test_the_padding_of_an_earlier_call_is_not_kept() -> None:
+    """A graph reads the mask that it was captured with: later calls must write to that very tensor."""
+    model = made("Gemma2")  # keeps its own attention
+    ids, mask = prompts(2)
+    other = torch.ones_like(mask)
+    other[1, :6] = 0
+    masks = []
+    for padding in (mask, other, mask):
+        tokens = cats.generate(model, ids, NEW, attention_mask=padding, loop="captured")
+        assert torch.equal(tokens, theirs(model, ids, padding))
+        masks.append(decoder_of(model).mask)
+        assert torch.equal(masks[-1][:, : ids.shape[1]], padding.bool())
+    assert masks[0] is masks[1] is masks[2] and decoder_of(model).captures == 1
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "Phi3"])
 def test_the_tokens_of_transformers(family: str, loop: str) -> None:
@@ -88,6 +105,15 @@ def test_a_block_is_tried_before_it_is_replaced(monkeypatch: pytest.MonkeyPatch)
     project = DecodeBlock.project
     monkeypatch.setattr(DecodeBlock, "project", lambda *a: tuple(1.01 * x for x in project(*a)))
     assert not decode_blocks(model)
+
+
+def test_a_kernel_that_is_wrong_on_this_device_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(hidden_size=64)  # heads of 16, as the kernel needs them
+    assert len(decode_blocks(model, kernel=True)) == 3
+    right = attention.decode_attention
+    monkeypatch.setattr(attention, "decode_attention", lambda *arguments: 1.03 * right(*arguments))
+    assert not decode_blocks(model, kernel=True)
+    assert len(decode_blocks(model, kernel=False)) == 3
 
 
 @pytest.mark.parametrize("loop", ["eager", "captured", "graph"])
@@ -386,6 +412,27 @@ def test_steps_compiled_for_a_cpu(loop: str) -> None:
     for change in (lambda: None, lambda: cats.apply(model, thresholds), lambda: cats.remove(model)):
         change()
         assert torch.equal(cats.generate(model, ids, NEW, loop=loop), theirs(model, ids))
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_as_few_operations_as_it_should_be() -> None:
+    """What inductor makes of the step as on a GPU: one product for queries, keys and values, one operator each for
+    attention and the sparse MLP, the cache written in place and never copied, the choice of the token in one kernel."""
+    model = made("Mistral", hidden_size=64, num_hidden_layers=2)
+    cats.apply(model, cats.calibrate(model, [torch.randint(0, 64, (4, 48))], 0.5))
+    ids, _ = prompts(1)
+    settings = Settings("graph", kernel=True)
+    tokens, codes = run_and_get_code(lambda: decoder_of(model).run(model, ids, None, NEW, settings))
+    assert torch.equal(tokens, theirs(model, ids))
+    (code,) = codes
+    call = code[code.index("def call(") :]
+    assert call.count("torch.ops.cats.decode_attention.default(") == 2
+    assert call.count("torch.ops.cats.sparse_gated_mlp.default(") == 2
+    assert call.count("extern_kernels.mm(") == 2 * 2 + 1  # projections, output; and the head
+    assert (
+        len(re.findall(r"^ +cpp_fused\w*\(", call, re.M)) == 2 * 2 + 3
+    )  # norms; embedding's angles, last norm, choice
+    assert not re.search(r"empty_strided_cpu\(\(1, 2, \w+, 16\)", call)  # the cache's shape
 
 
 @pytest.mark.gpu

@@ -47,6 +47,7 @@ def test_a_third_partys_run_adds_rows(results: Path, capsys: pytest.CaptureFixtu
     assert [row[1] for row in rows[:3]] == ["oracle (ceiling)", "up", "CATS"]
     assert rows[1] == [
         "a/model", "up", "at least 70 %", "50 %", "1.50x token, NVIDIA Imaginary, at 70 %", "+0.5 %",
+        "1.20x token, NVIDIA Imaginary; 1.10x MLPs, Imaginary CPU",
         "NVIDIA Imaginary", "0123456789, clean", "[their machine/a-model](their%20machine/a-model)",
     ]  # fmt: skip
     assert rows[-1] == ["their machine/a-model", "2001-01-08", "`run e08`"]

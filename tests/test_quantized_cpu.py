@@ -11,9 +11,9 @@ from cats_kernels.cpu import kernels
 from cats_kernels.cpu.quantized_launch import sparse_gated_mlp_quantized_cpu
 from cats_kernels.dispatch import DENSE_MASKED, QUANTIZED_ROWS, SPARSE, compute_quantized, path_of
 from cats_kernels.problem import TOLERANCE, oracle, relative_error
-from cats_kernels.quantized import GROUP_SIZES, pack
+from cats_kernels.quantized import GROUP_SIZES, from_ggml_blocks, pack
 from cats_kernels.quantized_problem import QuantizedProblem
-from cats_kernels.reference import quantized_mlp_reference, sparse_gated_mlp_reference
+from cats_kernels.reference import QUANTIZED_CHUNK, quantized_mlp_reference, sparse_gated_mlp_reference
 from cats_kernels.weights import bytes_per_row, bytes_read
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -172,7 +172,8 @@ def test_rows_decide_the_path(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_the_reference_is_that_of_the_dequantised_weights(dtype):
+def test_the_reference_is_that_of_the_dequantised_weights(dtype, monkeypatch):
+    monkeypatch.setitem(QUANTIZED_CHUNK, "cpu", 50 * 700)  # neurons in three pieces
     made = QuantizedProblem(50, 1500, 2, 4, 32, dtype=torch.float32)
     threshold = made.thresholds(0.5)
     x = made.x.to(dtype)
@@ -360,3 +361,16 @@ def test_what_is_not_a_format():
 
 def _made(data, scales, zeros=None, bits=4, group_size=32, d=64):
     return QuantizedWeight(data, scales, zeros, bits, group_size, d)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_blocks_of_gguf_files_are_taken_as_they_are(bits):
+    gguf = pytest.importorskip("gguf")
+    kind = gguf.GGMLQuantizationType.Q8_0 if bits == 8 else gguf.GGMLQuantizationType.Q4_0
+    weight = np.random.default_rng(0).standard_normal((5, 96)).astype(np.float32)
+    blocks = gguf.quants.quantize(weight, kind)
+    made = from_ggml_blocks(torch.from_numpy(blocks.view(np.uint8).reshape(5, -1)), bits, 96)
+    assert made.scales.dtype == torch.float16
+    assert np.array_equal(dequantize(made).numpy(), gguf.quants.dequantize(blocks, kind))
+    with pytest.raises(ValueError, match=r"blocks are \(5, \d+\); they must be"):
+        from_ggml_blocks(torch.from_numpy(blocks.view(np.uint8).reshape(5, -1)), bits, 64)

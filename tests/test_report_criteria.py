@@ -109,6 +109,7 @@ def test_the_table_says_what_each_affords_and_how_fast_it_is_there() -> None:
     assert up["Keeps 99 % of perplexity"] == "50 %" and up["Keeps 99 % of accuracy"] == "at least 70 %"
     assert up["Speed there (perplexity)"] == "1.20x token, NVIDIA Imaginary; 1.10x MLPs, Imaginary CPU"
     assert up["Speed there (accuracy)"] == "1.50x token, NVIDIA Imaginary"
+    assert up["Speed at 50 %"] == up["Speed there (perplexity)"]
     assert shown.loc["CATS", "Keeps 99 % of perplexity"] == "under 30 %"
     assert shown.loc["CATS", "Speed there (perplexity)"] == style.DASH
 
@@ -117,6 +118,16 @@ def test_the_fastest_loop_is_the_one_in_which_the_variant_itself_is_fastest() ->
     speed = fastest(everything()["e08_speed"])
     at = speed[(speed["variant"] == "up-50") & (speed["what"] == "token")]
     assert list(at["loop"]) == ["graph"]
+
+
+def test_accuracy_at_one_level_is_drawn_by_criterion() -> None:
+    tables = everything()
+    rows = tables["e08_criteria"]
+    at_half = (rows["metric"] != "acc") | rows["sparsity_target"].isna() | (rows["sparsity_target"] == 0.5)
+    figure = e08.frontier_figure(made.loaded(e08_criteria=rows[at_half]))
+    accuracy = figure.axes[1]
+    assert accuracy.get_xlabel() == "at 50 %"
+    assert [tick.get_text() for tick in accuracy.get_xticklabels()] == ["up", "CATS"]
 
 
 def test_a_dense_prompt_is_shown_beside_the_masked_one() -> None:
@@ -152,6 +163,12 @@ def test_runs_of_different_models_are_one_and_of_the_same_model_two() -> None:
     types = e08.SECTION.tables
     (joined,) = together([a, b, speed], types)
     assert list(joined.tables["e08_criteria"]["model"].unique()) == ["a", "b"] and len(joined.tables["e08_speed"]) == 4
-    assert len(together([a, a], types)) == 2, "nothing is averaged over runs"
+    again = made.loaded(e08_criteria=a.tables["e08_criteria"].assign(value=1.0))
+    assert len(together([a, again], types)) == 2, "nothing is averaged over runs"
+    table = a.tables["e08_criteria"]
+    dense = table["criterion"] == "dense"
+    parts = [made.loaded(e08_criteria=table[dense | (table["criterion"] == name)]) for name in ("cats", "teal")]
+    (whole,) = together(parts, types)
+    assert list(whole.tables["e08_criteria"]["criterion"]) == ["dense", *["cats"] * 3, *["teal"] * 3], "dense once"
     one = of_model(joined, "b")
     assert set(one.tables) == {"e08_criteria"} and set(one.tables["e08_criteria"]["model"]) == {"b"}

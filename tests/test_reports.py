@@ -16,7 +16,16 @@ import pandas as pd
 import pytest
 
 import reports
-from experiments.framework.tables import HistogramRow, ItemSample, ShareRow, ThresholdRow, ZeroShotRow, columns
+from experiments.framework.tables import (
+    AttentionRow,
+    CriterionRow,
+    HistogramRow,
+    ItemSample,
+    ShareRow,
+    ThresholdRow,
+    ZeroShotRow,
+    columns,
+)
 from reports import e02, e04, e05, e06, e07
 from reports.__main__ import main
 from reports.core import document, provenance, style, tables
@@ -647,3 +656,14 @@ def test_reports_import_neither_torch_nor_the_kernels(tmp_path: Path) -> None:
 def test_the_row_types_read_exist_once() -> None:
     names = [row_type.table for row_type in row_types(discover())]
     assert len(names) == len(set(names)) and ThresholdRow.table in names
+
+
+def test_columns_that_came_later_mean_what_was_measured_then(tmp_path: Path) -> None:
+    """Tables of schema 2 from before those columns load as they are."""
+    made.write_table(tmp_path, "e07_attention", made.attention().drop(columns="seed"))
+    assert set(read_table(tmp_path / "e07_attention.csv", AttentionRow)["seed"]) == {0.0}
+    made.write_table(tmp_path, "e08_criteria", made.criteria().drop(columns="prompt"))
+    assert set(read_table(tmp_path / "e08_criteria.csv", CriterionRow)["prompt"]) == {"masked"}
+    made.write_table(tmp_path, "e02_zero_shot", made.zero_shot().drop(columns="task"))
+    with pytest.raises(ValueError, match="column task missing"):
+        read_table(tmp_path / "e02_zero_shot.csv", ZeroShotRow)

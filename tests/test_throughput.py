@@ -219,7 +219,8 @@ def test_amdahl_by_hand(loop: str, model: nn.Module, ids: Tensor, monkeypatch: p
         cats.remove(model) if sparsity is None else cats.apply(model, thresholds)
 
     common = {"machine": "m", "model": "n", "layers": LAYERS, "dtype": "float32", "loop": loop}
-    *shares, row = amdahl.shares_and_amdahl(model, switch, 0.5, ids, {None: 20.0, 0.5: 17.5}, common, 1, compiling)
+    token_ms, ours = {None: 20.0, 0.5: 17.5}, loop == "graph"
+    *shares, row = amdahl.shares_and_amdahl(model, switch, 0.5, ids, token_ms, common, 1, compiling, ours)
     assert {s.component: s.milliseconds for s in shares} == {"mlp": 9.0, "attention": 3.0, "head": 4.0, "other": 4.0}
     assert sum(s.share for s in shares) == pytest.approx(1)
     assert (row.kernel_speedup, row.mlp_share) == (1.5, 0.45)
@@ -229,6 +230,7 @@ def test_amdahl_by_hand(loop: str, model: nn.Module, ids: Tensor, monkeypatch: p
     assert row.fraction_of_predicted == pytest.approx(17 / 17.5)
     assert not hasattr(model.model.layers[0].mlp, "cats_state")
     assert len(compiled) == (0 if loop == "eager" else 4)
+    assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 def test_components_are_fed_what_they_get_while_decoding(model: nn.Module, ids: Tensor) -> None:

@@ -6,6 +6,7 @@ out-of-bounds accesses
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
 from cats_kernels import MAX_ROWS, sparse_gated_mlp
 from cats_kernels.ablation.triton import VARIANTS, launch
 from cats_kernels.problem import TOLERANCE, Problem, oracle, relative_error
-from cats_kernels.triton.configs import TENSOR_CORES, Config
+from cats_kernels.triton.configs import TENSOR_CORES, Config, choose_config
 from cats_kernels.triton.mlp import dense_masked
 from torch import nn
 
+import cats
+from tests.conftest import tiny_model
 from tests.triton_cases import ACTIVATIONS, DTYPES, case, tie_case
 
 pytestmark = pytest.mark.gpu
@@ -256,3 +259,40 @@ def test_memcheck(variant: str):
             for kind, decider in KINDS if variant == "cats" else KINDS[:1]:
                 problem = case(rows, d, m, dtype, 0.5, device="cuda", kind=kind, decider=decider)
                 assert relative_error(launch(variant, *problem), oracle(*problem)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"early": True}, {"early": True, "ahead": 8}, {"next": 16}, {"ahead": 4, "next": 8}]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_asked_for_early_is_waited_for(changes: dict, dtype: torch.dtype):
+    problem = case(1, 4096, 14336, dtype, 0.5, device="cuda")
+    config = replace(choose_config(dtype.itemsize, 1, 4096), early=False, ahead=0, next=0)
+    outputs = [launch("cats", *problem, config=replace(config, **changes)) for _ in range(50)]  # back to back
+    assert all(torch.equal(y, outputs[0]) for y in outputs)
+    assert relative_error(outputs[0], oracle(*problem)) < TOLERANCE[dtype]
+
+
+@torch.no_grad()
+def test_a_patched_block_repeats_its_launches():
+    """Same bits as the first call, on another stream and in a captured graph too; apply has compiled for one row."""
+    model = nn.ModuleDict({"mlp": tiny_model(hidden_size=256, intermediate_size=640).model.layers[0].mlp})
+    model.to("cuda", torch.bfloat16)
+    cats.apply(model, cats.Thresholds(0.5, {"mlp": 0.1}))
+    block, inputs = model["mlp"], [torch.randn(1, rows, 256, device="cuda").bfloat16() for rows in (1, 2, 4)]
+    assert block.cats_state.known is not None
+    expected = [block(x) for x in inputs]
+    known = block.cats_state.known
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    for x, y in zip(inputs, expected, strict=True):
+        assert known.calls[x.shape] is not None and torch.equal(block(x), y)
+        with torch.cuda.stream(other):
+            assert torch.equal(block(x), y)
+        graph, given = torch.cuda.CUDAGraph(), x.clone()
+        with torch.cuda.graph(graph):
+            captured = block(given)
+        given.copy_(3 * x)
+        graph.replay()
+        assert torch.equal(captured, block(3 * x)) and not torch.equal(captured, y)
+    assert block.cats_state.known is known

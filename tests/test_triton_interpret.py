@@ -26,7 +26,7 @@ else:
     import triton.language as tl
     from cats_kernels import MAX_ROWS, dispatch, sparse_gated_mlp
     from cats_kernels.ablation import triton as paper
-    from cats_kernels.ablation.triton import VARIANTS, launch
+    from cats_kernels.ablation.triton import VARIANTS, launch, launch_counted
     from cats_kernels.problem import TOLERANCE, oracle, relative_error
     from cats_kernels.triton import kernels
     from cats_kernels.triton.configs import TENSOR_CORES, Config
@@ -198,6 +198,11 @@ else:
     def test_two_runs_agree_bit_for_bit(variant: str):
         problem = case(2, 64, 90, torch.float32, 0.5)
         assert torch.equal(launch(variant, *problem), launch(variant, *problem))
+
+    @pytest.mark.parametrize("sparsity", [0.0, 0.6, 1.0])
+    def test_compacting_with_the_count_on_the_host(sparsity: float):
+        problem = case(2, 48, 77, torch.float32, sparsity)
+        assert relative_error(launch_counted(*problem), oracle(*problem)) < 1e-5
 
     def test_through_the_operator_with_leading_dimensions():
         x, *rest = case(6, 32, 40, torch.float32, 0.5)

@@ -92,11 +92,12 @@ def test_cuda_graph_replays_follow_new_inputs(form: tuple):
 def test_other_configurations_agree(stages: int, paired: bool, parts: int):
     for form in FORMATS[::2]:
         problem, threshold = quantized_case(1, 2048, 3000, form, torch.bfloat16, 0.5, device="cuda")
-        config = QuantizedConfig(
-            4, 2, warps=4, programs=2, gate_stages=stages, stages=stages, parts=parts, paired=paired
-        )
-        y = sparse_gated_mlp_quantized(*problem.quantized_arguments(threshold), config)
-        assert problem.error(y, threshold) < TOLERANCE[torch.bfloat16]
+        for chunk in (0, 16):
+            config = QuantizedConfig(
+                4, 2, warps=4, programs=2, gate_stages=stages, stages=stages, parts=parts, paired=paired, chunk=chunk
+            )
+            y = sparse_gated_mlp_quantized(*problem.quantized_arguments(threshold), config)
+            assert problem.error(y, threshold) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)

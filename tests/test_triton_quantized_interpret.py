@@ -69,6 +69,7 @@ else:
             programs=data.draw(st.integers(1, 3)),
             parts=data.draw(st.sampled_from((1, 3))),
             paired=data.draw(st.booleans()),
+            chunk=data.draw(st.sampled_from((0, 1, 16))),
         )
         kind, decider = data.draw(st.sampled_from(KINDS))
         sparsity = data.draw(st.sampled_from((0.0, 0.5, 0.9, 1.0)))

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from cats.generation.attention import DecodeBlock, decode_blocks, decoding
 from cats.generation.cache import DecodeCache, capacity_for
@@ -34,6 +35,8 @@ from cats.generation.sampling import Sampling
 
 EAGER_ROOM = 1024
 """New tokens that a cache has room for from the start; one for more grows when they come."""
+MASKED = ("eager", "sdpa")
+"""Implementations of attention that take a mask over a cache of which only a part is filled."""
 VARIANTS = 64
 """Compiled variants of one step that are kept: dense and sparse, of every batch size."""
 
@@ -94,7 +97,7 @@ class Decoder:
         self.blocks_for: Any = None  # what the blocks were made for
         self.ready_for: Any = None  # what was compiled or captured last
         self.graph: Any = None
-        self.kept: Any = None  # a mask that the graph reads
+        self.mask: Any = None  # bool (batch, capacity), where a step needs one
         self.token: Any = None  # int64 (batch, 1): the last one
         self.tokens: Any = None  # int64 (batch, capacity)
         self.noise: Any = None  # float32 (batch, vocabulary), for draws
@@ -128,7 +131,7 @@ class Decoder:
     def release(self) -> None:
         """Free the cache and the graph; what was compiled stays."""
         with self.lock:
-            self.cache = self.shape = self.blocks_for = self.ready_for = self.graph = self.kept = None
+            self.cache = self.shape = self.blocks_for = self.ready_for = self.graph = self.mask = None
             self.token = self.tokens = self.noise = None
             self.blocks = {}
 
@@ -155,7 +158,6 @@ class _Call:
         self.loop = "eager" if settings.loop in decoder.refused else settings.loop
         self.on_gpu = ids.device.type == "cuda"
         self.prompt_mask = mask if mask is not None and not bool(mask.all()) else None
-        self.total = self.prompt + new_tokens
         self.noise: Tensor | None = None
 
     def run(self, on_tokens: Callable[[Tensor], None] | None, on_step: Callable[[int], None] | None) -> Tensor:
@@ -205,15 +207,17 @@ class _Call:
         """The attention of `cats.generation.attention` for the steps of a static cache, of the weights as they are."""
         decoder, settings = self.decoder, self.settings
         self.mark = fingerprint(self.model) if self._static else None
-        if not self._static or settings.own_attention:
-            self.blocks: dict[nn.Module, DecodeBlock] = {}
-            return
-        how = settings.fused, settings.kernel
-        if decoder.blocks_for != (how, self.mark):
-            decoder.blocks = decode_blocks(self.model, *how)
-            self.mark = fingerprint(self.model)  # joined weights have moved
-            decoder.blocks_for = how, self.mark
-        self.blocks = decoder.blocks
+        self.blocks: dict[nn.Module, DecodeBlock] = {}
+        if self._static and not settings.own_attention:
+            how = settings.fused, settings.kernel
+            if decoder.blocks_for != (how, self.mark):
+                decoder.blocks = decode_blocks(self.model, *how)
+                self.mark = fingerprint(self.model)  # joined weights have moved
+                decoder.blocks_for = how, self.mark
+            self.blocks = decoder.blocks
+        own = self.model.config._attn_implementation
+        if self._static and not self.blocks and own not in MASKED:
+            self._fall_back(f'its attention "{own}" takes no mask over a cache of fixed size')
 
     def _make_room(self) -> None:
         """A cache for this batch that holds the prompt and what is likely to come."""
@@ -271,7 +275,12 @@ class _Call:
         """The padding of a static cache; None where there is none, or where the step's own attention knows it."""
         if self.prompt_mask is None or self.blocks:
             return None
-        return torch.arange(self.cache.capacity, device=self.device) >= self.cache.first[:, None]
+        mask = torch.arange(self.cache.capacity, device=self.device) >= self.cache.first[:, None]
+        kept = self.decoder.mask
+        if kept is None or kept.shape != mask.shape:
+            kept, self.decoder.graph = mask, None
+        self.decoder.mask = kept.copy_(mask)  # a graph of an earlier call reads it
+        return self.decoder.mask
 
     def _prepare(self) -> Callable[[], object]:
         """The step from one token to the next: compiled, captured."""
@@ -282,11 +291,15 @@ class _Call:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # torch's exceptions of dynamo, inductor and capture
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            warnings.warn(f'the loop "{self.loop}" cannot serve this model, so "eager" does: {reason}', stacklevel=6)
-            self.decoder.refused.add(self.loop)
-            self.loop, self.cache.exact = "eager", True
+            self._fall_back((str(error).strip().splitlines() or [type(error).__name__])[0])
+            self.cache.exact = True
             return self._eager_step
+
+    def _fall_back(self, reason: str) -> None:
+        """Go on in the loop that needs nothing, now and in later calls."""
+        warnings.warn(f'the loop "{self.loop}" cannot serve this model, so "eager" does: {reason}', stacklevel=7)
+        self.decoder.refused.add(self.loop)
+        self.loop = "eager"
 
     def _eager_step(self) -> None:
         cache = self.cache
@@ -322,7 +335,7 @@ class _Call:
         if decoder.ready_for != ready_for or (graph and decoder.graph is None):
             decoder.ready_for = decoder.graph = None
             self._rehearse((lambda: setattr(decoder, "graph", capture(step))) if graph else step)
-            decoder.ready_for, decoder.kept = ready_for, mask  # a graph reads the mask
+            decoder.ready_for = ready_for
             decoder.captures += 1
         return decoder.graph.replay if graph else step
 
@@ -330,10 +343,16 @@ class _Call:
         """Make a step for what it compiles or captures, and take it back."""
         cache = self.cache
         kept = [tensor.clone() for tensor in (self.token, cache.position)]
-        with progress("cats.generate: compiling the decode step", "cats.generate: compiled the decode step"):
-            step()
-        for tensor, value in zip((self.token, cache.position), kept, strict=True):
-            tensor.copy_(value)
+        doing, done = "cats.generate: capturing the decode step", "cats.generate: captured the decode step"
+        if LOOPS[self.loop].compiled:
+            doing = "cats.generate: compiling the decode step"
+            done = f"cats.generate: compiled the decode step (kept in {cache_dir()} for later processes)"
+        try:
+            with progress(doing, done):
+                step()
+        finally:
+            for tensor, value in zip((self.token, cache.position), kept, strict=True):
+                tensor.copy_(value)
 
     def _function(self) -> Callable[..., Any]:
         plain: Callable[..., Any] = greedy_step if self.sampling.greedy else logits_step

@@ -68,7 +68,7 @@ def decode_attention_kernel(
     DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    await_previous_kernel(PDL)
+    await_previous_kernel(PDL, True)
     split = tl.program_id(0)
     head = tl.program_id(1)  # of all sequences
     sequence = head // KV_HEADS

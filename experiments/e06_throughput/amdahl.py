@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
 import cats
+from cats.generation.attention import decode_blocks, decoding
+from cats.generation.cache import DecodeCache
 from cats.structure import attention_blocks
 from experiments.framework.tables import AmdahlRow, Row, ShareRow
 from experiments.framework.timing import Timing
@@ -43,6 +45,7 @@ def shares_and_amdahl(
     common: dict[str, Any],
     rounds: int,
     compile_module: Compile | None = None,
+    decode_attention: bool = False,
 ) -> list[Row]:
     """Rows of both tables for one model.
 
@@ -55,8 +58,9 @@ def shares_and_amdahl(
         common: the columns that all rows share.
         rounds: timed rounds.
         compile_module: how the loop compiles a module; None for a loop that does not.
+        decode_attention: whether attention is that of `cats.generate`'s steps, where it serves the model.
     """
-    timings = time_components(model, switch, sparsity, ids, rounds, compile_module)
+    timings = time_components(model, switch, sparsity, ids, rounds, compile_module, decode_attention)
     layers = len(cats.gated_mlps(model))
     dense = token_ms[None]
     milliseconds = {
@@ -92,6 +96,7 @@ def time_components(
     ids: Tensor,
     rounds: int,
     compile_module: Compile | None = None,
+    decode_attention: bool = False,
 ) -> dict[str, Timing]:
     """Time one call of the middle layer's MLP (dense: ``mlp``, sparse: ``cats``), its attention block and the head.
 
@@ -109,6 +114,10 @@ def time_components(
     modules: Any = (mlp, sparse, attention, head)
     dense, sparse, attend, head = map(compile_module, modules) if compile_module else modules
     index: Any = attention.layer_idx
+    block = decode_blocks(model).get(attention) if decode_attention else None
+    if block is not None:
+        past = filled_cache(model, ids)
+        inputs["attention"] = [(args, {**kwargs, "past_key_values": past}) for args, kwargs in inputs["attention"]]
     calls = {
         "mlp": [partial(dense, *args, **kwargs) for args, kwargs in inputs["mlp"]],
         "cats": [partial(sparse, *args, **kwargs) for args, kwargs in inputs["mlp"]],
@@ -116,9 +125,19 @@ def time_components(
         "head": [partial(head, *args, **kwargs) for args, kwargs in inputs["head"][-1:]],
     }
     device = model.device.type
-    if device == "cuda":
-        return measure_calls(calls, warmups=3, rounds=rounds, device=device)
-    return measure_calls({key: _in_turn(group) for key, group in calls.items()}, warmups=2, rounds=rounds)
+    with decoding({} if block is None else {attention: block}):
+        if device == "cuda":
+            return measure_calls(calls, warmups=3, rounds=rounds, device=device)
+        return measure_calls({key: _in_turn(group) for key, group in calls.items()}, warmups=2, rounds=rounds)
+
+
+@torch.no_grad()
+def filled_cache(model: PreTrainedModel, ids: Tensor) -> DecodeCache:
+    """The cache of `cats.generate` after the prompt ``ids``, with room for a token more."""
+    cache = DecodeCache(model.config, ids.shape[1] + 2 * STEPS, len(ids), model.device)
+    model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache.start(ids.shape[1])
+    return cache
 
 
 def _attend(attention: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
@@ -128,6 +147,8 @@ def _attend(attention: Any, index: int, args: tuple[Any, ...], kwargs: dict[str,
     static cache counts its tokens in a tensor, which would run over the end.
     """
     cache = copy.copy(kwargs["past_key_values"])
+    if isinstance(cache, DecodeCache):  # the step counts, not the layer
+        return attention(*args, **kwargs)
     cache.layers = [copy.copy(layer) if i == index else layer for i, layer in enumerate(cache.layers)]
     if isinstance(cache, StaticCache):
         cache.layers[index].cumulative_length = cache.layers[index].cumulative_length.clone()

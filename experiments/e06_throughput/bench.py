@@ -198,13 +198,13 @@ class Bench:
             if same and row.sparsity_target in times:
                 times[row.sparsity_target].append(math.log(row.decode_s / (row.generated_tokens - 1)))
         token_ms = {key: 1e3 * math.exp(sum(logs) / len(logs)) for key, logs in times.items()}
-        self.prepare(case.loop)
+        ours = self.prepare(case.loop) == ATTENTION
         common = {**self.common, "loop": case.loop}
         ids = self.prompt(case, 0).repeat(1, -(-case.context // case.prompt_tokens))[:, : case.context - STEPS]
         compiling = partial(compile_step, loop=case.loop, dependent_launch=self.options.dependent_launch)
         compile_module = compiling if LOOPS[case.loop].compiled else None
         rounds = self.options.rounds
-        return shares_and_amdahl(self.model, self.switch, sparsity, ids, token_ms, common, rounds, compile_module)
+        return shares_and_amdahl(self.model, self.switch, sparsity, ids, token_ms, common, rounds, compile_module, ours)
 
     def close(self) -> None:
         """Free the model."""

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from cats_kernels import MAX_ROWS
-from cats_kernels.ablation.triton import VARIANTS, launch
+from cats_kernels.ablation.triton import VARIANTS, launch, launch_counted
 from cats_kernels.problem import TOLERANCE, Problem
 from cats_kernels.triton.configs import CONFIGS, Config, choose_config
 from cats_kernels.triton.launch import run
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from experiments.e05_mlp_latency import COPIES, SHAPES
 from experiments.framework.bandwidth import read_bandwidth
-from experiments.framework.timing import measure
+from experiments.framework.timing import Timing, eager_times, measure
 from experiments.gpu.precompile import Task, precompile
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -189,12 +189,26 @@ def run_case(
             flush=False,
             device="cuda",
         )
+        if options.eager:
+            for name, times in run_eager(problems[0], sparsity, options).items():
+                key = (f"eager {name}", "")
+                works[key], timings[str(key)] = [], Timing.of(times)
         active = sum(p.active(p.threshold(sparsity)) for p in problems) / m / len(problems)
         bound = bound_us(d, m, kind.itemsize, active, bandwidth)
         for key in works:
-            times = timings[str(key)]
-            p20, p50, p80 = (1e3 * t for t in (times.p20_ms, times.p50_ms, times.p80_ms))
+            timing = timings[str(key)]
+            p20, p50, p80 = (1e3 * t for t in (timing.p20_ms, timing.p50_ms, timing.p80_ms))
             yield Result(shape, dtype, rows, sparsity, active, *key, p20, p50, p80, bound, errors.get(key))
+
+
+def run_eager(problem: Problem, sparsity: float, options: argparse.Namespace) -> dict[str, list[float]]:
+    """The authors' protocol: everything launched from Python; their compacting kernel waits for the host."""
+    arguments = problem.arguments(problem.threshold(sparsity))
+    calls: dict[str, Callable[[], Tensor]] = {"dense": problem.dense()}
+    calls |= {name: partial(launch, name, *arguments) for name in options.variants}
+    calls["fused-compact, counted by the host"] = partial(launch_counted, *arguments)
+    check(problem, sparsity, calls["fused-compact, counted by the host"], "fused-compact")
+    return eager_times(calls, warmups=10, rounds=options.rounds)
 
 
 def check(problem: Problem, sparsity: float, work: Callable[[], Tensor], name: str) -> float | None:
@@ -244,6 +258,7 @@ def main() -> None:
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.9, 0.3, 0.7])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["cats"])
     parser.add_argument("--search", choices=("near", "wide", "none"), default="near")
+    parser.add_argument("--eager", action="store_true", help="also launched from Python, as the paper's authors time")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing more after so long")
     options = parser.parse_args()

@@ -45,7 +45,7 @@ QUANTIZED_ROWS: dict[tuple[str, torch.dtype], float] = {
     ("triton", torch.float16): 8,
     ("triton", torch.bfloat16): 8,
 }
-"""The same for quantised weights, whose dense path dequantises them first, by the thousand neurons."""
+"""The same for quantised weights, whose dense path dequantises them first, some neurons at a time."""
 
 Implementation = Callable[[Tensor, Tensor, Tensor, Tensor, Threshold, str, str], Tensor]
 

@@ -24,7 +24,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 """Columns of a group; int8 may have one group of a whole row besides."""
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ZERO_NIBBLE = 8
-CHUNK = 2**22
+CHUNK = 2**18
 """Weights at a time while quantising, so that float32 copies of a large weight never exist whole."""
 
 
@@ -210,6 +210,31 @@ def quantize(
     return result
 
 
+def from_ggml_blocks(blocks: Tensor, bits: int, d: int) -> QuantizedWeight:
+    """Rows of llama.cpp's Q8_0 (8 bits) or Q4_0 (4 bits) blocks as they lie in a GGUF file, without a change of a bit.
+
+    Args:
+        blocks: uint8 (m, d / 32 * 34), or with 4 bits (m, d / 32 * 18): per 32 columns a float16 scale and their data.
+        bits: 8 or 4.
+        d: columns, a multiple of 32.
+
+    Raises:
+        TypeError, ValueError: one sentence naming what is wrong.
+    """
+    check_format(bits, 32, d)
+    size = 2 + 32 * bits // 8
+    if blocks.dtype != torch.uint8:
+        raise TypeError(f"blocks are {blocks.dtype}; they must be torch.uint8.")
+    if d % 32 or blocks.dim() != 2 or blocks.shape[1] != d // 32 * size:
+        raise ValueError(
+            f"blocks are {tuple(blocks.shape)}; they must be (m, d / 32 * {size}), d = {d} by whole blocks."
+        )
+    parts = blocks.reshape(blocks.shape[0], d // 32, size)
+    scales = parts[:, :, :2].contiguous().view(torch.float16).squeeze(2)
+    data = parts[:, :, 2:].reshape(blocks.shape[0], -1)
+    return QuantizedWeight(data.view(torch.int8) if bits == 8 else data, scales, None, bits, 32, d)
+
+
 def row_chunks(m: int, d: int) -> Iterator[tuple[int, int]]:
     """Ranges of rows with about `CHUNK` weights each."""
     step = max(1, CHUNK // d)
@@ -222,7 +247,9 @@ def _quantize_rows(weight: Tensor, out: QuantizedWeight) -> None:
     m, d = weight.shape
     missing = out.groups * out.group_size - d
     # repeats of the last column change neither the smallest nor the largest value of its group
-    grouped = torch.cat([weight, weight[:, -1:].expand(m, missing)], 1).view(m, out.groups, out.group_size)
+    if missing:
+        weight = torch.cat([weight, weight[:, -1:].expand(m, missing)], 1)
+    grouped = weight.reshape(m, out.groups, out.group_size)
     low, high = grouped.amin(2), grouped.amax(2)
     if not bool((low.isfinite() & high.isfinite()).all()):
         raise ValueError("weight has NaN or infinity; it must be finite.")

@@ -73,8 +73,10 @@ def sparse_gated_mlp_reference(
     return hidden @ down_weight_t
 
 
-QUANTIZED_CHUNK = 1024
-"""Neurons at a time on dequantised weights, so that no large weight exists dequantised whole."""
+QUANTIZED_CHUNK = {"cpu": 2**18}
+"""Weights of each of the three at a time, by device type, so that no large one exists dequantised whole."""
+QUANTIZED_CHUNK_ELSEWHERE = 2**24
+"""On a GPU, where each piece is several launches."""
 
 
 def quantized_mlp_reference(
@@ -87,12 +89,14 @@ def quantized_mlp_reference(
     decider: str = "gate",
 ) -> Tensor:
     """`sparse_gated_mlp_reference` on what the weights (m, d) dequantise to, in the dtype of ``x`` (half precision on
-    the CPU: in float32, rounded once). Neurons are taken by the thousand, whose sums are added in float32."""
+    the CPU: in float32, rounded once). Some neurons are taken at a time, whose sums are added in float32."""
     dtype = torch.float32 if x.dtype in HALF_PRECISION and x.device.type == "cpu" else x.dtype
     sums = torch.promote_types(dtype, torch.float32)
-    m, y, inner = gate_weight.shape[0], torch.zeros(x.shape, dtype=sums, device=x.device), x.to(dtype)
-    for first in range(0, m, QUANTIZED_CHUNK):
-        last = min(m, first + QUANTIZED_CHUNK)
+    y, inner = torch.zeros(x.shape, dtype=sums, device=x.device), x.to(dtype)
+    m, d = gate_weight.shape
+    step = max(1, QUANTIZED_CHUNK.get(x.device.type, QUANTIZED_CHUNK_ELSEWHERE) // d)
+    for first in range(0, m, step):
+        last = min(m, first + step)
         gate, up, down_t = (dequantize(w.rows(first, last), dtype) for w in (gate_weight, up_weight, down_weight_t))
         own = threshold[first:last] if isinstance(threshold, Tensor) and threshold.dim() else threshold
         y += sparse_gated_mlp_reference(inner, gate, up, down_t, own, activation, decider)

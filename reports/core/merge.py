@@ -1,4 +1,4 @@
-"""Runs of different models as one run, so that a section has one figure and one table for all of them."""
+"""Runs of different models, or of parts of one experiment, as one run: one figure and one table for all of them."""
 
 from __future__ import annotations
 
@@ -10,29 +10,42 @@ from experiments.framework.tables import Row
 from reports.core.load import Run
 from reports.core.verdicts import POCKET_MODEL
 
-Identity = tuple[str, str, str]
-
 
 def together(runs: list[Run], row_types: Iterable[type[Row]]) -> list[Run]:
-    """Runs that hold some of these tables, joined where no model was measured twice; real models before the pocket one.
+    """Runs that hold some of these tables, joined as `grouped` says."""
+    row_types = list(row_types)
+    return [joined(members, row_types) for members in grouped(runs, row_types)]
 
-    A run that measured a model which another run has measured as well, on the same machine where the table names one,
-    begins a run of its own: nothing is averaged over runs.
+
+def grouped(runs: list[Run], row_types: Iterable[type[Row]]) -> list[list[Run]]:
+    """Runs that hold some of these tables, in groups that contradict each other nowhere; the pocket model's come last.
+
+    A run that measured what another has measured too (the same row, with another result) is in a group of its own:
+    nothing is averaged over runs.
     """
-    names = [row_type.table for row_type in row_types]
-    groups: list[tuple[list[Run], set[Identity]]] = []
+    row_types = list(row_types)
+    groups: list[list[Run]] = []
     for run in sorted(runs, key=_is_pocket):
-        identities = {identity for name in names if name in run.tables for identity in _identities(name, run)}
-        if not identities:
+        if not any(row_type.table in run.tables for row_type in row_types):
             continue
-        for members, known in groups:
-            if not known & identities:
-                members.append(run)
-                known |= identities
-                break
+        home = next((members for members in groups if not _contradict([*members, run], row_types)), None)
+        if home is None:
+            groups.append([run])
         else:
-            groups.append(([run], identities))
-    return [_joined(members, names) for members, _ in groups]
+            home.append(run)
+    return groups
+
+
+def joined(members: list[Run], row_types: Iterable[type[Row]]) -> Run:
+    """Runs of one group as one; what several measured alike, such as the dense model, stands in it once."""
+    if len(members) == 1:
+        return members[0]
+    tables = {}
+    for row_type in row_types:
+        parts = [run.tables[row_type.table] for run in members if row_type.table in run.tables]
+        if parts:
+            tables[row_type.table] = _concatenated(parts).drop_duplicates(_keys(row_type, parts[0]), ignore_index=True)
+    return Run(", ".join(run.label for run in members), members[0].path, tables)
 
 
 def of_model(run: Run, model: str) -> Run:
@@ -47,26 +60,28 @@ def models(run: Run, row_type: type[Row]) -> list[str]:
     return [] if table is None or "model" not in table else [str(model) for model in table["model"].unique()]
 
 
-def _identities(name: str, run: Run) -> set[Identity]:
-    table = run.tables[name]
-    columns = [table[column].astype(str) if column in table else None for column in ("model", "machine")]
-    parts = [column if column is not None else pd.Series("", table.index) for column in columns]
-    return {(name, str(model), str(machine)) for model, machine in zip(*parts, strict=True)}
+def _contradict(members: list[Run], row_types: list[type[Row]]) -> bool:
+    """Whether some row, by its key, has different results in two of them."""
+    for row_type in row_types:
+        parts = [run.tables[row_type.table] for run in members if row_type.table in run.tables]
+        if len(parts) < 2:
+            continue
+        whole = _concatenated(parts)
+        distinct = whole.astype(str).drop_duplicates()
+        if distinct.duplicated(_keys(row_type, whole)).any():
+            return True
+    return False
+
+
+def _keys(row_type: type[Row], table: pd.DataFrame) -> list[str]:
+    return [column for column in row_type.key if column in table]
+
+
+def _concatenated(parts: list[pd.DataFrame]) -> pd.DataFrame:
+    filled = [part.dropna(axis=1, how="all") for part in parts]  # a column without a value has no type to keep
+    return pd.concat(filled, ignore_index=True).reindex(columns=parts[0].columns)
 
 
 def _is_pocket(run: Run) -> bool:
-    """Whether it measured the pocket model and no other."""
-    named = {str(model) for table in run.tables.values() if "model" in table for model in table["model"].unique()}
-    return POCKET_MODEL in named
-
-
-def _joined(members: list[Run], names: list[str]) -> Run:
-    if len(members) == 1:
-        return members[0]
-    tables = {}
-    for name in names:
-        parts = [run.tables[name].dropna(axis=1, how="all") for run in members if name in run.tables]
-        if parts:
-            columns = next(run.tables[name].columns for run in members if name in run.tables)
-            tables[name] = pd.concat(parts, ignore_index=True).reindex(columns=columns)
-    return Run(", ".join(run.label for run in members), members[0].path, tables)
+    """Whether it measured the pocket model."""
+    return any(table["model"].eq(POCKET_MODEL).any() for table in run.tables.values() if "model" in table)

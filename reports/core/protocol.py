@@ -14,6 +14,7 @@ from reports.core.document import escape
 from reports.core.load import Run
 from reports.core.section import Section
 
+MOST_NAMED = 3  # runs in the heading of a column
 Words = Callable[[Run], str]
 
 
@@ -32,6 +33,8 @@ def values(table: pd.DataFrame, column: str) -> str:
     distinct = table[column].dropna().unique()
     if table[column].dtype == float:
         return ", ".join(f"{value:.0f}" for value in sorted(distinct))
+    if column == "model":
+        return ", ".join(dict.fromkeys(style.model_name(str(value)) for value in distinct))
     names = (style.model_name(style.task_name(style.dtype_name(str(value)))) for value in distinct)
     return ", ".join(dict.fromkeys(names))
 
@@ -98,6 +101,7 @@ def protocol(section: Section, runs: list[Run]) -> pd.DataFrame:
     columns = {}
     for said, members in alike.items():
         leading = dict.fromkeys(filter(None, (section.protocol[0].ours(run) for run in members)))
-        label = ", ".join(escape(run.label) for run in members)
+        label = ", ".join(escape(run.label) for run in members[:MOST_NAMED])
+        label += f" and {len(members) - MOST_NAMED} more" * (len(members) > MOST_NAMED)
         columns[label] = [escape(words) or style.DASH for words in (", ".join(leading), *said)]
     return pd.DataFrame({**first, **columns})

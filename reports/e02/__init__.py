@@ -41,7 +41,7 @@ zero-shot accuracy in the layout of the paper's Table 1, ± one standard error (
 the tasks as independent). Bold: the best sparse variant of each column."""
 PAPER_TABLE_1 = "The paper's Table 1. Bold: the best sparse variant of each column."
 SUMMARY = """
-sparsity, mean accuracy and perplexity on held-out text. The change against base is paired over the same items, ± one
+Sparsity, mean accuracy and perplexity on held-out text. The change against base is paired over the same items, ± one
 standard error. “CATS at ReLU's sparsity” is the matched comparison that the paper leaves out."""
 PAPER_PERPLEXITY = "The paper's increase of perplexity against its dense models (Table 3 of its fourth version)."
 POCKET_NOTE = (

@@ -41,7 +41,9 @@ def accuracy_figure(run: Run) -> Figure:
         part = means[means["model"] == name] if ours else _as_means(paper[paper["model"] == name])
         accuracy_panel(ax, part)
         ax.set_title(f"{style.short_name(name)} (ours)" if ours else f"{name} (paper)", fontsize=8.5)
-    for ax, (model, part) in zip(flat[len(panels) :], perplexity.groupby("model") if extra else (), strict=False):
+    for ax, (model, part) in zip(
+        flat[len(panels) :], perplexity.groupby("model", sort=False) if extra else (), strict=False
+    ):
         accuracy_panel(ax, part)
         _perplexity_axis(ax, part["value"], style.short_name(str(model)))
     flat[0].set_ylabel("mean zero-shot accuracy")

@@ -49,9 +49,10 @@ Latency of one MLP block against sparsity at batch 1, cold cache, as in the pape
 must read the gate matrix whole can reach; the dotted bytes bound is what such a kernel can reach at the measured read
 bandwidth."""
 SPEEDUP_CAPTION = """
-The same as ratios to dense, the fastest of torch's MLP and the compiled one where that was timed. Dashed: the paper's
-kernel on its L40S in float32, over torch's. Dotted: 3 / (3 - 2 s), the bytes of dense over those that CATS reads at
-sparsity s; a curve above it means that dense itself does not reach the read bandwidth."""
+Speed-up of one MLP block over dense against sparsity at batch 1, cold cache: the paper's Figure 3 as ratios. Dense: the
+fastest of torch's MLP and the compiled one where that was timed. Dashed: the paper's kernel on its L40S in float32,
+over torch's. Dotted: 3 / (3 - 2 s), the bytes of dense over those that CATS reads at sparsity s; a curve above it means
+that dense itself does not reach the read bandwidth."""
 ABLATION_CAPTION = """
 The paper's Figure 6 as ratios to dense: fused with a mask (the paper's choice), fused with a compacted index,
 neither, in this project's versions; and this project's own kernel (“CATS (ours)”). Higher is faster; last row: the

@@ -30,6 +30,15 @@ PROTOCOL = (
            of(CriterionSpeedRow, lambda table: f"{values(table, 'machine')}; {values(table, 'dtype')}")),
 )  # fmt: skip
 
+NOTE = (
+    "CATS keeps the neurons whose gate activation is large; CHESS weighs it by the typical size of what it "
+    "multiplies, gate-norm by the norm of the neuron's row of the down projection as well; up and up-norm do the same "
+    "with the other product, which then decides; auto chooses the side and the weights of each layer on calibration "
+    "text. TEAL and WINA skip inputs of the linear layers that are small (WINA: times the norm of their column). "
+    "ReLUfication puts ReLU in place of the activation. Oracle keeps the neurons that add most to the output, random "
+    "any. This project's kernels serve CATS, CHESS, gate-norm, up, up-norm and auto; the others run as masks."
+)
+
 FIGURE_CAPTION = """
 Quality of one model under every criterion. Increase of perplexity on held-out text (log scale; dotted: the 1.0 % at
 which 99 % of dense are left) and, where tasks were measured, the change of mean accuracy (bars: 95 %, paired over
@@ -69,7 +78,7 @@ def contents(run: Run) -> list[Block]:
     blocks: list[Block] = []
     if run.table(CriterionRow) is not None:
         blocks.append(Table(affordable_table(run), AFFORDABLE_TABLE))
-        if len(prompts := prompts_table(run.tables[CriterionRow.table])):
+        if len(prompts := prompts_table(run.tables[CriterionRow.table], short=True)):
             blocks.append(Table(prompts, PROMPTS_TABLE))
     return blocks
 
@@ -81,6 +90,8 @@ def more(run: Run) -> list[Block]:
         for model in table["model"].unique():
             name = escape(style.model_name(str(model)))
             blocks.append(Table(criteria_table(table, model), f"{name}: {CRITERIA_TABLE.strip()}"))
+        if len(prompts := prompts_table(table)):
+            blocks.append(Table(prompts, PROMPTS_TABLE))
     if (speed := run.table(CriterionSpeedRow)) is not None:
         blocks.append(Table(speed_table(speed), SPEED_TABLE))
     return blocks
@@ -94,4 +105,5 @@ SECTION = Section(
     figures=(Drawing("e08_frontier", CriterionRow, frontier_figure, FIGURE_CAPTION, per_model=True),),
     contents=contents,
     more=more,
+    note=lambda runs: NOTE,
 )

@@ -130,11 +130,12 @@ def _text_panel(ax: Axes, points: By, place: Place, axis: str) -> None:
 
 
 def _accuracy_panel(ax: Axes, points: By) -> None:
-    bound = math.nan
-    lowest = 0.0
-    for criterion, of in points.items():
+    """Change of mean accuracy against the bytes of the MLPs, or by criterion where one level was measured."""
+    bound, lowest = math.nan, 0.0
+    levels = {point.level for of in points.values() for point in of}
+    for place, (criterion, of) in enumerate(points.items()):
         colour, line = look(criterion)
-        x = [100 * point.mlp_bytes for point in of]
+        x = [float(place)] if len(levels) == 1 else [100 * point.mlp_bytes for point in of]
         y = [100 * point.change.value for point in of]
         error: Any = [
             [100 * (point.change.value - point.change.low) for point in of],
@@ -142,8 +143,12 @@ def _accuracy_panel(ax: Axes, points: By) -> None:
         ]
         ax.errorbar(x, y, error, ls=line, marker="o", color=colour, ms=2.8, lw=1.2, elinewidth=0.5)
         bound = 100 * (of[0].change.value - of[0].margin.value)
-        lowest = min(lowest, *y)
+        lowest = min(lowest, *(100 * point.change.low for point in of if point.change.known))
     ax.axhline(0, color=style.GREY, lw=0.6)
     ax.axhline(bound, color=style.GREY, lw=0.8, ls=(0, (1, 2)))
-    ax.set(xlabel="bytes of the MLPs, % of dense", ylabel="change of mean accuracy, points")
+    ax.set(xlabel="bytes of the MLPs, % of dense", ylabel="accuracy, points from dense")
+    if len(levels) == 1:
+        ax.set_xticks(range(len(points)), [title(criterion) for criterion in points], rotation=60, fontsize=7)
+        ax.set_xlabel(f"at {100 * levels.pop():g} %")
+        ax.margins(x=0.15)
     ax.set_ylim(bottom=max(1.1 * lowest, -25))

@@ -19,6 +19,7 @@ from reports.measures.frontier import Kept, accuracy_points, affords, fastest, s
 
 LEVELS = (0.3, 0.5, 0.7)
 ROLES = {"oracle": " (ceiling)", "random": " (floor)"}
+WITH_KERNEL = ("cats", "chess", "gate-norm", "up", "up-norm", "auto")
 METRIC_NAMES = {"continuation_perplexity": "perplexity of continuations", "exact_match": "exact match"}
 
 
@@ -54,6 +55,7 @@ def affordable_table(run: Run) -> pd.DataFrame:
                     **_kept_cells("perplexity", affords(text.get(key, [])), speed, model),
                     "Perplexity at 50 %": _cell(at),
                     "Against CATS": _ratio(at),
+                    "Speed at 50 %": "; ".join(map(speed_words, _speeds_at_half(speed, *key))) or style.DASH,
                 }
             )
     frame = without_empty(pd.DataFrame(rows))
@@ -65,6 +67,10 @@ def _kept_cells(metric: str, kept: Kept | None, speed: pd.DataFrame, model: str)
     at = speed_at(speed, model, kept.point.variant) if kept and kept.point else []
     cells[f"Speed there ({metric})"] = "; ".join(map(speed_words, at)) or style.DASH
     return cells
+
+
+def _speeds_at_half(speed: pd.DataFrame, model: str, criterion: str, scope: str) -> list[dict]:
+    return speed_at(speed, model, f"{criterion}-50") if scope == "mlp" else []
 
 
 def speed_words(row: Mapping[Any, Any]) -> str:
@@ -108,9 +114,13 @@ def _ratio(rows: pd.DataFrame) -> str:
     return f"{ratio:.3f} ± {ratio * row['cats_difference_stderr']:.3f}" if ratio < HIGHEST else f"over {HIGHEST:.0f}"
 
 
-def prompts_table(table: pd.DataFrame) -> pd.DataFrame:
-    """A row per model, measure, criterion and level that was measured with a dense prompt too."""
+def prompts_table(table: pd.DataFrame, short: bool = False) -> pd.DataFrame:
+    """A row per model, measure, criterion and level that was measured with a dense prompt too; `short`: at 50 %, and of
+    criteria that a kernel serves."""
     part = table[table["metric"].isin(METRIC_NAMES)]
+    if short:
+        half = np.isclose(part["sparsity_target"], 0.5) & part["criterion"].isin(WITH_KERNEL)
+        part = part[half | (part["criterion"] == "dense")]
     keys = ["model", "metric", "task", "variant", "scope"]
     rows, last = [], ("", "")
     for (model, metric, _, variant, scope), of_one in part.groupby(keys, sort=False):

@@ -92,8 +92,9 @@ def _why_not_compiled(run: Run, machine: str, shape: str, dtype: str) -> str:
 
 
 def c8_fused_mask(run: Run) -> list[Finding]:
-    """Holds here if the paper's fused kernel with a mask is faster than its unfused and its index-compacting one, each
-    in the geometric mean over the measured sparsities from 20 % to 95 %, in our versions of the paper's kernels.
+    """Holds here if the paper's fused kernel with a mask (fused-mask) is faster than its unfused (gather) and its
+    index-compacting one (fused-compact), each in the geometric mean over the measured sparsities from 20 % to 95 %, in
+    our versions of the paper's kernels.
 
     Tested only where our versions of both fused kernels take at most 1.05 times the authors' own time on the same
     machine, at every sparsity timed in both: else the verdict would be one on our versions. Our own kernel stands for

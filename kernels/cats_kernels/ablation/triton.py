@@ -257,6 +257,26 @@ def launch(
     return call.y.view(x.shape)
 
 
+def launch_counted(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight_t: Tensor,
+    threshold: Threshold,
+    activation: str = "silu",
+    decider: str = "gate",
+) -> Tensor:
+    """ "fused-compact" as the authors launch theirs: the host waits for the number of active neurons, and starts the up
+    kernel on so many. Not to be captured in a CUDA graph."""
+    call = make_call(x, gate_weight, up_weight, down_weight_t, threshold, activation, decider)
+    gate, up, *rest = plan_paper("fused-compact", call)
+    run([gate], x.device)
+    active = int(up.buffers["count_ptr"])
+    up.grid = (max(1, cdiv(active, up.constants["TILE"])),)
+    run([up, *rest], x.device)
+    return call.y.view(x.shape)
+
+
 VARIANTS: dict[str, Callable[..., Tensor]] = {
     **{name: partial(launch, name) for name in NAMES},
     "cats": partial(dispatch.compute, "triton"),

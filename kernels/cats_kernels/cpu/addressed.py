@@ -1,6 +1,8 @@
 """The CPU kernels called with addresses. numba looks at an array argument for a microsecond and makes one from a tensor
 in two, together more than a small MLP takes; an integer costs a tenth of one."""
 
+# mypy: disable-error-code="call-arg, type-var"
+# (numba's stubs describe other signatures than those of compiled code)
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -36,7 +38,7 @@ def addressed_kernels(dtype: torch.dtype) -> tuple[Callable[..., None], Callable
     thresholds (count,) and of y (rows, d) in float32; rows, d, m, count; whether the activation is GELU and whether up
     decides; the number of threads.
     """
-    stored = STORED[dtype]
+    stored: Any = STORED[dtype]
 
     @jit(nogil=True)
     def serial(
@@ -44,14 +46,14 @@ def addressed_kernels(dtype: torch.dtype) -> tuple[Callable[..., None], Callable
         rows: int, d: int, m: int, count: int, gelu: bool, up_decides: bool, threads: int,
     ) -> None:  # fmt: skip
         serial_kernel(
-            carray(pointer(x), (rows, d), np.float32),  # type: ignore[call-arg]
-            carray(pointer(deciding), (m, d), stored),  # type: ignore[call-arg, type-var]
-            carray(pointer(other), (m, d), stored),  # type: ignore[call-arg, type-var]
-            carray(pointer(down), (m, d), stored),  # type: ignore[call-arg, type-var]
-            carray(pointer(thresholds), (count,), np.float32),  # type: ignore[call-arg]
+            carray(pointer(x), (rows, d), np.float32),
+            carray(pointer(deciding), (m, d), stored),
+            carray(pointer(other), (m, d), stored),
+            carray(pointer(down), (m, d), stored),
+            carray(pointer(thresholds), (count,), np.float32),
             gelu,
             up_decides,
-            carray(pointer(y), (rows, d), np.float32),  # type: ignore[call-arg]
+            carray(pointer(y), (rows, d), np.float32),
         )
 
     @jit(nogil=True)
@@ -60,14 +62,14 @@ def addressed_kernels(dtype: torch.dtype) -> tuple[Callable[..., None], Callable
         rows: int, d: int, m: int, count: int, gelu: bool, up_decides: bool, threads: int,
     ) -> None:  # fmt: skip
         parallel_kernel(
-            carray(pointer(x), (rows, d), np.float32),  # type: ignore[call-arg]
-            carray(pointer(deciding), (m, d), stored),  # type: ignore[call-arg, type-var]
-            carray(pointer(other), (m, d), stored),  # type: ignore[call-arg, type-var]
-            carray(pointer(down), (m, d), stored),  # type: ignore[call-arg, type-var]
-            carray(pointer(thresholds), (count,), np.float32),  # type: ignore[call-arg]
+            carray(pointer(x), (rows, d), np.float32),
+            carray(pointer(deciding), (m, d), stored),
+            carray(pointer(other), (m, d), stored),
+            carray(pointer(down), (m, d), stored),
+            carray(pointer(thresholds), (count,), np.float32),
             gelu,
             up_decides,
-            carray(pointer(y), (rows, d), np.float32),  # type: ignore[call-arg]
+            carray(pointer(y), (rows, d), np.float32),
             threads,
         )
 

@@ -72,7 +72,7 @@ class Packed(NamedTuple):
         x: address of the one row of x, float32, padded with zeros to a multiple of WIDTH.
         sums: address of (groups,) float32, the sums of x over each group.
         direct: 1 where there is one row of x, finite and not too large, else 0.
-        scratch: address of 6 * groups float32, of one thread.
+        scratch: address of 5 * groups float32, of one thread.
     """
 
     data: int
@@ -293,17 +293,16 @@ def packed_dots(weight: Any, i: Array, x: Array, s: Array) -> None:
 
 @jit()
 def add_nibbles(w0: int, w1: int, w2: int, w3: int, n0: int, n1: int, n2: int, n3: int, weight: Any, y: int) -> None:
-    """``y += base[g] + sum over q of c[q, g] weight[q]`` for four rows of int4; c and base in the scratch memory."""
+    """``y += sum over q of c[q, g] weight[q]`` for four rows of int4, without zero points; c in the scratch memory."""
     half, groups = weight.group // 2, weight.groups
     c0 = weight.scratch
-    c1, c2, c3, base = c0 + 4 * groups, c0 + 8 * groups, c0 + 12 * groups, c0 + 16 * groups
+    c1, c2, c3 = c0 + 4 * groups, c0 + 8 * groups, c0 + 12 * groups
     for g in range(groups):
         f0, f1, f2, f3 = splat(float_at(c0, g)), splat(float_at(c1, g)), splat(float_at(c2, g)), splat(float_at(c3, g))
-        constant = splat(float_at(base, g))
         prefetch_four(n0, n1, n2, n3, g * half, (g + 1) * half)
         for k in range(g * half, (g + 1) * half, LANES):
             v0, v1, v2, v3 = load_bytes(w0, k), load_bytes(w1, k), load_bytes(w2, k), load_bytes(w3, k)
-            low, high = plus(load(y, g * half + k), constant), plus(load(y, (g + 1) * half + k), constant)
+            low, high = load(y, g * half + k), load(y, (g + 1) * half + k)
             low = multiply_add(low_nibbles(v0), f0, low)
             low = multiply_add(low_nibbles(v1), f1, low)
             low = multiply_add(low_nibbles(v2), f2, low)
@@ -318,44 +317,36 @@ def add_nibbles(w0: int, w1: int, w2: int, w3: int, n0: int, n1: int, n2: int, n
 
 @jit()
 def add_bytes(w0: int, w1: int, w2: int, w3: int, n0: int, n1: int, n2: int, n3: int, weight: Any, y: int) -> None:
-    """``y += base[g] + sum over q of c[q, g] weight[q]`` for four rows of int8; c and base in the scratch memory."""
+    """The same for four rows of int8."""
     group, groups = weight.group, weight.groups
     c0 = weight.scratch
-    c1, c2, c3, base = c0 + 4 * groups, c0 + 8 * groups, c0 + 12 * groups, c0 + 16 * groups
+    c1, c2, c3 = c0 + 4 * groups, c0 + 8 * groups, c0 + 12 * groups
     for g in range(groups):
         first, last = g * group, min(weight.d, (g + 1) * group)
         whole = first + (last - first) // LANES * LANES
         f0, f1, f2, f3 = float_at(c0, g), float_at(c1, g), float_at(c2, g), float_at(c3, g)
-        b = float_at(base, g)
         for line in range(first, whole, LINE):
             prefetch_four(n0, n1, n2, n3, line, line + 1)
             for k in range(line, min(line + LINE, whole), LANES):
-                value = multiply_add(load_signed(w0, k), splat(f0), splat(b))
+                value = multiply_add(load_signed(w0, k), splat(f0), load(y, k))
                 value = multiply_add(load_signed(w1, k), splat(f1), value)
                 value = multiply_add(load_signed(w2, k), splat(f2), value)
                 value = multiply_add(load_signed(w3, k), splat(f3), value)
-                store(y, k, plus(load(y, k), value))
+                store(y, k, value)
         for k in range(whole, last):
-            tail = b + f0 * np.float32(np.int8(byte_at(w0, k))) + f1 * np.float32(np.int8(byte_at(w1, k)))
+            tail = f0 * np.float32(np.int8(byte_at(w0, k))) + f1 * np.float32(np.int8(byte_at(w1, k)))
             tail += f2 * np.float32(np.int8(byte_at(w2, k))) + f3 * np.float32(np.int8(byte_at(w3, k)))
             set_float(y, k, float_at(y, k) + tail)
 
 
 @jit()
-def scale_coefficient(weight: Any, row: int, q: int, h: Any) -> None:
-    """``h`` times the scales of a row to row q of the scratch memory; ``h`` times the zero points are added to
-    row 4."""
-    groups = weight.groups
-    out, base = weight.scratch + 4 * q * groups, weight.scratch + 16 * groups
-    spare = base + 4 * groups
-    scaled_row(weight.scales + 2 * row * weight.row_halves, weight.kind, groups, h, out)
-    if q == 0:
-        for g in range(groups):
-            set_float(base, g, np.float32(0))
-    if weight.zeros:
-        scaled_row(weight.zeros + 2 * row * weight.row_halves, weight.kind, groups, h, spare)
-        for g in range(groups):
-            set_float(base, g, float_at(base, g) + float_at(spare, g))
+def add_zeros(weight: Any, row: int, h: Any, y: int) -> None:
+    """``y += h zeros[row]``, the zero point of each column's group."""
+    group, zeros = weight.group, weight.zeros + 2 * row * weight.row_halves
+    for g in range(weight.groups):
+        value = h * widened(zeros, g, weight.kind)
+        for k in range(g * group, min(weight.d, (g + 1) * group)):
+            set_float(y, k, float_at(y, k) + value)
 
 
 @jit()
@@ -370,9 +361,12 @@ def packed_adds(weight: Any, i: Array, h: Array, y: Array) -> None:
         w0, w1, w2, w3 = data + i[0] * size, data + i[1] * size, data + i[2] * size, data + i[3] * size
         n0, n1 = data + i[after] * size, data + i[after + 1] * size
         n2, n3 = data + i[after + 2] * size, data + i[after + 3] * size
-        for q in range(4):
-            scale_coefficient(weight, i[q], q, h[0, q])
         address = address_of(y)
+        for q in range(4):
+            scales = weight.scales + 2 * i[q] * weight.row_halves
+            scaled_row(scales, weight.kind, weight.groups, h[0, q], weight.scratch + 4 * q * weight.groups)
+            if weight.zeros and h[0, q] != 0:
+                add_zeros(weight, i[q], h[0, q], address)
         if weight.bits == 4:
             add_nibbles(w0, w1, w2, w3, n0, n1, n2, n3, weight, address)
         else:
@@ -404,7 +398,7 @@ def _neurons(weight: Any) -> Any:
 
 @overload(scratch_size, strict=False)
 def _scratch_size(weight: Any) -> Any:
-    return (lambda weight: 6 * weight.groups) if isinstance(weight, types.BaseTuple) else None
+    return (lambda weight: 5 * weight.groups) if isinstance(weight, types.BaseTuple) else None
 
 
 @jit()

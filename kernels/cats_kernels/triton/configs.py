@@ -1,4 +1,4 @@
-"""Launch configurations of our Triton kernels, found on an H200 by ``experiments/tune_gpu.py``."""
+"""Launch configurations of our Triton kernels, found on an H200 by ``python -m experiments.gpu.tune``."""
 
 from __future__ import annotations
 

@@ -64,11 +64,11 @@ class QuantizedCall(Call):
         """Bytes of a packed row."""
         return self.gate_weight.shape[1]
 
-    @property
-    def packing(self) -> dict[str, int]:
-        """The compile-time constants that say how a row is packed; a chunk of its bytes lies within one group."""
+    def packing(self, chunk: int = 0) -> dict[str, int]:
+        """The compile-time constants that say how a row is packed; a chunk of its bytes (at most ``chunk``, where that
+        is not 0) lies within one group."""
         group_bytes = self.group_size * self.bits // 8
-        chunk = math.gcd(group_bytes, 16 // self.x.element_size())
+        chunk = math.gcd(group_bytes, chunk or 16 // self.x.element_size())
         return {
             "BITS": self.bits,
             "GROUP": self.group_size,
@@ -144,9 +144,16 @@ def meta_call(
     return QuantizedCall(x, data, data, data, threshold, "silu", x, target, decider, **sides, **form)  # type: ignore[arg-type]
 
 
+def choose_for(call: QuantizedCall) -> QuantizedConfig:
+    """The chosen configuration for a call; one scale of 4 bytes (or a pair) waits in shared memory for each chunk."""
+    size, chunks = call.x.element_size(), 1 if call.gate_scales.shape[1] == 1 else call.packing()["CHUNKS"]
+    waiting = 4 * chunks * (1 if call.symmetric else 2)
+    return choose_quantized_config(call.bits, size, call.rows, call.row_bytes, waiting, call.target.arch)
+
+
 def plan_quantized(call: QuantizedCall, config: QuantizedConfig | None = None) -> list[Launch]:
     """The launches for one or two rows of x, in order; tensors on the "meta" device will do for compiling ahead."""
-    config = config or choose_quantized_config(call.bits, call.rows, call.row_bytes)
+    config = config or choose_for(call)
     pdl = call.target.dependent_launch and config.dependent
     programs = count_programs(call, config)
     sums = call.buffer(programs, call.rows, call.d)
@@ -170,7 +177,7 @@ def plan_quantized(call: QuantizedCall, config: QuantizedConfig | None = None) -
         ),
         dict(
             call.rule,
-            **call.packing,
+            **call.packing(config.chunk),
             ROWS=call.rows,
             BLOCK_ROWS=power_of_2(call.rows),
             D=call.d,

@@ -1,0 +1,243 @@
+"""A model with quantised MLPs in one safetensors file: `save_quantized` and `load_quantized`.
+
+The file holds every weight of the model once, and in its metadata a format tag, the model's configuration, and the
+format of each quantised layer. Loading makes the model's modules without their weights and fills them from the file
+tensor by tensor, so that memory holds nothing but the model.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from cats_kernels.quantized import QuantizedWeight
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from cats.files import check_output
+from cats.quantization import is_quantized, mark_quantized
+from cats.quantized_linear import QuantizedLinear
+from cats.structure import gated_mlps, parts_of
+
+FORMAT = "cats-quantized-1"
+KEYS = {"bits": int, "group_size": int, "symmetric": bool, "transposed": bool}
+
+
+def save_quantized(model: PreTrainedModel, path: str | Path) -> None:
+    """Write a model that `cats.quantize` has quantised, whole or not at all; thresholds are not part of it.
+
+    Raises:
+        ValueError: it is not quantised.
+        OSError: ``path`` cannot be written.
+    """
+    layers = {}
+    for name, mlp in gated_mlps(model).items():
+        if not is_quantized(mlp):
+            raise ValueError(f"{name} is not quantised: call cats.quantize(model) first")
+        for part in parts_of(mlp).linears:
+            linear: Any = mlp._modules[part]
+            values = (linear.bits, linear.group_size, linear.zeros is None, linear.transposed)
+            layers[f"{name}.{part}"] = dict(zip(KEYS, values, strict=True))
+    metadata = {
+        "format": FORMAT,
+        "config": model.config.to_json_string(use_diff=False),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "layers": json.dumps(layers),
+    }
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        metadata["generation"] = generation.to_json_string()
+    _save_atomically(_without_ties(model), Path(path), metadata)
+
+
+def load_quantized(path: str | Path, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """Read what `save_quantized` wrote: the model in evaluation mode, not patched.
+
+    Raises:
+        ValueError: it is not such a file, or says of its tensors what does not fit them or the model.
+        OSError: it is truncated, damaged or not there.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise OSError(f"{path} does not exist: give the file that cats.save_quantized wrote")
+    try:
+        return _load(_File(path, torch.device(device)))
+    except SafetensorError as error:
+        raise OSError(f"{path} is truncated or damaged: {error}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a quantised model of CATS: {_text(error)}") from error
+
+
+class _File:
+    """A safetensors file of which tensors are copied, one after another: what has been read of a file that stays open
+    counts as memory of the process, and a tensor that is part of the file would change with it."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.path, self.device = path, device
+        with safe_open(path, "pt") as file:
+            self.metadata: dict[str, str] = file.metadata() or {}
+            self.unread = set(file.keys())
+
+    def take(self, name: str) -> Tensor:
+        """A tensor, which is struck off `unread`. Raises ValueError where there is none."""
+        if name not in self.unread:
+            raise ValueError(f"it lacks {name}")
+        self.unread.discard(name)
+        with safe_open(self.path, "pt", device=str(self.device)) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor.clone() if tensor.device.type == "cpu" else tensor
+
+
+def _text(error: Exception) -> str:
+    return f"its metadata lack {error.args[0]}" if isinstance(error, KeyError) else str(error)
+
+
+def _without_ties(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with each tensor once: the output matrix of many models is their embedding."""
+    result, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if place not in seen or not tensor.numel():
+            seen.add(place)
+            result[name] = tensor.contiguous()
+    return result
+
+
+def _save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    target = check_output(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:32]}.")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, target)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise OSError(f"{path} cannot be written: {error}") from error
+        raise
+
+
+def _load(file: _File) -> PreTrainedModel:
+    metadata = file.metadata
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f'its metadata have no "format" of "{FORMAT}"')
+    model = _skeleton(json.loads(metadata["config"]), _dtype(metadata["dtype"]))
+    layers = _layers(json.loads(metadata["layers"]))
+    for path, form in layers.items():
+        _fill_layer(model, path, form, file)
+    _fill(model, file)
+    for name in {path.rpartition(".")[0]: None for path in layers}:
+        mark_quantized(model.get_submodule(name))
+    if "generation" in metadata:
+        model.generation_config = GenerationConfig.from_dict(json.loads(metadata["generation"]))
+    return model.eval()
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise ValueError(f"its dtype is {name!r}, where {', '.join(dtypes)} are allowed")
+    return dtypes[name]
+
+
+def _layers(data: Any) -> dict[str, dict[str, Any]]:
+    """The formats of the quantised layers, checked as far as they can be without tensors."""
+    if not isinstance(data, dict):
+        raise ValueError("its layers must map module paths to formats")
+    for path, form in data.items():
+        if not isinstance(form, dict) or {key: type(value) for key, value in form.items()} != KEYS:
+            raise ValueError(f"the format of {path} must have {', '.join(KEYS)}, not {str(form)[:80]}")
+    return data
+
+
+def _skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without memory for its parameters; buffers, which a file does not hold, are there."""
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ValueError("its config must be a model's configuration with a model_type")
+    kind = config.pop("model_type")
+    with _meta_parameters():
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config), dtype=dtype)
+    return made
+
+
+@contextmanager
+def _meta_parameters() -> Iterator[None]:
+    """Parameters of modules made inside go to the meta device as soon as they are registered."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _fill_layer(model: nn.Module, path: str, form: dict[str, Any], file: _File) -> None:
+    """Put a `QuantizedLinear` of the file's tensors in the place of an empty linear layer."""
+    block, _, part = path.rpartition(".")
+    try:
+        mlp: Any = model.get_submodule(block)
+        linear: Any = mlp._modules[part]
+    except (AttributeError, KeyError):
+        raise ValueError(f"the model of its configuration has no {path}") from None
+    if type(linear) is not nn.Linear:
+        raise ValueError(f"{path} is a {type(linear).__name__} by its configuration, not a linear layer")
+    m, d = reversed(linear.weight.shape) if form["transposed"] else linear.weight.shape
+    data, scales = file.take(f"{path}.data"), file.take(f"{path}.scales")
+    zeros = None if form["symmetric"] else file.take(f"{path}.zeros")
+    try:
+        weight = QuantizedWeight(data, scales, zeros, form["bits"], form["group_size"], d)
+        if weight.shape[0] != m:
+            raise ValueError(f"data has {weight.shape[0]} rows; the model's configuration gives {m}.")
+        if not all(bool(tensor.isfinite().all()) for tensor in (scales, zeros) if tensor is not None):
+            raise ValueError("scales and zeros must be finite.")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    setattr(mlp, part, QuantizedLinear(weight, form["transposed"], linear.weight.dtype, linear.bias))
+
+
+def _fill(model: Any, file: _File) -> None:
+    """All other parameters and saved buffers."""
+    model.tie_weights()
+    state = model.state_dict(keep_vars=True)
+    filled = {id(t) for module in model.modules() if isinstance(module, QuantizedLinear) for t in module.buffers()}
+    tied = {id(tensor) for name, tensor in state.items() if name in file.unread}
+    for name, tensor in state.items():
+        if id(tensor) in filled or (name not in file.unread and id(tensor) in tied):
+            continue
+        value = file.take(name)
+        if value.shape != tensor.shape or value.dtype != tensor.dtype:
+            actual, needed = (f"{t.dtype} {tuple(t.shape)}" for t in (value, tensor))
+            raise ValueError(f"{name} is {actual}, where the model's configuration gives {needed}")
+        _assign(model, tensor, value)
+    if file.unread:
+        raise ValueError(f"it has tensors that the model has not, such as {sorted(file.unread)[0]}")
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(file.device)
+
+
+def _assign(model: nn.Module, old: Tensor, value: Tensor) -> None:
+    """Put ``value`` wherever the model holds ``old``: tied weights stay tied."""
+    new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is old:
+                    held[name] = new  # type: ignore[assignment]
