@@ -124,8 +124,11 @@ COMPILE_TIME = 1.3
 """Most that compiling a patched model may take of what the dense one takes."""
 
 
-@pytest.mark.parametrize(("layers", "whole"), [(LAYERS, False), (2, True)], ids=["by-layer", "whole"])
-@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize(
+    ("kernel", "layers", "whole"),
+    [("auto", LAYERS, False), ("reference", LAYERS, False), ("auto", 2, True)],
+    ids=["by-layer", "by-layer-masks", "whole"],
+)
 def test_compile_time(kernel: str, layers: int, whole: bool, batches: list) -> None:
     """Seconds of this thread, which other programs on the cores do not change; the least of several, in turns."""
     dense = tiny_model("Llama", num_hidden_layers=layers)
