@@ -66,12 +66,13 @@ def report(s: nox.Session) -> None:
 
 @session
 def tests(s: nox.Session) -> None:
-    """Check types, then run the test suite with coverage of cats and cats_kernels."""
+    """Check types, then run the test suite in several processes; with coverage: nox -s tests -- --cov=cats"""
     options = list(s.posargs)
     if not options:  # here and not in lint, since types of torch's tensors are known only where torch is installed
         run(s, "-m", "mypy")
         options = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile"]  # each imports torch: half a gigabyte
-    run(s, "-m", "pytest", "--cov=cats", "--cov=cats_kernels", "--cov-report=term", *options)
+        s.env["OMP_WAIT_POLICY"] = "passive"  # else the waiting threads of each keep the others from the cores
+    run(s, "-m", "pytest", "--durations=25", *options)
 
 
 @session

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from cats_kernels.cpu import threads
-from cats_kernels.cpu.kernels import serial_kernel
+from cats_kernels.cpu.kernels import SOURCES, serial_kernel
 from cats_kernels.cpu.launch import as_array, as_thresholds, sparse_gated_mlp_cpu
-from cats_kernels.cpu.team import region_address, team_kernel
+from cats_kernels.cpu.team import member, region_address, team_kernel
 from cats_kernels.problem import Problem
 from torch.nn.functional import linear, silu
 
@@ -199,3 +199,10 @@ def test_faster_than_dense_beside_a_busy_neighbour():
         neighbour.wait()
         neighbour.stdout.close()
     raise AssertionError(ratios)
+
+
+def test_what_is_compiled_follows_every_source_file():
+    """Numba alone looks at the file of the function itself: one that it calls would stay as it was compiled before."""
+    cached = [serial_kernel._cache, team_kernel(torch.float32) and member(torch.float32)._cache]
+    for cache in filter(None, cached):
+        assert cache._cache_file._source_stamp == SOURCES

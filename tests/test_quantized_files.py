@@ -186,7 +186,7 @@ path, bits = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
 if len(sys.argv) == 4:
     config = transformers.LlamaConfig(
-        hidden_size=1024, intermediate_size=8192, num_hidden_layers=10, num_attention_heads=8, vocab_size=256
+        hidden_size=1024, intermediate_size=8192, num_hidden_layers=14, num_attention_heads=8, vocab_size=256
     )
     warm = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=16

@@ -49,12 +49,11 @@ def assert_equal(one, two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["e02", "e03", "e04", "e07"])
+@pytest.mark.parametrize("experiment", ["e02", "e04"])
 def test_three_workers_give_what_one_process_gives(world, experiment):
     outputs = [world / f"{experiment}-{workers}" for workers in (1, 3)]
-    options = ["--set", "e03.seeds=[0]"] if experiment == "e03" else []
     for output, workers in zip(outputs, (1, 3), strict=True):
-        done = start(world, experiment, output, "--workers", str(workers), *options)
+        done = start(world, experiment, output, "--workers", str(workers))
         assert done.returncode == 0, done.stderr[-3000:]
     assert "worker 1: " in done.stderr
     assert_equal(*map(tables, outputs))

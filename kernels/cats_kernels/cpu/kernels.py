@@ -12,7 +12,9 @@ of the weight that is read for kept neurons only. The activation belongs to the 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,12 +34,27 @@ COLUMNS = 1024
 """Columns at a time where several rows of x share four weight rows: 16 KB of float32 weights stay in the L1 cache."""
 
 
+SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+"""Of everything that is compiled here."""
+
+
+def follow_sources(compiled: Any) -> Any:
+    """Let numba's on-disk cache of ``compiled`` forget what was made from other sources.
+
+    Numba looks at the file of the function itself, and not at those of the functions that it calls.
+    """
+    cached = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
+    if cached is not None:
+        cached._source_stamp = SOURCES
+    return compiled
+
+
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """``njit`` with numba's on-disk cache, or without one where no directory can be written."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
-            return njit(cache=True, fastmath=FASTMATH, **options)(function)
+            return follow_sources(njit(cache=True, fastmath=FASTMATH, **options)(function))
         except RuntimeError:  # numba can write neither NUMBA_CACHE_DIR, nor the package, nor the user's cache
             return njit(fastmath=FASTMATH, **options)(function)
 

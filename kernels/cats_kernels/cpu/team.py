@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,21 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, cfunc, types
+from numba import carray, types
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 from cats_kernels.cpu.addressed import pointer
-from cats_kernels.cpu.kernels import BLOCK, FASTMATH, Array, add_all_partial, fetch_add, jit, take_blocks
+from cats_kernels.cpu.kernels import (
+    BLOCK,
+    FASTMATH,
+    Array,
+    add_all_partial,
+    fetch_add,
+    follow_sources,
+    jit,
+    take_blocks,
+)
 
 
 @cache
@@ -91,11 +102,11 @@ MEMBERS = {torch.float32: join_float32, torch.bfloat16: join_bfloat16}
 @cache
 def member(dtype: torch.dtype) -> Any:
     """The compiled function that a team's threads call, for weights of ``dtype``."""
-    signature = types.void(types.voidptr)
-    try:
-        return cfunc(signature, cache=True, fastmath=FASTMATH)(MEMBERS[dtype])
-    except RuntimeError:  # numba can write no cache
-        return cfunc(signature, fastmath=FASTMATH)(MEMBERS[dtype])
+    made = CFunc(MEMBERS[dtype], ((types.voidptr,), types.void), {}, {"fastmath": FASTMATH})
+    with suppress(RuntimeError):  # numba can write no cache
+        made.enable_caching()
+    follow_sources(made).compile()
+    return made
 
 
 @jit(nogil=True)
