@@ -11,7 +11,7 @@ two minutes for the pocket model on two cores, about an hour for a 7B model on o
     accelerate launch --num_processes 8 -m experiments run e02 --profile paper      # items split over 8 GPUs
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -66,14 +66,21 @@ def measure_model(config: Config[Options], name: str) -> list[Row]:
     """All rows of one model. ReLUfication comes before CATS, whose matched level needs its sparsity."""
     subject, variants = Subject(config, name), config.options.variants()
     levels = [v for v in variants if v != RELUFICATION]
-    rows = {DENSE: measure(subject, DENSE, (), None)}
-    dense = Samples.of(rows[DENSE])
-    ahead = dict(job(subject, v, levels, dense) for v in (RELUFICATION, *levels))
-    config.compute_ahead(ahead, ROWS)
-    rows[RELUFICATION] = measure(subject, RELUFICATION, (), dense)
-    matched = [matched_to(rows[RELUFICATION], config, name)] if "cats" in config.options.criteria else []
-    for v in config.progress([*levels, *matched], name, len(levels) + len(matched)):
-        rows[v] = measure(subject, v, [*levels, *matched], dense)
+    matched: list[Variant] = []
+    rows: dict[Variant, list[Row]] = {}
+
+    def order() -> Iterator[Variant]:
+        yield DENSE
+        dense = Samples.of(rows[DENSE])
+        config.compute_ahead(dict(job(subject, v, levels, dense) for v in (RELUFICATION, *levels)), ROWS)
+        yield RELUFICATION
+        if "cats" in config.options.criteria:
+            matched.append(matched_to(rows[RELUFICATION], config, name))
+        yield from (*levels, *matched)
+
+    for v in config.progress(order(), name, 2 + len(levels) + ("cats" in config.options.criteria)):
+        calibrated = () if v in (DENSE, RELUFICATION) else (*levels, *matched)
+        rows[v] = measure(subject, v, calibrated, Samples.of(rows[DENSE]) if rows else None)
     return [row for v in (DENSE, *levels, RELUFICATION, *matched) for row in rows[v]]
 
 
