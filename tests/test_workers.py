@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from experiments.framework.workers import WORKER, Claims
+from experiments.framework.config import Config, RunError
+from experiments.framework.workers import WORKER, Claims, WorkerFinished
 from tests.accuracy_world import build_world, profile
 
 
@@ -64,11 +65,29 @@ def test_three_workers_give_what_one_process_gives(world, experiment):
     assert entry["models"] == alone["models"]
 
 
-@pytest.mark.slow
-def test_a_worker_that_fails_is_told_and_what_others_finished_is_kept(world, tmp_path):
-    output = tmp_path / "run"
-    broken = start(world, "e02", output, "--workers", "2", "--set", "e02.include_path=/nowhere")
-    assert broken.returncode == 2 and "/nowhere" in broken.stderr
+def test_a_worker_that_fails_is_told(tmp_path):
+    failing = [sys.executable, "-c", "import os, sys; print('reason'); sys.exit(os.environ['CATS_WORKER'] == '1')"]
+    config = Config("e02", "tiny", tmp_path, workers=2, command=failing)
+    with pytest.raises(RunError, match="e02: 1 of 2 workers failed, see the log above; finished units are kept"):
+        config.compute_ahead({"a": list, "b": list, "c": list}, ())
+
+
+def test_a_unit_that_failed_in_a_worker_can_be_taken_again(tmp_path, monkeypatch):
+    monkeypatch.setenv(WORKER, "0")
+    config, tries = Config("e02", "tiny", tmp_path), []
+    Claims(config.store.folder / "claims").clear()
+
+    def fails_once():
+        tries.append(None)
+        if len(tries) == 1:
+            raise MemoryError
+        return []
+
+    with pytest.raises(MemoryError):
+        config.compute_ahead({"a": fails_once}, ())
+    with pytest.raises(WorkerFinished):
+        config.compute_ahead({"a": fails_once}, ())
+    assert len(tries) == 2 and config.units.keys() == {"a"}
 
 
 def test_a_number_of_workers_below_one_is_refused(world, tmp_path):

@@ -158,8 +158,13 @@ class Config(Generic[O]):
         claims = Claims(self.store.folder / "claims")
         if is_worker() and missing:
             for key in missing:
-                if claims.take(self.store.path(key).name):
-                    self.unit(key, jobs[key], row_types)
+                name = self.store.path(key).name
+                if claims.take(name):
+                    try:
+                        self.unit(key, jobs[key], row_types)
+                    except BaseException:  # when memory has run out, it is tried again with smaller batches
+                        claims.give_back(name)
+                        raise
             raise WorkerFinished
         if self.workers > 1 and len(missing) > 1:
             claims.clear()

@@ -50,6 +50,10 @@ class Claims:
             return False
         return True
 
+    def give_back(self, name: str) -> None:
+        """Let somebody else, or this process later, take it."""
+        (self.folder / name).unlink(missing_ok=True)
+
 
 def run_workers(words: list[str], workers: int, gpus: int) -> list[int]:
     """Run a command in so many worker processes at once, their output passed on; their exit statuses."""
