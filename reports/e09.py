@@ -48,8 +48,8 @@ line is one format, from dense at its right end to the highest sparsity at its l
 SPEED_CAPTION = """
 Time of one MLP block at batch 1, cold cache, by format of its weights: this project's kernels (filled, from 0 % to the
 highest sparsity), torch's own dense kernels (grey; compiled: hatched), and the bytes that must be read at the measured
-bandwidth (black lines). The pocket profile's block, “small”, holds 4 MB and was chosen for its short time: it shows that
-everything runs, and decides nothing about the shapes of real models."""
+bandwidth (black lines). The pocket profile's block, “small”, holds 4 MB and was chosen for its short time: it shows
+that everything runs, and decides nothing about the shapes of real models."""
 QUALITY_TABLE = """
 increase of perplexity on held-out text over the unquantised dense model, ± one standard error, paired over blocks of
 text. “Memory” and “read at 50 %”: bytes of the MLPs' weights, scales included, against the unquantised ones."""
