@@ -71,13 +71,12 @@ def test_greedy_continuations_are_recognised(model, tokenizer):
 def test_one_input_serves_continuations_that_begin_at_different_places(model, tokenizer):
     """lm-eval 0.4.12 takes the logits of the longest's first token for each of them."""
     own = _LanguageModel(model, tokenizer, 4, {})
-    scores = own._loglikelihood_tokens(
-        [(None, [5, 6], [7, 8, 9]), (None, [5, 6, 7, 8], [9]), (None, [5, 6, 7], [8, 4])]
-    )
-    logp = model(torch.tensor([[5, 6, 7, 8]])).logits[0].log_softmax(-1)
+    requests = [(None, [5, 6], [7, 8, 9]), (None, [5, 6, 7, 8], [9]), (None, [5, 6, 7], [8, 4])]
+    scores = own._loglikelihood_tokens(requests)
+    logp = model(torch.tensor([[5, 6, 7, 8]])).logits[0].detach().log_softmax(-1)
     wanted = [logp[1, 7] + logp[2, 8] + logp[3, 9], logp[3, 9], logp[2, 8] + logp[3, 4]]
     assert [score for score, _ in scores] == pytest.approx([float(one) for one in wanted], abs=1e-5)
-    assert len(inputs_of([(None, [5, 6], [7, 8, 9]), (None, [5, 6, 7, 8], [9])], POSITIONS)) == 1
+    assert len(inputs_of(requests[:2], POSITIONS)) == 1
 
 
 def test_inputs_that_are_cut_are_said_once(model, tokenizer, caplog):
