@@ -230,7 +230,9 @@ def depth_of(name: str, most: int) -> int:
 
 
 def start_seconds(config: Config, cost: Cost, models: Sequence[tuple[str, int]]) -> float:
-    """Seconds before the first work: the process, lm-eval's sets, and the loading of (name, parameters)."""
+    """Seconds before the first work on models: the process, lm-eval's sets, and the loading of (name, parameters)."""
+    if not cost.uses_models:
+        return 0.0
     of_lm_eval = any(task in TASKS for task in getattr(config.options, "tasks", ()))
     loading = sum(DEQUANTISED * size for name, size in models if name.endswith(".gguf"))
     return START + TASK_SETS * of_lm_eval + cost.loads * loading
