@@ -27,12 +27,14 @@ from tqdm import tqdm
 from cats.devices import execution_device
 from cats.extras import missing
 from cats.progress import ItemsDone
+from cats.request_scores import Score, batches_of, inputs_of, output_matrix, score_batch
 from cats.task_data import check_answer, local_sets
 
 try:
     import accelerate
     import datasets
     import lm_eval
+    import lm_eval.utils
     from accelerate.utils import broadcast_object_list, gather, reduce
     from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
@@ -40,6 +42,7 @@ try:
 except ImportError as error:
     raise missing(__name__, "experiments", error) from error
 
+LOG = logging.getLogger(__name__)
 METRIC = "acc"
 KINDS = {METRIC: "multiple-choice", "exact_match": "generated-answer"}
 """What tasks with a metric are called."""
@@ -67,7 +70,7 @@ class TaskResult:
 
 
 LOGITS_BYTES = 2**31
-"""Of logits in float32 at once, when losses are computed: 64 x 1024 tokens can take 64 GB."""
+"""Of logits in float32 at once: 64 x 1024 tokens can take 64 GB."""
 
 
 class _LanguageModel(HFLM):
@@ -106,6 +109,26 @@ class _LanguageModel(HFLM):
     def _show_progress(self, requests: Any) -> None:
         if self.rank == 0:
             self.set_cache_hook(ItemsDone(requests))
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        head = output_matrix(self.model)
+        if head is None:
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        longer = sum(len(context) + len(end) > self.max_length + 1 for _, context, end in requests)
+        if longer:
+            LOG.warning(
+                f"{longer} of {len(requests)} requests are longer than the model's {self.max_length} positions: "
+                "their beginning is cut off"
+            )
+        scores: list[Score] = [(0.0, False)] * len(requests)
+        most_scored = max(1, LOGITS_BYTES // (4 * _vocabulary(self.model)))
+        for batch in batches_of(inputs_of(requests, self.max_length), self.batch_size, most_scored):
+            numbers = [number for one in batch for number, _ in one.requests]
+            for number, score in zip(numbers, score_batch(self._model_call, head, batch, self.device), strict=True):
+                scores[number] = score
+                if requests[number][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[number][0], score)
+        return scores
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
         if args or kwargs:
@@ -156,6 +179,17 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
         noisy.removeFilter(_no_noise)
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _templates_compiled_once() -> Iterator[None]:
+    """Let lm-eval compile each template of a task once, where it does so three times an item: most of its own time."""
+    environment: Any = lm_eval.utils.env
+    environment.from_string = lru_cache(maxsize=None)(environment.from_string)
+    try:
+        yield
+    finally:
+        del environment.from_string
 
 
 @lru_cache(maxsize=1)
@@ -251,7 +285,7 @@ def evaluate(
         tokenizer: its Hugging Face tokenizer.
         tasks: names, or what `load_tasks` made of them (quicker when evaluating again).
         limit: only the first so many items of each task.
-        batch_size: sequences a forward pass.
+        batch_size: sequences of the longest item a forward pass; of shorter ones as many more as have its tokens.
         include_path: folder of YAML tasks, when ``tasks`` are names.
 
     Raises:
@@ -280,7 +314,7 @@ def run_tasks(
     training = model.training
     states = random.getstate(), np.random.get_state()
     try:
-        with _quiet():
+        with _quiet(), _templates_compiled_once():
             cache = tasks.encodings.setdefault(tokenizer, {})
             language_model = _LanguageModel(model, tokenizer, batch_size, cache)
             for task in tasks.values():
@@ -342,8 +376,11 @@ def perplexity(model: nn.Module, blocks: Iterable[Tensor]) -> float:
 
 def sequences_at_once(model: nn.Module, length: int) -> int:
     """How many sequences a forward pass may take so that their logits in float32 stay below `LOGITS_BYTES`."""
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 2**18
-    return int(max(1, LOGITS_BYTES // (4 * length * vocabulary)))
+    return int(max(1, LOGITS_BYTES // (4 * length * _vocabulary(model))))
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return getattr(getattr(model, "config", None), "vocab_size", None) or 2**18
 
 
 def _losses(model: nn.Module, ids: Tensor) -> Tensor:

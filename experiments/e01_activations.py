@@ -24,7 +24,7 @@ from cats.structure import resolve_device
 from experiments.data import batches
 from experiments.framework.common_options import check_tokens
 from experiments.framework.config import Config
-from experiments.framework.cost import FORWARD, Cost, memory_per_parameter
+from experiments.framework.cost import Cost, memory_per_parameter, text
 from experiments.framework.identity import text_identity
 from experiments.framework.options import Count, Positive, Range, Sparsity
 from experiments.framework.subject import check_models, fractions_below
@@ -64,8 +64,9 @@ def run(config: Config[Options]) -> Iterable[Row]:
 
 def cost(config: Config[Options]) -> Cost:
     """Calibration and held-out text, of the model and of its control."""
-    tokens = 2 * config.options.blocks * config.options.length
-    return Cost(flops=FORWARD * len(WEIGHTS) * tokens, memory=memory_per_parameter([config.dtype]))
+    options = config.options
+    work = text(options.blocks, options.length, options.batch_size) * (2 * len(WEIGHTS))
+    return Cost(work, memory=memory_per_parameter([config.dtype]), loads=len(WEIGHTS))
 
 
 def random_model(config: Config[Options], name: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from typing import Annotated
 from cats.criteria import names
 from experiments.framework.common_options import EvaluationOptions
 from experiments.framework.config import Config
-from experiments.framework.cost import FORWARD, Cost, evaluation_tokens, memory_per_parameter
+from experiments.framework.cost import Cost, evaluation, memory_per_parameter, text
 from experiments.framework.options import OneOf
 from experiments.framework.subject import Subject, check
 from experiments.framework.tables import ItemSample, Row, TextSample, ZeroShotRow
@@ -56,10 +56,11 @@ def run(config: Config[Options]) -> Iterable[Row]:
 def cost(config: Config[Options]) -> Cost:
     """One evaluation per variant, and calibration."""
     options = config.options
-    text = options.length * (options.calibration_blocks + options.heldout_blocks)
-    each = evaluation_tokens(options.tasks, options.limit) + 2 * options.length * options.heldout_blocks
-    passes = len(options.variants()) + 3
-    return Cost(flops=FORWARD * (passes * each + 2 * text), memory=memory_per_parameter([config.dtype]))
+    heldout = text(options.heldout_blocks, options.length, options.batch_size)
+    each = evaluation(options.tasks, options.limit, options.batch_size) + heldout * 2
+    # the matched level is calibrated once more
+    calibration = text(options.calibration_blocks, options.length, options.batch_size) * 2
+    return Cost(each * (len(options.variants()) + 3) + calibration, memory=memory_per_parameter([config.dtype]))
 
 
 def measure_model(config: Config[Options], name: str) -> list[Row]:

@@ -24,7 +24,7 @@ from cats.evaluation import perplexity
 from cats.finetuning import finetune, recalibrate
 from experiments.framework.common_options import EvaluationOptions, SweepOptions, TrainingOptions, check_tokens
 from experiments.framework.config import Config
-from experiments.framework.cost import FORWARD, TRAINING, Cost, evaluation_tokens, memory_per_parameter
+from experiments.framework.cost import Cost, evaluation, memory_per_parameter, text, training
 from experiments.framework.options import Count, Rising
 from experiments.framework.subject import SWEEP_SEED, Subject, check, mean
 from experiments.framework.tables import FinetuningRow, FinetuningSample, Row, SparsityRow, SweepRow, pack_flags
@@ -77,17 +77,20 @@ def run(config: Config[Options]) -> Iterable[Row]:
 
 def cost(config: Config[Options]) -> Cost:
     """Training runs of every variant and seed with their evaluations, and the sweep of three variants."""
-    options = config.options
-    variants, seeds = len(options.levels) + 2, len(options.seeds)
+    options, batch = config.options, config.options.batch_size
+    variants, levels, seeds = len(options.levels) + 2, len(options.levels), len(options.seeds)
     steps = variants * seeds * options.steps[-1] + options.sweeps() * options.sweep_steps
     # before training all seeds share one evaluation; CATS is measured once more, calibrated again
-    evaluations = variants * (1 + seeds * len(options.steps)) + len(options.levels) * seeds
-    heldout = options.length * options.heldout_blocks
-    each = evaluation_tokens(options.tasks, options.limit) + 2 * heldout
-    text = options.length * options.calibration_blocks * (1 + len(options.levels) * seeds)
-    trained = TRAINING * steps * options.train_batch_size * options.length
-    flops = trained + FORWARD * (evaluations * each + text)
-    return Cost(flops=flops, memory=memory_per_parameter([config.dtype], trains=True))
+    evaluations = variants * (1 + seeds * len(options.steps)) + levels * seeds
+    heldout = text(options.heldout_blocks, options.length, batch)
+    each = evaluation(options.tasks, options.limit, batch) + heldout
+    sparsities = heldout * ((variants - 1) * (1 + seeds) + levels * seeds)
+    calibrations = text(options.calibration_blocks, options.length, batch) * (1 + levels * seeds)
+    swept = text(options.sweep_blocks, options.length, batch) * options.sweeps()
+    trained = training(steps, options.train_batch_size, options.length, options.micro_batch_size)
+    work = trained + each * evaluations + sparsities + calibrations + swept
+    logits = options.length * (options.micro_batch_size or options.train_batch_size)
+    return Cost(work, memory=memory_per_parameter([config.dtype], trains=True), logits=logits)
 
 
 def measure_model(subject: FinetuningSubject) -> Iterator[Row]:

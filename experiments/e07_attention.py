@@ -21,7 +21,7 @@ from cats.calibration import Thresholds
 from cats.finetuning import finetune
 from experiments.framework.common_options import EvaluationOptions, TrainingOptions, check_tokens
 from experiments.framework.config import Config
-from experiments.framework.cost import FORWARD, TRAINING, Cost, evaluation_tokens, memory_per_parameter
+from experiments.framework.cost import Cost, evaluation, memory_per_parameter, text, training
 from experiments.framework.options import Positive, Seed, Whole
 from experiments.framework.subject import check, fractions_below, mean
 from experiments.framework.tables import AttentionRow, AttentionSample, AttentionTextSample, Row
@@ -83,13 +83,14 @@ def job(
 
 def cost(config: Config[Options]) -> Cost:
     """Three evaluations, and after training, if any, as many again per seed."""
-    options = config.options
+    options, batch = config.options, config.options.batch_size
     variants, trainings = len(options.variants()), len(options.seeds) if options.steps else 0
-    each = evaluation_tokens(options.tasks, options.limit) + 3 * options.length * options.heldout_blocks
-    evaluated = variants * (1 + trainings) * each + 2 * options.length * options.calibration_blocks
-    trained = TRAINING * variants * trainings * options.steps * options.train_batch_size * options.length
-    memory = memory_per_parameter([config.dtype], trains=options.steps > 0)
-    return Cost(flops=FORWARD * evaluated + trained, memory=memory)
+    heldout = text(options.heldout_blocks, options.length, batch)
+    each = evaluation(options.tasks, options.limit, batch) + heldout * 3
+    calibrations = text(options.calibration_blocks, options.length, batch) * 2
+    trained = training(options.steps, options.train_batch_size, options.length, options.micro_batch_size)
+    work = (each * (1 + trainings) + trained * trainings) * variants + calibrations
+    return Cost(work, memory=memory_per_parameter([config.dtype], trains=options.steps > 0))
 
 
 def measure(subject: FinetuningSubject, v: Variant, steps: int, seed: int, dense: Samples | None) -> list[Row]:

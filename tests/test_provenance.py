@@ -45,6 +45,7 @@ def test_provenance_says_where_numbers_come_from(tmp_path: Path, toy: Callable, 
     assert entry["command"] == "python -m experiments run e90 --set 'e90.limit=a b'"
     assert entry["versions"]["torch"] == importlib.metadata.version("torch")
     assert entry["versions"]["python"].startswith("3.")
+    assert 0.1 < entry["peak_memory_gib"]["resident"] < entry["hardware"]["memory_gib"]
     assert entry["hardware"]["cores"] >= 1 and entry["hardware"]["gpus"] == [
         torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
     ]

@@ -28,14 +28,15 @@ from experiments.e04_task_finetuning.subject import IGNORED, TaskSubject, instru
 from experiments.framework.common_options import SweepOptions, TrainingOptions
 from experiments.framework.config import Config
 from experiments.framework.cost import (
-    FORWARD,
     OTHER_TASK,
     TASKS,
-    TRAINING,
     TRAINING_ITEMS,
     Cost,
-    evaluation_tokens,
+    Work,
+    evaluation,
     memory_per_parameter,
+    text,
+    training,
 )
 from experiments.framework.options import Count, Range, Sparsity, Whole
 from experiments.framework.subject import SWEEP_SEED, check, mean
@@ -100,17 +101,22 @@ def run(config: Config[Options]) -> Iterable[Row]:
 
 def cost(config: Config[Options]) -> Cost:
     """Training and evaluation of every variant, seed and task; in the sweep as many items again for the loss."""
-    options = config.options
-    variants = (len(options.levels) + 2) * len(options.seeds)
-    rates = len(options.learning_rates)
-    flops = 0.0
+    options, work = config.options, Work()
+    runs = (len(options.levels) + 2) * len(options.seeds)
+    sweeps_of_a_task = len(sweeps(options)) * len(options.learning_rates)
     for task in options.tasks:
-        tokens = TASKS.get(task, OTHER_TASK)[2]
+        length = TASKS.get(task, OTHER_TASK)[3]
+        batch, micro = options.train_batch_size, options.micro_batch_size
         items = min(options.train_items, TRAINING_ITEMS.get(task, options.train_items))
-        flops += variants * TRAINING * options.epochs * items * tokens
-        flops += variants * FORWARD * (evaluation_tokens([task], options.limit) + options.calibration_items * tokens)
-        flops += (TRAINING + FORWARD) * options.sweep_items * tokens * (3 * rates if rates > 1 else 0)
-    return Cost(flops=flops, memory=memory_per_parameter([config.dtype], trains=True))
+        trained = training(math.ceil(options.epochs * items / batch), batch, length, micro)
+        measured = evaluation([task], options.limit, options.batch_size)
+        measured += text(options.calibration_items, length, options.batch_size)
+        short = training(math.ceil(options.sweep_items / batch), batch, length, micro)
+        short += text(options.sweep_items, length, options.batch_size)
+        work += (trained + measured) * runs + short * sweeps_of_a_task
+    longest = max(TASKS.get(task, OTHER_TASK)[3] for task in options.tasks)
+    logits = longest * (options.micro_batch_size or options.train_batch_size)
+    return Cost(work, memory=memory_per_parameter([config.dtype], trains=True), logits=logits)
 
 
 def measure_task(subject: TaskSubject, task: str) -> Iterator[Row]:

@@ -39,6 +39,8 @@ SHAPES = {
     "Llama2-13B": (5120, 13824),
     "small": (512, 1408),
 }
+COMPILE_SECONDS = {"cpu": 30.0, "cuda": 22.0}
+"""To compile what one unit compares, of which the dense baseline takes most."""
 COPIES = {"cpu": 1, "cuda": 3}  # of the weights, taken in turn; on a GPU one copy would leave a third of itself in L2
 
 DtypeName = Annotated[str, OneOf(("float32", "float16", "bfloat16"))]
@@ -104,7 +106,7 @@ def run(config: Config[Options]) -> Iterable[Row]:
 
 def cost(config: Config[Options]) -> Cost:
     """Time does not depend on the models: half a minute per comparison on a GPU, mostly compilation; on a CPU weights
-    and buffers are read at 20 GB/s."""
+    and buffers are read at 10 GB/s, beside half a minute to compile the dense baseline."""
     options, on_gpu = config.options, config.device.startswith("cuda")
     work = memory = 0.0
     for shape, dtype, _ in options.units():
@@ -116,9 +118,10 @@ def cost(config: Config[Options]) -> Cost:
         calls = 7 + 2 * len(targets) + 3 * len(options.ablations.get(dtype, ()))
         work += calls * (options.warmups + options.rounds) * (0.7 * weights + FLUSH_BYTES)
     if on_gpu:
-        seconds, memory = 30.0 * len(options.units()), memory + BUFFER_BYTES
+        seconds, memory = COMPILE_SECONDS["cuda"] * len(options.units()), memory + BUFFER_BYTES
         return Cost(fixed_seconds=seconds, fixed_memory=memory, uses_models=False)
-    return Cost(fixed_seconds=work / 20e9, fixed_memory=memory, uses_models=False)
+    seconds = work / 10e9 + COMPILE_SECONDS["cpu"] * len(options.units())
+    return Cost(fixed_seconds=seconds, fixed_memory=memory, uses_models=False)
 
 
 def compile_kernels(units: Sequence[tuple[str, str, int]]) -> None:

@@ -27,6 +27,12 @@ from experiments.framework.config import Config
 from experiments.framework.cost import BYTES, Cost, memory_per_parameter
 from experiments.framework.tables import AmdahlRow, GreedyRow, Row, ShareRow, ThroughputRow
 
+COMPILE_SECONDS = {"eager": 0.0, "compiled": 15.0, "graph": 15.0, "graph-tuned": 60.0}
+"""Of one variant's step on a GPU, by loop."""
+KERNEL_SECONDS = 10.0
+"""Of a model in one dtype: kernels, the timing of modules, checks."""
+PREFILL, READ_TO_MAKE = 4, 40
+"""A prompt, and making random weights, in times that the weights are read."""
 ROWS = (ThroughputRow, ShareRow, AmdahlRow, GreedyRow)
 
 
@@ -74,10 +80,22 @@ def dtypes_of(config: Config[Options]) -> tuple[str, ...]:
 
 
 def cost(config: Config[Options]) -> Cost:
-    """Every generated token reads the weights once, dense and at each sparsity, in every turn."""
+    """Every generated token reads the weights once, dense and at each sparsity, in every turn; making random weights
+    and compiling take longer than a few prompts.
+    """
     options, dtypes = config.options, dtypes_of(config)
-    tokens = options.prompts * sum(
-        sum(lengths) if options.separate_lengths else max(lengths) for lengths in options.lengths.values()
+    grown, deeper = growth_of(options)
+    read = 0.0
+    for case in [*cases_of(options), *grown, *(case for _, case in deeper)]:
+        read += case.prompts * (max(case.lengths) + PREFILL) * options.repeats * (1 + len(case.sparsities))
+    loads = len(dtypes) + len(deeper)
+    on_gpu = config.device.startswith("cuda")
+    compiled = sum(COMPILE_SECONDS[case.loop] * (1 + len(case.sparsities)) for case in cases_of(options)) * on_gpu
+    units = len(dtypes) * len(config.models)
+    return Cost(
+        bytes_read=read * sum(BYTES[dtype] for dtype in dtypes) + READ_TO_MAKE * loads * max(BYTES.values()),
+        memory=memory_per_parameter(dtypes),
+        fixed_seconds=units * (compiled + KERNEL_SECONDS),
+        loads=loads,
+        layers=options.layers,
     )
-    read = tokens * options.repeats * (1 + len(options.sparsities)) * sum(BYTES[dtype] for dtype in dtypes)
-    return Cost(bytes_read=read, memory=memory_per_parameter(dtypes), layers=options.layers)

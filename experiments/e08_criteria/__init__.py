@@ -30,7 +30,7 @@ from experiments.e08_criteria.measures import Comparison, measure, with_differen
 from experiments.e08_criteria.options import Options, Piece
 from experiments.e08_criteria.speed import mlp_rows, token_rows
 from experiments.framework.config import Config
-from experiments.framework.cost import BYTES, FORWARD, Cost, evaluation_tokens, memory_per_parameter
+from experiments.framework.cost import BYTES, Cost, Work, evaluation, memory_per_parameter, text
 from experiments.framework.subject import check, check_models, task_folder
 from experiments.framework.tables import (
     CriterionRow,
@@ -48,8 +48,9 @@ CALIBRATION_PASSES = 12
 """Two for neuron criteria, one or two for inputs in each scope, and what `auto` computes beyond a pass or two."""
 ANSWER_PROMPT = 900
 """Tokens of a prompt with five worked examples."""
-STEP_SECONDS, COMPILE_SECONDS = 0.03, 30.0
-"""Of a decode step in the eager loop on a GPU, whatever the model; of a variant's compiled step there."""
+STEP_SECONDS, COMPILE_SECONDS, KERNEL_SECONDS = 0.03, 30.0, 10.0
+"""Of a decode step in the eager loop on a GPU, whatever the model; of a variant's compiled step there; of the kernels
+that the MLPs are timed with."""
 
 
 def run(config: Config[Options]) -> Iterable[Row]:
@@ -81,21 +82,25 @@ def measure_piece(subject: Comparison, piece: Piece) -> list[Row]:
 
 def cost(config: Config[Options]) -> Cost:
     """Passes over the held-out text, the tasks and generated answers of each unit, calibration, and timing."""
-    options = config.options
-    text = options.length * options.heldout_blocks
-    answers = options.generation_items * ANSWER_PROMPT * len(options.generation_tasks)
-    tokens = {"perplexity": text, "continuations": text, "answers": answers}
-    tokens["tasks"] = evaluation_tokens(options.tasks, options.limit)
+    options, batch = config.options, config.options.batch_size
+    heldout = text(options.heldout_blocks, options.length, batch)
+    prompts = text(options.generation_items, ANSWER_PROMPT, options.generation_batch_size)
+    of_kind = {"perplexity": heldout, "continuations": heldout * 3}  # its blocks' sparsity, then in two halves
+    of_kind["answers"] = heldout + prompts * len(options.generation_tasks)
+    of_kind["tasks"] = heldout + evaluation(options.tasks, options.limit, batch)
     kinds = [piece.kind for piece in options.pieces()]
-    work = sum(tokens.get(kind, 0) for kind in kinds) + CALIBRATION_PASSES * options.length * options.calibration_blocks
+    work = text(options.calibration_blocks, options.length, batch) * CALIBRATION_PASSES
+    for kind in kinds:
+        work += of_kind.get(kind, Work())
     batches = -(-options.generation_items // options.generation_batch_size) * len(options.generation_tasks)
     steps = kinds.count("answers") * batches * MOST_TOKENS
     fixed = STEP_SECONDS * steps
     if "mlp-speed" in kinds:
+        fixed += KERNEL_SECONDS
         steps += (len(options.timed()) + 1) * options.speed_rounds
     if "token-speed" in kinds:
         variants = len(options.timed(options.token_criteria)) + 1
         steps += variants * options.speed_generations * options.speed_length
         fixed += COMPILE_SECONDS * variants
     read = steps * BYTES[config.dtype]
-    return Cost(flops=FORWARD * work, bytes_read=read, fixed_seconds=fixed, memory=memory_per_parameter([config.dtype]))
+    return Cost(work, bytes_read=read, fixed_seconds=fixed, memory=memory_per_parameter([config.dtype]))

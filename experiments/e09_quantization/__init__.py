@@ -24,7 +24,7 @@ from experiments.e09_quantization.formats import NAMES, PLAIN
 from experiments.e09_quantization.quality import ROWS, Case, QuantizedSubject, cases, measure
 from experiments.framework.common_options import EvaluationOptions
 from experiments.framework.config import Config
-from experiments.framework.cost import BYTES, FORWARD, Cost, evaluation_tokens, memory_per_parameter
+from experiments.framework.cost import BYTES, Cost, evaluation, memory_per_parameter, text
 from experiments.framework.options import Count, MayBeEmpty, OneOf, Sparsity, Whole
 from experiments.framework.subject import check, check_models
 from experiments.framework.tables import Row
@@ -107,9 +107,10 @@ def measure_model(config: Config[Options], name: str) -> list[Row]:
 def cost(config: Config[Options]) -> Cost:
     """A pass over the held-out text and the tasks per case and a calibration per format; and the timing."""
     options, on_gpu = config.options, config.device.startswith("cuda")
-    each = evaluation_tokens(options.tasks, options.limit) + options.length * options.heldout_blocks
-    calibrations = 2 * (len(options.formats) + 1) * options.length * options.calibration_blocks
-    flops = FORWARD * (len(options.cases()) * each + options.quality * calibrations)
+    batch = options.batch_size
+    each = evaluation(options.tasks, options.limit, batch) + text(options.heldout_blocks, options.length, batch)
+    calibration = text(options.calibration_blocks, options.length, batch) * (2 * (len(options.formats) + 1))
+    through = each * len(options.cases()) + calibration * bool(options.quality)
     seconds = fixed = 0.0
     for shape in options.shapes:
         d, m = SHAPES[shape]
@@ -118,6 +119,6 @@ def cost(config: Config[Options]) -> Cost:
             fixed = max(fixed, 8 * weights)  # float32 and float64 for the reference, and copies
             calls = (len(options.formats) + 1) * (len(options.sparsities) + 3) * (options.warmups + options.rounds)
             work = calls * (0.5 * weights + FLUSH_BYTES) / 20e9
-            seconds += 20.0 * (len(options.formats) + 1) if on_gpu else work
+            seconds += 20.0 * (len(options.formats) + 1) if on_gpu else work + 10.0  # to compile
     memory = 1.5 * memory_per_parameter([config.dtype]) if options.quality else 0.0
-    return Cost(flops=flops, memory=memory, fixed_memory=fixed, fixed_seconds=seconds, uses_models=options.quality)
+    return Cost(through, memory=memory, fixed_memory=fixed, fixed_seconds=seconds, uses_models=options.quality)

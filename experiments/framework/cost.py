@@ -3,26 +3,31 @@
 Everything is given per parameter of the model, since only the plan knows the models' sizes (from the hub's metadata).
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
-# lm-eval task: repository, scored continuations in the evaluated split, and roughly how many tokens each has
+# lm-eval task: repository, items of the evaluated split, inputs of an item that differ but for the last token of a
+# continuation, and roughly how many tokens an input has
 TASKS = {
-    "openbookqa": ("allenai/openbookqa", 2000, 20),
-    "arc_easy": ("allenai/ai2_arc", 9504, 40),
-    "arc_challenge": ("allenai/ai2_arc", 4688, 45),
-    "winogrande": ("allenai/winogrande", 2534, 30),
-    "hellaswag": ("Rowan/hellaswag", 40168, 100),
-    "piqa": ("baber/piqa", 3676, 45),
-    "boolq": ("aps/super_glue", 6540, 160),
-    "sciq": ("allenai/sciq", 4000, 130),
-    "instruct_boolq": ("aps/super_glue", 6540, 170),
-    "instruct_cola": ("nyu-mll/glue", 2086, 35),
-    "instruct_sst2": ("nyu-mll/glue", 1744, 50),
+    "openbookqa": ("allenai/openbookqa", 500, 4, 20),
+    "arc_easy": ("allenai/ai2_arc", 2376, 4, 40),
+    "arc_challenge": ("allenai/ai2_arc", 1172, 4, 45),
+    "winogrande": ("allenai/winogrande", 1267, 2, 30),
+    "hellaswag": ("Rowan/hellaswag", 10042, 4, 100),
+    "piqa": ("baber/piqa", 1838, 2, 45),
+    "boolq": ("aps/super_glue", 3270, 1, 160),
+    "sciq": ("allenai/sciq", 1000, 4, 130),
+    "instruct_boolq": ("aps/super_glue", 3270, 1, 170),
+    "instruct_cola": ("nyu-mll/glue", 1043, 1, 35),
+    "instruct_sst2": ("nyu-mll/glue", 872, 1, 50),
 }
 TRAINING_ITEMS = {"instruct_boolq": 9427, "instruct_cola": 8551, "instruct_sst2": 67349}
-OTHER_TASK = ("", 1600, 60)
-"""Assumed of any other, such as those of the pocket profile."""
+OTHER_TASK = ("", 400, 2, 50)
+"""Assumed of any other, and what those of the pocket profile have."""
+LONGEST, LONGEST_OTHER = 600, 100
+"""Tokens of the longest input of the tasks, and where all are such others."""
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
 FORWARD = 2.0
 """Float operations per parameter and token."""
@@ -31,40 +36,82 @@ TRAINING = 6.0
 
 
 @dataclass(frozen=True)
+class Work:
+    """What goes through a model, and what lm-eval handles beside it.
+
+    Attributes:
+        operations: float operations per parameter.
+        passes: of a batch through the layers; the way back counts as two. A small model waits for the host to start
+            its kernels, so its time is that of the passes.
+        items: of tasks, made into requests and scored.
+        steps: of training, for what Trainer and the optimizer do beside the model.
+    """
+
+    operations: float = 0.0
+    passes: float = 0.0
+    items: float = 0.0
+    steps: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        sums = (own + its for own, its in zip(astuple(self), astuple(other), strict=True))
+        return Work(*sums)
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(*(times * own for own in astuple(self)))
+
+
+@dataclass(frozen=True)
 class Cost:
     """Cost of one experiment on one model.
 
     Attributes:
-        flops: float operations per parameter.
+        work: through the model.
         bytes_read: per parameter, for work that reads weights rather than computes.
         memory: bytes per parameter at the peak: weights with what comes on top of them.
         fixed_memory: bytes at the peak that do not depend on the model.
+        logits: tokens whose logits, and in training their gradients, are held at once.
         fixed_seconds: seconds on any machine that do not depend on the model.
+        loads: how often a model is loaded.
         layers: decoder layers run at most, 0 for all; fewer are run where memory is short.
         uses_models: False for an experiment that does not load ``config.models``.
     """
 
-    flops: float = 0.0
+    work: Work = Work()
     bytes_read: float = 0.0
     memory: float = 0.0
     fixed_memory: float = 0.0
+    logits: int = 0
     fixed_seconds: float = 0.0
+    loads: int = 1
     layers: int = 0
     uses_models: bool = True
 
 
-def memory_per_parameter(dtypes: tuple[str, ...] | list[str], trains: bool = False) -> float:
+def memory_per_parameter(dtypes: Sequence[str], trains: bool = False) -> float:
     """Weights in the widest of ``dtypes``, and a quarter more for activations and cache; for LoRA twice that."""
     return max(BYTES[dtype] for dtype in dtypes) * (2.5 if trains else 1.25)
 
 
-def evaluation_tokens(tasks: tuple[str, ...] | list[str], limit: int | None) -> int:
-    """Tokens that one evaluation of ``tasks`` reads."""
-    total = 0
+def text(blocks: int, length: int, batch: int) -> Work:
+    """Blocks of text, forward."""
+    return Work(FORWARD * blocks * length, math.ceil(blocks / batch))
+
+
+def evaluation(tasks: Sequence[str], limit: int | None, batch: int) -> Work:
+    """One evaluation of ``tasks``, in batches of as many tokens as ``batch`` of the longest inputs have."""
+    items = tokens = 0
     for task in tasks:
-        _, requests, tokens = TASKS.get(task, OTHER_TASK)
-        total += (min(requests, 4 * limit) if limit else requests) * tokens
-    return total
+        _, count, inputs, length = TASKS.get(task, OTHER_TASK)
+        count = min(count, limit or count)
+        items, tokens = items + count, tokens + count * inputs * length
+    longest = LONGEST if any(task in TASKS for task in tasks) else LONGEST_OTHER
+    return Work(FORWARD * tokens, math.ceil(tokens / (batch * longest)), items)
+
+
+def training(steps: float, sequences: int, length: float, at_once: int | None) -> Work:
+    """Steps of LoRA on so many sequences each, ``at_once`` of them together."""
+    micro = math.ceil(sequences / min(at_once or sequences, sequences))
+    return Work(TRAINING * steps * sequences * length, 3 * steps * micro, steps=steps)
 
 
 def default_cost(config: Any) -> Cost:

@@ -39,6 +39,18 @@ def run_within_memory(module: ModuleType, config: Config) -> list[Row]:
             torch.cuda.empty_cache()
 
 
+def peak_gib() -> dict[str, float | None]:
+    """Most memory that this process has used, in GiB: resident, and of the GPU's that torch has reserved (None without
+    one). An experiment that measures peaks itself has reset the latter before each.
+    """
+    import resource  # not on Windows, where nothing here runs
+
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    reserved = max(map(torch.cuda.max_memory_reserved, range(torch.cuda.device_count()))) / 2**30 if used else None
+    return {"resident": round(resident / 2**30, 2), "gpu": None if reserved is None else round(reserved, 2)}
+
+
 def _advice(config: Config) -> str:
     """Which option lowers the memory that is needed, as far as the experiment has one."""
     keys = [f"{config.experiment}.{key}" for key in LOWERED if key in config.settings()["options"]]

@@ -1,8 +1,10 @@
 """What a profile needs before it is run: models, data, disk, memory, hours and machine; nothing is downloaded.
 
 Sizes come from the hub's metadata, or from a model's configuration on the meta device; access to every repository is
-checked. Hours are estimates within a factor of two or three: arithmetic for forward and backward passes and bytes for
-decoding, over what this device reaches in a short measurement, and over 40 % of an H200's data sheet.
+checked. Times are estimates: arithmetic for forward and backward passes, or the host's time to start their kernels
+where that is longer (a small model's), and bytes for decoding, over what this device reaches in a short measurement,
+and over an H200's data sheet; beside that lm-eval's items, Trainer's steps, loading, and the start of a process. They
+are within 1.5 times of what committed runs on an idle machine took (`tests/test_plan.py`).
 
     nox -s reproduce -- --profile paper --plan
 """
@@ -53,10 +55,35 @@ class Need:
 
 @dataclass(frozen=True)
 class Machine:
-    """Speeds that estimates divide by: float operations a second in the profile's dtype, bytes read a second."""
+    """Speeds that estimates divide by.
+
+    Attributes:
+        flops: float operations a second in the profile's dtype.
+        bandwidth: bytes read a second.
+        layer: seconds that the host needs to start a decoder layer's kernels, dense or masked.
+    """
 
     flops: float
     bandwidth: float
+    layer: float
+
+
+REACHED = 0.4
+"""Of the rate of a large matrix product, by a model's layers."""
+LAYER = {"cuda": 1e-3, "cpu": 4e-4}
+"""`Machine.layer`."""
+START, TASK_SETS = 4.0, 15.0
+"""Seconds of an experiment to its first work, and of lm-eval to index its tasks and read their sets."""
+ITEM, STEP = 1.5e-3, 0.03
+"""Seconds of lm-eval for one item of a task; of Trainer and the optimizer for one step."""
+DEQUANTISED = 1e-8
+"""Seconds to load a parameter of a GGUF file."""
+PROCESS = 0.75 * GIB
+"""Memory of a process that has imported everything."""
+LOGIT = 14
+"""Bytes of a logit in training: bfloat16, float32, and a gradient of each."""
+DEPTH = 28
+"""Decoder layers assumed of a model whose configuration is not on this machine."""
 
 
 def print_plan(configs: Sequence[Config]) -> int:
@@ -81,7 +108,7 @@ def print_plan(configs: Sequence[Config]) -> int:
     _print_table(("experiment", "models", "memory", "time here", "time on one H200", "machine"), lines)
     total = sum(n.download for n in models.values()) + sum(n.download for n in data if n.name not in corpora)
     print(f"downloads {_size(total)}; free disk {_size(shutil.disk_usage(_existing(configs[0].output)).free)}")
-    print("times are estimates within a factor of two or three; finished units are kept, so a run may be split")
+    print("times are estimates for an idle machine; finished units are kept, so a run may be split")
     problems = [need for need in [*models.values(), *data] if need.problem]
     if not online:
         unknown = ", ".join(need.name for need in problems if need.problem == UNCHECKED)
@@ -168,11 +195,47 @@ def experiment_cells(config: Config, cost: Cost, models: dict[str, Need]) -> tup
     if not all(sizes):
         return config.experiment, str(len(sizes)), "?", "?", "?", "?"
     device = config.device if config.device != "sharded" else resolve_device("auto")
-    memory = cost.memory * max(sizes, default=0) + cost.fixed_memory
+    memory = memory_of(cost, max(sizes, default=0), max((vocabulary_of(name) for name in names), default=0))
     dtype = config.dtype if config.dtype != "auto" else "bfloat16"
-    hours = [hours_on(machine, cost, sizes) for machine in (speed(device, dtype), h200(dtype))]
+    depths = [depth_of(name, cost.layers) for name in names]
+    seconds = start_seconds(config, cost, list(zip(names, sizes, strict=True)))
+    hours = [
+        (seconds + model_seconds(machine, cost, list(zip(sizes, depths, strict=True)))) / 3600
+        for machine in (speed(device, dtype), h200(dtype))
+    ]
     cells = config.experiment, str(len(sizes)), _size(memory), *map(_duration, hours)
     return *cells, machine_for(device, memory, hours[0])
+
+
+def memory_of(cost: Cost, parameters: int, vocabulary: int) -> float:
+    """Bytes at the peak, on a CPU; on a GPU without the process itself."""
+    return PROCESS + cost.memory * parameters + cost.fixed_memory + LOGIT * cost.logits * vocabulary
+
+
+def vocabulary_of(name: str) -> int:
+    """Entries of a model's vocabulary; 0 where its configuration would have to be downloaded."""
+    try:
+        return 0 if is_remote(name) else int(load_config(name).vocab_size)
+    except OSError:
+        return 0
+
+
+def depth_of(name: str, most: int) -> int:
+    """Decoder layers that are run of a model; `DEPTH` where its configuration would have to be downloaded."""
+    try:
+        layers = DEPTH if is_remote(name) else int(load_config(name).num_hidden_layers)
+    except OSError:
+        layers = DEPTH
+    return min(layers, most) if most else layers
+
+
+def start_seconds(config: Config, cost: Cost, models: Sequence[tuple[str, int]]) -> float:
+    """Seconds before the first work on models: the process, lm-eval's sets, and the loading of (name, parameters)."""
+    if not cost.uses_models:
+        return 0.0
+    of_lm_eval = any(task in TASKS for task in getattr(config.options, "tasks", ()))
+    loading = sum(DEQUANTISED * size for name, size in models if name.endswith(".gguf"))
+    return START + TASK_SETS * of_lm_eval + cost.loads * loading
 
 
 def run_parameters(name: str, layers: int, need: Need) -> int:
@@ -186,10 +249,15 @@ def run_parameters(name: str, layers: int, need: Need) -> int:
         return 0
 
 
-def hours_on(machine: Machine, cost: Cost, sizes: Sequence[int]) -> float:
-    """Hours that an experiment takes on models of so many parameters; NaN where that is not known."""
-    per_parameter = cost.flops / machine.flops + cost.bytes_read / machine.bandwidth
-    return (sum(sizes) * per_parameter + cost.fixed_seconds) / 3600
+def model_seconds(machine: Machine, cost: Cost, models: Sequence[tuple[int, int]]) -> float:
+    """Seconds that an experiment's work takes on models of (parameters, layers); NaN where that is not known."""
+    seconds = cost.fixed_seconds
+    for parameters, layers in models:
+        computed = parameters * cost.work.operations / (REACHED * machine.flops)
+        seconds += max(computed, cost.work.passes * layers * machine.layer)
+        seconds += parameters * cost.bytes_read / machine.bandwidth + cost.work.items * ITEM
+        seconds += cost.work.steps * STEP
+    return seconds
 
 
 def machine_for(device: str, memory: float, hours: float) -> str:
@@ -214,7 +282,8 @@ def speed(device: str, dtype: str) -> Machine:
     a = torch.randn(side, side, device=device, dtype=kind)
     buffer = torch.ones(numbers, device=device)
     product = _fastest(lambda: a @ a, device)
-    return Machine(2 * side**3 / product, buffer.numel() * 4 / _fastest(buffer.sum, device))
+    flops, bandwidth = 2 * side**3 / product, buffer.numel() * 4 / _fastest(buffer.sum, device)
+    return Machine(flops, bandwidth, LAYER["cuda" if device.startswith("cuda") else "cpu"])
 
 
 def _fastest(call: Callable[[], object], device: str, rounds: int = 3) -> float:
@@ -229,8 +298,8 @@ def _fastest(call: Callable[[], object], device: str, rounds: int = 3) -> float:
 
 
 def h200(dtype: str) -> Machine:
-    """40 % of the data sheet: 989 TFLOP/s in half precision, 67 in float32, 4.8 TB/s."""
-    return Machine(0.4 * (67e12 if dtype == "float32" else 989e12), 0.4 * 4.8e12)
+    """The data sheet, of which 40 % is reached: 989 TFLOP/s in half precision, 67 in float32, 4.8 TB/s."""
+    return Machine(67e12 if dtype == "float32" else 989e12, 0.4 * 4.8e12, LAYER["cuda"])
 
 
 def _existing(path: Path) -> Path:

@@ -19,7 +19,7 @@ from accelerate import PartialState
 
 from experiments.framework.children import COMMAND, command, ending, purpose, run_child
 from experiments.framework.config import Config, is_main_process
-from experiments.framework.memory import run_within_memory
+from experiments.framework.memory import peak_gib, run_within_memory
 from experiments.framework.profiles import EXPERIMENTS
 from experiments.framework.provenance import (
     hardware,
@@ -110,6 +110,7 @@ def _entry(config: Config, tables: dict[str, Any]) -> dict[str, Any]:
         "differs_from_profile": config.differs,
         "versions": versions(),
         "hardware": hardware(),
+        "peak_memory_gib": peak_gib(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "workers": config.workers,
         "started": attempts[0]["started"],

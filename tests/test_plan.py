@@ -1,0 +1,91 @@
+"""What ``--plan`` says, against what committed runs took."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import experiments.framework.profiles as profiles
+from experiments.framework.cost import Cost, Work, evaluation, text, training
+from experiments.framework.plan import (
+    LOGIT,
+    PROCESS,
+    Machine,
+    cost_of,
+    h200,
+    memory_of,
+    model_seconds,
+    start_seconds,
+)
+
+ROOT = Path(__file__).parents[1]
+MODELS = {
+    "pocket": (2.6e6, 4),
+    "gemma-3-270m.Q4_K_M.gguf": (268e6, 18),
+    "qwen2.5-coder-0.5b-instruct.Q4_K_M.gguf": (494e6, 24),
+    "qwen2.5-coder-1.5b-instruct.Q4_K_M.gguf": (1.54e9, 28),
+    "shape:mistral-7b": (7.24e9, 32),
+    "shape:llama2-7b": (6.74e9, 32),
+}
+"""Parameters and layers."""
+TWO_LAYERS = {"shape:mistral-7b": (0.70e9, 2), "shape:llama2-7b": (0.67e9, 2)}
+XEON = Machine(308e9, 22.7e9, 4e-4)
+"""Two cores of the machine of results/cpu/pocket, idle: what `plan.speed` measured."""
+H100 = Machine(989e12, 0.4 * 3.35e12, 1e-3)
+ALONE = {
+    "cpu/pocket": ("cpu", XEON, ("e01", "e02", "e03", "e04", "e05", "e06", "e07", "e08", "e09")),
+    "h100/paper": ("cuda", H100, ("e05", "e06")),
+    "h100/gemma-3-270m-speed": ("cuda", H100, ("e08",)),
+    "h100/qwen2.5-coder-0.5b-instruct-speed": ("cuda", H100, ("e08",)),
+    "h100/qwen2.5-coder-1.5b-instruct-speed": ("cuda", H100, ("e08",)),
+}
+"""Runs that nothing ran beside, of the present kind: device, machine, experiments. The other real-model runs shared a
+card with up to eleven others, so that their seconds are no timings."""
+
+
+def planned(entry: dict[str, Any], experiment: str, device: str, machine: Machine) -> float:
+    settings = entry["settings"]
+    table = {key: value for key, value in settings["options"].items() if value is not None}
+    profile = {key: settings[key] for key in ("dtype", "seed", "models", "data")} | {"device": device}
+    config = profiles.make_config(experiment, "planned", {**profile, experiment: table}, Path("nowhere"))
+    cost = cost_of(config)
+    sizes = {**MODELS, **(TWO_LAYERS if cost.layers else {})}
+    models = [(name, *sizes[name]) for name in config.models] if cost.uses_models else []
+    begin = start_seconds(config, cost, [(name, int(parameters)) for name, parameters, _ in models])
+    return begin + model_seconds(machine, cost, [(int(parameters), layers) for _, parameters, layers in models])
+
+
+@pytest.mark.parametrize(("run", "experiment"), [(run, one) for run, (_, _, names) in ALONE.items() for one in names])
+def test_the_plan_is_within_a_factor_of_one_and_a_half_of_what_was_measured(run, experiment, monkeypatch) -> None:
+    monkeypatch.setattr(profiles, "_device", str)  # no GPU is needed to plan for one
+    monkeypatch.setattr(profiles, "_models", list)  # nor the files
+    device, machine, _ = ALONE[run]
+    entry = json.loads((ROOT / "results" / run / "provenance.json").read_text())["experiments"][experiment]
+    seconds = planned(entry, experiment, device, machine)
+    assert 1 / 1.5 <= seconds / entry["seconds"] <= 1.5, f"planned {seconds:.0f} s, measured {entry['seconds']} s"
+
+
+def test_the_time_of_a_small_model_is_that_of_its_passes_and_of_a_large_one_that_of_its_arithmetic() -> None:
+    machine = Machine(1e12, 1e9, 1e-3)
+    cost = Cost(Work(operations=4e6, passes=100))
+    assert model_seconds(machine, cost, [(1000, 10)]) == pytest.approx(100 * 10 * 1e-3)
+    assert model_seconds(machine, cost, [(10**9, 10)]) == pytest.approx(4e6 * 1e9 / 0.4e12)
+    both = model_seconds(machine, cost, [(1000, 10), (10**9, 10)])
+    assert both == pytest.approx(1.0 + 1e4)
+
+
+def test_work_is_counted_in_tokens_passes_items_and_steps() -> None:
+    assert text(10, 64, 4) == Work(2 * 640, 3)
+    assert training(5, 16, 128, 4) == Work(6 * 5 * 16 * 128, 3 * 5 * 4, steps=5)
+    assert training(5, 16, 128, None).passes == 15
+    whole = evaluation(["openbookqa"], None, 16)
+    assert whole == Work(2 * 500 * 4 * 20, 5, 500)
+    assert evaluation(["openbookqa"], 50, 16).items == 50
+    assert whole + whole == whole * 2
+
+
+def test_memory_has_the_process_the_weights_and_the_logits_of_training() -> None:
+    cost = Cost(memory=2.5, fixed_memory=100, logits=4096)
+    assert memory_of(cost, 1000, 50) == PROCESS + 2500 + 100 + LOGIT * 4096 * 50
+    assert h200("float32").flops < h200("bfloat16").flops
