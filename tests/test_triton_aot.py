@@ -199,7 +199,7 @@ class FakeKernel:
         return lambda **arguments: (self.launches.append(arguments), self)[1]
 
 
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [1, 4, 8])
 @pytest.mark.parametrize(("kind", "decider"), KINDS)
 def test_a_recorded_launch_takes_the_next_calls_tensors_and_threshold(rows: int, kind: str, decider: str):
     target = Target(90, 132, True)
@@ -265,3 +265,13 @@ def test_cpu_tensors_are_refused_without_the_interpreter():
 def test_every_configuration_of_the_table_is_used():
     used = {choose_config(size, rows, 1024) for size in (2, 4) for rows in range(1, 9)}
     assert used == set(CONFIGS.values())
+
+
+@pytest.mark.parametrize(
+    ("element_size", "d", "fused"), [(2, 4096, 2), (4, 4096, 4), (4, 1024, 4), (4, 1000, 2), (4, 5120, 1), (2, 8192, 1)]
+)
+def test_rows_that_the_fused_kernel_takes(element_size: int, d: int, fused: int):
+    """Up to four in float32, where their columns fit the registers of eight warps."""
+    assert [not choose_config(element_size, rows, d).dot for rows in range(1, 9)] == [
+        rows <= fused for rows in range(1, 9)
+    ]

@@ -121,7 +121,9 @@ else:
         seed = data.draw(st.integers(0, 99))
         check("cats", case(rows, d, m, dtype, sparsity, activation, seed, kind=kind, decider=decider), config)
 
-    @pytest.mark.parametrize(("rows", "d"), [(3, 1100), (1, 4100), (1, 8200)], ids=["chunks", "wide", "split"])
+    @pytest.mark.parametrize(
+        ("rows", "d"), [(5, 1100), (3, 1100), (1, 4100), (1, 8200)], ids=["chunks", "four", "wide", "split"]
+    )
     def test_widths_over_one_block(rows: int, d: int):
         for variant in ("cats", "fused-mask"):
             problem = case(rows, d, 5, torch.float32, 0.5)

@@ -180,7 +180,7 @@ def run_case(
                 print(f"FAILED {shape} {dtype} rows={rows} s={sparsity} {key}: {type(error).__name__}: {error}"[:300])
                 del works[key]
         if ("cats", "") in works:
-            for count in (1, 2, 3) if rows >= 3 else (1, 2):
+            for count in range(1, len(plan(make_call(*arguments[0])))):
                 works["first launches", str(count)] = [partial(first_launches, a, count) for a in arguments]
         timings = measure(
             {str(key): work for key, work in works.items()},

@@ -1,10 +1,10 @@
 """The sparse gated MLP on GPUs: plans of launches, and the two paths behind one signature.
 
-For one or two rows of x (of at most MAX_FUSED_WIDTH columns together) two launches: one persistent kernel in which
-every program takes an even share of the neurons, streams their rows of the deciding weight, lists the active ones,
-streams their rows of the other weight and of W_down^T and keeps the output in registers; and a small reduction. More
-rows go through tensor cores, a kernel per product. It is deterministic: two runs on the same input agree bit for bit.
-No launch depends on data, so a call can be captured in a CUDA graph.
+For one or two rows of x, and up to four in float32, two launches: one persistent kernel in which every program takes an
+even share of the neurons, streams their rows of the deciding weight, lists the active ones, streams their rows of the
+other weight and of W_down^T and keeps the output in registers; and a small reduction. More rows, and wider ones than
+registers hold, go through tensor cores, a kernel per product. It is deterministic: two runs on the same input agree bit
+for bit. No launch depends on data, so a call can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
