@@ -111,9 +111,6 @@ else:
             programs=data.draw(st.integers(1, 4)),
             parts=data.draw(st.sampled_from((1, 2, 5))),
             early=data.draw(st.booleans()),
-            ahead=data.draw(st.sampled_from((0, 4))),
-            next=data.draw(st.sampled_from((0, 3, 16))),
-            x_policy=data.draw(st.sampled_from(("", "evict_last"))),
         )
         if data.draw(st.booleans()):
             config = replace(TENSOR_CORES, gate_tile=data.draw(st.sampled_from((16, 64))), columns=64, down_block=64)

@@ -26,11 +26,7 @@ class Config:
     down_tile: int = 16  # weight rows, of the down kernel, with dot
     reduce_block: int = 32  # columns that a program of the reduction sums, if fused
     dependent: bool = True  # programmatic dependent launch, where the chip has it
-    early: bool = False  # with it, the next kernel may start before this one has waited for the previous one
-    ahead: int = 0  # fused: rows of the deciding weight that a program asks for before it waits (a power of 2)
-    next: int = 0  # fused: of so many last neurons the active ones' rows are asked for as soon as they are listed
-    x_policy: str = ""  # fused: "evict_last" to keep x in L2
-    reduce_warps: int = 8  # of the reduction, if fused
+    early: bool = False  # with it, if fused: a program asks for its first weight rows before it waits (`fused_kernel`)
 
 
 TENSOR_CORES = Config(64, 64, warps=4, programs=2, stages=4, dot=True, down_block=512, down_tile=16)
@@ -43,7 +39,7 @@ CONFIGS: dict[tuple[int, int], Config] = {
     (4, 4): Config(2, 1, warps=8, programs=1, gate_stages=4, stages=4),
     (4, 8): replace(TENSOR_CORES, columns=64, down_block=256, dependent=False),
 }
-"""(bytes of a weight, most rows of x) -> configuration, for widths from 1024 up; (2, 4) is on tensor cores like (2, 8)."""
+"""(bytes of a weight, most rows of x) -> configuration, for widths from 1024 up; where there is no (2, 4), (2, 8)."""
 NARROW = Config(8, 8, warps=4, programs=4)
 """For narrower weights and one or two rows: a weight row is less than one load of 8 warps."""
 MAX_FUSED_WIDTH = 8192  # columns of x and of sums, in float32, that a program of 4 warps can keep in registers

@@ -74,17 +74,13 @@ def plan_fused(call: Call, config: Config) -> list[Launch]:
             TILE=config.tile,
             STAGES=config.stages,
             PARTS=config.parts,
-            AHEAD=config.ahead,
-            NEXT=config.next,
-            LINE=128 // call.x.element_size(),
-            X_POLICY=config.x_policy,
             EARLY=config.early,
             PDL=pdl,
         ),
         warps=config.warps,
         dependent=pdl,
     )
-    return [fused, plan_reduce(call, sums, pdl, config.reduce_block, config.reduce_warps, config.early)]
+    return [fused, plan_reduce(call, sums, pdl, config.reduce_block, config.early)]
 
 
 def plan_split(call: Call, config: Config) -> list[Launch]:
@@ -164,9 +160,7 @@ def plan_down(call: Call, config: Config, h: Tensor, indices: Tensor, count: Ten
     return [down, plan_reduce(call, partial, pdl, block=128)]
 
 
-def plan_reduce(
-    call: Call, partial: Tensor, dependent: bool, block: int, warps: int = 8, early: bool = False
-) -> Launch:
+def plan_reduce(call: Call, partial: Tensor, dependent: bool, block: int, early: bool = False) -> Launch:
     """The sum of partial (parts, rows, d) into y; a program sums a block of elements."""
     parts, n = partial.shape[0], call.y.numel()
     return Launch(
@@ -176,7 +170,7 @@ def plan_reduce(
         dict(y_ptr="y"),
         dict(partial_ptr=partial, parts=parts, n=n),
         dict(BLOCK_PARTS=power_of_2(parts), BLOCK=block, EARLY=early, PDL=dependent),
-        warps=warps,
+        warps=8,
         dependent=dependent,
     )
 
