@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,16 @@ def test_dependent_launch_only_where_the_chip_has_it():
         assert waits == [arch >= 90] * 2
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_early_asks_for_weight_rows_before_it_waits(early: bool):
+    config = replace(choose_config(2, 1, D), early=early, gate_stages=6)
+    step = plan("cats", meta_call(90, torch.bfloat16, 1), config)[0]
+    kernel = compile_ahead(step, 90)
+    before = kernel.asm["ttgir"].split("griddepcontrol.wait")[0]
+    assert before.count("async_copy_global_to_local") == (5 if early else 0)
+    assert not complaints(kernel, resources(kernel), 90, reads_weights=True)
+
+
 class FakeKernel:
     """Stands for a compiled kernel: notes the arguments of each launch, so that recording is tested without a GPU."""
 
@@ -199,7 +210,7 @@ class FakeKernel:
         return lambda **arguments: (self.launches.append(arguments), self)[1]
 
 
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [1, 4, 8])
 @pytest.mark.parametrize(("kind", "decider"), KINDS)
 def test_a_recorded_launch_takes_the_next_calls_tensors_and_threshold(rows: int, kind: str, decider: str):
     target = Target(90, 132, True)
@@ -265,3 +276,12 @@ def test_cpu_tensors_are_refused_without_the_interpreter():
 def test_every_configuration_of_the_table_is_used():
     used = {choose_config(size, rows, 1024) for size in (2, 4) for rows in range(1, 9)}
     assert used == set(CONFIGS.values())
+
+
+@pytest.mark.parametrize(
+    ("element_size", "d", "fused"), [(2, 4096, 2), (4, 4096, 4), (4, 1024, 4), (4, 1000, 2), (4, 5120, 1), (2, 8192, 1)]
+)
+def test_rows_that_the_fused_kernel_takes(element_size: int, d: int, fused: int):
+    """Up to four in float32, where their columns fit the registers of eight warps."""
+    for rows in range(1, 9):
+        assert choose_config(element_size, rows, d).dot == (rows > fused)

@@ -261,16 +261,27 @@ def test_memcheck(variant: str):
                 assert relative_error(launch(variant, *problem), oracle(*problem)) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(
-    "changes", [{"early": True}, {"early": True, "ahead": 8}, {"next": 16}, {"ahead": 4, "next": 8}]
-)
+@pytest.mark.parametrize("changes", [{}, {"gate_stages": 6}, {"parts": 8}, {"gate_stages": 6, "parts": 2}])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_asked_for_early_is_waited_for(changes: dict, dtype: torch.dtype):
+def test_early_weight_rows_but_no_early_input(changes: dict, dtype: torch.dtype):
+    """Back to back, then each call on the output of the one before, which it may not read too early."""
     problem = case(1, 4096, 14336, dtype, 0.5, device="cuda")
-    config = replace(choose_config(dtype.itemsize, 1, 4096), early=False, ahead=0, next=0)
-    outputs = [launch("cats", *problem, config=replace(config, **changes)) for _ in range(50)]  # back to back
+    early, late = (replace(choose_config(dtype.itemsize, 1, 4096), early=early, **changes) for early in (True, False))
+    outputs = [launch("cats", *problem, config=early) for _ in range(50)]
     assert all(torch.equal(y, outputs[0]) for y in outputs)
     assert relative_error(outputs[0], oracle(*problem)) < TOLERANCE[dtype]
+    x, *rest = case(1, 4096, 14336, dtype, 0.0, device="cuda")
+
+    def chains(config: Config) -> list[torch.Tensor]:
+        outputs = []
+        for _ in range(20):
+            outputs.append(launch("cats", x, *rest, config=config))
+            outputs.append(launch("cats", outputs[-1], *rest, config=config))
+        return outputs
+
+    expected = chains(late)
+    assert expected[1].any() and not torch.equal(*expected[:2])
+    assert all(map(torch.equal, chains(early), expected))
 
 
 @torch.no_grad()

@@ -111,9 +111,6 @@ else:
             programs=data.draw(st.integers(1, 4)),
             parts=data.draw(st.sampled_from((1, 2, 5))),
             early=data.draw(st.booleans()),
-            ahead=data.draw(st.sampled_from((0, 4))),
-            next=data.draw(st.sampled_from((0, 3, 16))),
-            x_policy=data.draw(st.sampled_from(("", "evict_last"))),
         )
         if data.draw(st.booleans()):
             config = replace(TENSOR_CORES, gate_tile=data.draw(st.sampled_from((16, 64))), columns=64, down_block=64)
@@ -121,7 +118,9 @@ else:
         seed = data.draw(st.integers(0, 99))
         check("cats", case(rows, d, m, dtype, sparsity, activation, seed, kind=kind, decider=decider), config)
 
-    @pytest.mark.parametrize(("rows", "d"), [(3, 1100), (1, 4100), (1, 8200)], ids=["chunks", "wide", "split"])
+    @pytest.mark.parametrize(
+        ("rows", "d"), [(5, 1100), (3, 1100), (1, 4100), (1, 8200)], ids=["chunks", "four", "wide", "split"]
+    )
     def test_widths_over_one_block(rows: int, d: int):
         for variant in ("cats", "fused-mask"):
             problem = case(rows, d, 5, torch.float32, 0.5)

@@ -1,8 +1,8 @@
 """Check, time and tune the GPU kernels at the paper's shapes on the card at hand.
 
 Purpose: choose the configurations in cats_kernels.triton.configs, and measure what they reach, in one command.
-Cost: about 4 minutes on one H100 for the search near the present choice, 8 for the wide one, compilation included (in
-parallel processes).
+Cost: about a minute on one H100 for the search near the present choice, half of it for "early", 8 minutes for the wide
+one, compilation included (in parallel processes).
 Run: ``python -m experiments.gpu.tune --output DIR [--search wide] [--rows 1 --shapes Mistral-7B --dtypes bf16]``
 
 Weights, thresholds, reference and timing are those of e05: random weights, rotating copies, CUDA graphs, interleaved
@@ -75,33 +75,36 @@ FUSED_4 = (
     *((2, 4, 1, 4, 8, 1, 1), (1, 6, 1, 5, 8, 1, 1), (2, 4, 1, 4, 16, 1, 1), (1, 6, 1, 5, 16, 1, 1)),
     *((1, 6, 2, 3, 16, 1, 1), (2, 4, 2, 3, 16, 1, 1)),
 )
-# changes to the present choice of the fused kernel: what is asked for before it is needed, and the reduction
-CHANGES: tuple[dict[str, Any], ...] = (
-    {"dependent": False},
-    {"early": True},
-    *({"early": True, "ahead": rows} for rows in (2, 4, 8, 16)),
-    {"ahead": 8},
-    *({"next": neurons} for neurons in (8, 16, 32)),
-    *({"early": True, "ahead": rows, "next": 16} for rows in (4, 8)),
-    {"x_policy": "evict_last"},
-    {"reduce_warps": 4},
-    *({"reduce_block": block} for block in (16, 64)),
-)
+# changes to the present choice of the fused kernel
+CHANGES: tuple[dict[str, Any], ...] = ({"dependent": False}, {"reduce_block": 16}, {"reduce_block": 64})
+# (bytes of a weight, rows) -> changes with early; all but those marked leave a multiprocessor of a Hopper no room for
+# more than its own programs, by shared memory or by registers
+EARLY: dict[tuple[int, int], tuple[dict[str, Any], ...]] = {
+    (2, 1): (
+        *({}, {"parts": 8}),  # the first: room for half of the next kernel's programs, which then start unevenly
+        *({"gate_stages": 6}, {"gate_stages": 7}, {"stages": 6}, {"gate_stages": 6, "stages": 5}),
+        *({"gate_stages": 6, "parts": 2}, {"gate_stages": 6, "parts": 8}),
+        *({"gate_tile": 4, "gate_stages": 4}, {"gate_tile": 1, "gate_stages": 11}, {"programs": 3}),
+        {"warps": 8, "programs": 1, "gate_stages": 8, "stages": 8},
+    ),
+    (4, 1): ({}, {"parts": 1}, {"gate_stages": 8}, {"gate_tile": 2, "gate_stages": 5}),
+    (2, 2): ({}, {"gate_stages": 5}, {"gate_stages": 6}),  # the first: room
+    (4, 4): ({}, {"gate_stages": 5}),
+}
 
 
-def configs(rows: int, element_size: int, d: int, wide: bool) -> list[Config]:
-    """The search space for "cats" on a Hopper: around the present choice, or everything that was ever near the best."""
+def configs(rows: int, element_size: int, d: int, search: str) -> list[Config]:
+    """The search space for "cats" on a Hopper: around the present choice ("near"), only what starts before the kernel
+    before it has ended ("early"), or everything that was ever near the best ("wide")."""
     best = choose_config(element_size, rows, d)
-    if not wide:
+    early = [replace(best, early=True, **changes) for changes in EARLY.get((element_size, rows), ())]
+    if search == "early":
+        return [best, *early]
+    if search == "near":
         fused_best = [best] if not best.dot else [fused(*parameters) for parameters in FUSED_4 if rows <= 4]
-        near = [best, *fused_best, *(replace(one, **change) for one in fused_best[:1] for change in CHANGES)]
+        near = [best, *fused_best, *(replace(one, **change) for one in fused_best[:1] for change in CHANGES), *early]
         if rows == 1:
-            three = replace(best, programs=best.programs + 1)
-            near += [
-                three,
-                replace(three, early=True, ahead=8, next=16),
-                replace(best, gate_stages=best.gate_stages + 2),
-            ]
+            near += [replace(best, programs=best.programs + 1), replace(best, gate_stages=best.gate_stages + 2)]
         return list(dict.fromkeys(near))
     candidates = [best, replace(best, dependent=False)]
     if rows <= 2:
@@ -169,7 +172,7 @@ def run_case(
             ("dense-masked", ""): [partial(dense_masked, *a) for a in arguments],
             **{(name, ""): [partial(launch, name, *a) for a in arguments] for name in options.variants},
         }
-        for config in configs(rows, kind.itemsize, d, options.search == "wide") if options.search != "none" else ():
+        for config in configs(rows, kind.itemsize, d, options.search) if options.search != "none" else ():
             key = ("config", " ".join(map(str, astuple(config))))
             works[key] = [partial(launch, "cats", *a, config=config) for a in arguments]
         errors: dict[tuple[str, str], float | None] = {}
@@ -180,7 +183,7 @@ def run_case(
                 print(f"FAILED {shape} {dtype} rows={rows} s={sparsity} {key}: {type(error).__name__}: {error}"[:300])
                 del works[key]
         if ("cats", "") in works:
-            for count in (1, 2, 3) if rows >= 3 else (1, 2):
+            for count in range(1, len(plan(make_call(*arguments[0])))):
                 works["first launches", str(count)] = [partial(first_launches, a, count) for a in arguments]
         timings = measure(
             {str(key): work for key, work in works.items()},
@@ -257,7 +260,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.9, 0.3, 0.7])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["cats"])
-    parser.add_argument("--search", choices=("near", "wide", "none"), default="near")
+    parser.add_argument("--search", choices=("near", "early", "wide", "none"), default="near")
     parser.add_argument("--eager", action="store_true", help="also launched from Python, as the paper's authors time")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing more after so long")
@@ -269,8 +272,8 @@ def main() -> None:
         problem = (*SHAPES[shape], DTYPES[dtype], rows)
         tasks += [Task(name, *problem) for name in options.variants]
         if options.search != "none":
-            wide = options.search == "wide"
-            tasks += [Task("cats", *problem, c) for c in configs(rows, DTYPES[dtype].itemsize, problem[0], wide)]
+            searched = configs(rows, DTYPES[dtype].itemsize, problem[0], options.search)
+            tasks += [Task("cats", *problem, config) for config in searched]
     for message in precompile(tasks):
         print(message, flush=True)
     print(f"compiled {len(tasks)} plans in {time.perf_counter() - begin:.0f} s", flush=True)

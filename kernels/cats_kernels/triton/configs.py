@@ -26,11 +26,7 @@ class Config:
     down_tile: int = 16  # weight rows, of the down kernel, with dot
     reduce_block: int = 32  # columns that a program of the reduction sums, if fused
     dependent: bool = True  # programmatic dependent launch, where the chip has it
-    early: bool = False  # with it, the next kernel may start before this one has waited for the previous one
-    ahead: int = 0  # fused: rows of the deciding weight that a program asks for before it waits (a power of 2)
-    next: int = 0  # fused: of so many last neurons the active ones' rows are asked for as soon as they are listed
-    x_policy: str = ""  # fused: "evict_last" to keep x in L2
-    reduce_warps: int = 8  # of the reduction, if fused
+    early: bool = False  # with it, if fused: a program asks for its first weight rows before it waits (`fused_kernel`)
 
 
 TENSOR_CORES = Config(64, 64, warps=4, programs=2, stages=4, dot=True, down_block=512, down_tile=16)
@@ -40,12 +36,13 @@ CONFIGS: dict[tuple[int, int], Config] = {
     (2, 8): TENSOR_CORES,
     (4, 1): Config(1, 2, warps=8, programs=1, gate_stages=6, stages=3, parts=8),
     (4, 2): Config(1, 1, warps=4, programs=1, gate_stages=6, stages=5, parts=8),
+    (4, 4): Config(2, 1, warps=8, programs=1, gate_stages=4, stages=4),
     (4, 8): replace(TENSOR_CORES, columns=64, down_block=256, dependent=False),
 }
-"""(bytes of a weight, most rows of x) -> configuration, for widths from 1024 up."""
+"""(bytes of a weight, most rows of x) -> configuration, for widths from 1024 up; where there is no (2, 4), (2, 8)."""
 NARROW = Config(8, 8, warps=4, programs=4)
 """For narrower weights and one or two rows: a weight row is less than one load of 8 warps."""
-MAX_FUSED_WIDTH = 8192  # columns of x and of sums, in float32, that one program can keep in registers
+MAX_FUSED_WIDTH = 8192  # columns of x and of sums, in float32, that a program of 4 warps can keep in registers
 
 
 SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
@@ -55,13 +52,12 @@ SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 
 @cache
 def choose_config(element_size: int, rows: int, d: int, arch: int = 90) -> Config:
     """The launch configuration for weights of element_size bytes, rows of x (1 to 8), width d and a chip."""
-    most = next(key for key in (1, 2, 8) if rows <= key)
-    width = power_of_2(d)
-    if most * width > MAX_FUSED_WIDTH:
+    most, width = power_of_2(rows), power_of_2(d)
+    config = CONFIGS.get((element_size, most), CONFIGS[element_size, 8])
+    if config.dot or most * width > MAX_FUSED_WIDTH * (2 if most == 4 else 1) or (most == 4 and d < 1024):
         return CONFIGS[element_size, 8]
-    config = NARROW if d < 1024 and rows <= 2 else CONFIGS[element_size, most]
-    if config.dot:
-        return config
+    if d < 1024:
+        config = NARROW
     # d = 5120 is padded to 8192, where two rows in three stages of float32 are 262 KB
     one = replace(config, programs=1)
     smaller = (config, one, replace(one, gate_tile=1, tile=1), replace(config, gate_stages=1, stages=1, programs=2))

@@ -53,22 +53,14 @@ def deciding(z, ACTIVATION: tl.constexpr, UP_DECIDES: tl.constexpr):
 
 
 @triton.jit
-def load_x(
-    x_ptr,
-    first_column,
-    ROWS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    POLICY: tl.constexpr,
-):
+def load_x(x_ptr, first_column, ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Columns [first_column, first_column + BLOCK_D) of every row of x as float32 [BLOCK_ROWS, BLOCK_D]."""
     row = tl.arange(0, BLOCK_ROWS)[:, None]
     column = first_column + tl.arange(0, BLOCK_D)[None, :]
     if ROWS == BLOCK_ROWS and D % BLOCK_D == 0:
-        x = tl.load(x_ptr + row * D + column, eviction_policy=POLICY)
+        x = tl.load(x_ptr + row * D + column)
     else:
-        x = tl.load(x_ptr + row * D + column, mask=(row < ROWS) & (column < D), other=0.0, eviction_policy=POLICY)
+        x = tl.load(x_ptr + row * D + column, mask=(row < ROWS) & (column < D), other=0.0)
     return x.to(tl.float32)
 
 
@@ -155,9 +147,9 @@ def project(
         return tl.trans(z)
     else:
         w = load_rows(w_ptr, row, valid, 0, D, BLOCK_D, ALL_VALID)
-        sums = dot_rows(load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D, ""), w)
+        sums = dot_rows(load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D), w)
         for first_column in tl.static_range(BLOCK_D, D, BLOCK_D):
-            x = load_x(x_ptr, first_column, ROWS, BLOCK_ROWS, D, BLOCK_D, "")
+            x = load_x(x_ptr, first_column, ROWS, BLOCK_ROWS, D, BLOCK_D)
             sums += dot_rows(x, load_rows(w_ptr, row, valid, first_column, D, BLOCK_D, ALL_VALID))
         return sums
 
@@ -194,23 +186,6 @@ def list_active(words_ptr, indices_ptr, words, BLOCK_WORDS: tl.constexpr, WORD_R
         first += CHUNK // WORD_ROWS
     tl.debug_barrier()  # other threads of this program read the indices back
     return start, end, total
-
-
-@triton.jit
-def prefetch_rows(w_ptr, row, wanted, D: tl.constexpr, BLOCK_D: tl.constexpr, LINE: tl.constexpr):
-    """Ask for the wanted weight rows (wanted, row: [TILE]) in L2, LINE columns a request; the interpreter has no L2."""
-    if not UPCAST:
-        column = LINE * tl.arange(0, BLOCK_D // LINE)[None, :]
-        pointers = w_ptr + row.to(tl.int64)[:, None] * D + column
-        inside = (wanted[:, None] & (column < D)).to(tl.int32)
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-            "=r,l,r",
-            [pointers.to(tl.int64), inside],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @triton.jit

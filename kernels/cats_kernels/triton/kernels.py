@@ -19,7 +19,6 @@ from cats_kernels.triton.device import (
     list_active,
     load_rows,
     load_x,
-    prefetch_rows,
     project,
     threshold_of,
 )
@@ -88,10 +87,6 @@ def fused_kernel(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     PARTS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    NEXT: tl.constexpr,
-    LINE: tl.constexpr,
-    X_POLICY: tl.constexpr,
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -100,18 +95,20 @@ def fused_kernel(
     another. With PARTS over 1 it does so in two parts, divided at a neuron that its number decides, so that not all
     programs turn from the deciding weight to the others at one time.
 
-    The loads of both rows are issued together, before the product that the second one has to wait for. AHEAD: the first
-    rows of the deciding weight are asked for in L2 before the previous kernel is waited for. NEXT: of the last so many
-    neurons of a part, the active ones' rows of the other two are asked for as soon as they are listed, and used first.
+    The loads of both rows are issued together, before the product that the second one has to wait for.
+
+    EARLY: the previous kernel is waited for at the first product, when the first GATE_STAGES - 1 tiles of the deciding
+    weight have been asked for: they come while it ends. That gains something where a multiprocessor has no room for
+    more than this kernel's own programs, so that each starts as one of the kernel before ends.
     """
     program = tl.program_id(0)
     start = program * m // tl.num_programs(0)
     end = (program + 1) * m // tl.num_programs(0)
-    if AHEAD:
-        early = start + tl.arange(0, AHEAD)
-        prefetch_rows(deciding_ptr, early, early < end, D, BLOCK_D, LINE)
-    await_previous_kernel(PDL, EARLY)
-    x = load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D, X_POLICY)
+    if EARLY:
+        x = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    else:
+        await_previous_kernel(PDL, False)
+        x = load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D)
     row = tl.arange(0, BLOCK_ROWS)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
     middle = start + (end - start) * (program % PARTS + 1) // PARTS
@@ -123,8 +120,12 @@ def fused_kernel(
         for first in tl.range(part_start, part_end, GATE_TILE, num_stages=GATE_STAGES):
             neuron = first + tl.arange(0, GATE_TILE)
             valid = neuron < part_end
-            z = dot_rows(x, load_rows(deciding_ptr, neuron, valid, 0, D, BLOCK_D, False))
-            v = deciding(z, ACTIVATION, UP_DECIDES)
+            w = load_rows(deciding_ptr, neuron, valid, 0, D, BLOCK_D, False)
+            if EARLY:  # noqa: SIM102 (decided when compiling)
+                if first == start:
+                    await_previous_kernel(PDL, True)
+                    x = load_x(x_ptr, 0, ROWS, BLOCK_ROWS, D, BLOCK_D)
+            v = deciding(dot_rows(x, w), ACTIVATION, UP_DECIDES)
             limit = threshold_of(threshold, neuron[None, :], valid[None, :], THRESHOLD)
             keep = kept(v, limit) & valid[None, :] & (row < ROWS)
             active = tl.max(keep.to(tl.int32), 0)
@@ -132,19 +133,11 @@ def fused_kernel(
             tl.store(indices_ptr + slot, neuron, mask=active == 1)
             mask = (active == 1)[None, :] & (row < ROWS)
             tl.store(v_ptr + row * m + slot[None, :], tl.where(keep, v, 0.0), mask=mask)
-            if NEXT:
-                soon = (active == 1) & (neuron >= part_end - NEXT)
-                prefetch_rows(other_ptr, neuron, soon, D, BLOCK_D, LINE)
-                prefetch_rows(down_ptr, neuron, soon, D, BLOCK_D, LINE)
             last += tl.sum(active, 0)
         tl.debug_barrier()  # other threads of this program read the list back
         for first in tl.range(part_start, last, TILE, num_stages=STAGES):
             slot = first + tl.arange(0, TILE)
-            if NEXT:
-                slot = last - 1 - (slot - part_start)
-                valid = slot >= part_start
-            else:
-                valid = slot < last
+            valid = slot < last
             neuron = tl.load(indices_ptr + slot, mask=valid, other=0)
             other = load_rows(other_ptr, neuron, valid, 0, D, BLOCK_D, False)
             down = load_rows(down_ptr, neuron, valid, 0, D, BLOCK_D, False)

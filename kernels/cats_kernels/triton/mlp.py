@@ -1,10 +1,10 @@
 """The sparse gated MLP on GPUs: plans of launches, and the two paths behind one signature.
 
-For one or two rows of x (of at most MAX_FUSED_WIDTH columns together) two launches: one persistent kernel in which
-every program takes an even share of the neurons, streams their rows of the deciding weight, lists the active ones,
-streams their rows of the other weight and of W_down^T and keeps the output in registers; and a small reduction. More
-rows go through tensor cores, a kernel per product. It is deterministic: two runs on the same input agree bit for bit.
-No launch depends on data, so a call can be captured in a CUDA graph.
+For one or two rows of x, and up to four in float32, two launches: one persistent kernel in which every program takes an
+even share of the neurons, streams their rows of the deciding weight, lists the active ones, streams their rows of the
+other weight and of W_down^T and keeps the output in registers; and a small reduction. More rows, and wider ones than
+registers hold, go through tensor cores, a kernel per product. It is deterministic: two runs on the same input agree bit
+for bit. No launch depends on data, so a call can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -74,17 +74,13 @@ def plan_fused(call: Call, config: Config) -> list[Launch]:
             TILE=config.tile,
             STAGES=config.stages,
             PARTS=config.parts,
-            AHEAD=config.ahead,
-            NEXT=config.next,
-            LINE=128 // call.x.element_size(),
-            X_POLICY=config.x_policy,
             EARLY=config.early,
             PDL=pdl,
         ),
         warps=config.warps,
         dependent=pdl,
     )
-    return [fused, plan_reduce(call, sums, pdl, config.reduce_block, config.reduce_warps, config.early)]
+    return [fused, plan_reduce(call, sums, pdl, config.reduce_block, config.early)]
 
 
 def plan_split(call: Call, config: Config) -> list[Launch]:
@@ -164,9 +160,7 @@ def plan_down(call: Call, config: Config, h: Tensor, indices: Tensor, count: Ten
     return [down, plan_reduce(call, partial, pdl, block=128)]
 
 
-def plan_reduce(
-    call: Call, partial: Tensor, dependent: bool, block: int, warps: int = 8, early: bool = False
-) -> Launch:
+def plan_reduce(call: Call, partial: Tensor, dependent: bool, block: int, early: bool = False) -> Launch:
     """The sum of partial (parts, rows, d) into y; a program sums a block of elements."""
     parts, n = partial.shape[0], call.y.numel()
     return Launch(
@@ -176,7 +170,7 @@ def plan_reduce(
         dict(y_ptr="y"),
         dict(partial_ptr=partial, parts=parts, n=n),
         dict(BLOCK_PARTS=power_of_2(parts), BLOCK=block, EARLY=early, PDL=dependent),
-        warps=warps,
+        warps=8,
         dependent=dependent,
     )
 
