@@ -5,6 +5,7 @@ all that a criterion needs. Where the up product decides, inputs or neurons are 
 module, the dense masked path is equation 1 written out over the block's own (perhaps wrapped) linear layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import MethodType
@@ -107,6 +108,13 @@ def is_prompt(x: Tensor) -> bool:
     return x.dim() > 1 and x.shape[-2] > cats_kernels.MAX_ROWS
 
 
+def as_given(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate, up and transposed down weight, as the operator takes them, of a block's two or three linear layers."""
+    *first, down = weights
+    gate, up = first if len(first) == 2 else first[0].chunk(2)
+    return gate, up, down.t()
+
+
 def masked_equation_1(mlp: GatedMLP, x: Tensor, activation: nn.Module, masks: dict[str, Any]) -> Tensor:
     """``(act(x W_gate) * (x W_up)) W_down`` through the block's own modules, with ``masks`` by place in between."""
     of: Parts = mlp.cats_state.parts
@@ -165,9 +173,7 @@ class SparseForward:
             if kind is not nn.Parameter and kind is not Tensor and kind is not FakeTensor:
                 return None
             weights.append(weight)
-        *first, down = weights
-        gate, up = first if len(first) == 2 else first[0].chunk(2)
-        given = gate, up, down.t()
+        given = as_given(weights)
         for weight in given:
             if weight.device != device or weight.dtype != x.dtype or not weight.is_contiguous():
                 return None
@@ -205,7 +211,9 @@ class SparseForward:
             if type(weight) is not nn.Parameter or repeated.facts(weight) != facts:
                 return None
             held.append(weight)
-        return call(x) if cats_kernels.sparse_gated_mlp is known.operator else None
+        if cats_kernels.sparse_gated_mlp is not known.operator:
+            return None
+        return call(x, *as_given(held[1:])) if repeated.takes_weights(call) else call(x)
 
     def _know(self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor], threshold: Tensor) -> None:
         """Remember how to repeat a call that the operator has just served."""

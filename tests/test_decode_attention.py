@@ -72,16 +72,19 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
-    @pytest.mark.parametrize(("arch", "kv_heads", "group"), [(80, 8, 4), (89, 8, 4), (90, 8, 4), (90, 32, 1)])
+    @pytest.mark.parametrize(("arch", "kv_heads", "group"), [(80, 8, 4), (89, 2, 7), (90, 8, 4), (90, 32, 1)])
     @pytest.mark.parametrize("dtype", list(DTYPES))
     def test_kernel_compiled_ahead_of_time(dtype: torch.dtype, kv_heads: int, group: int, arch: int) -> None:
-        """Nothing spills, shared memory fits, keys and values are loaded 16 bytes at a time."""
+        """Nothing spills, shared memory fits, keys and values are loaded 16 bytes at a time. By lanes the threads of a
+        program do not wait for each other while they read, and the first tile does not wait for the previous kernel."""
+        from cats_kernels.triton.launch import Target
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
-        from cats.generation.triton_attention import constants_of, decode_attention_kernel
+        from cats.generation.triton_attention import choose_attention_config, constants_of, decode_attention_kernel
 
-        constants, options = constants_of(kv_heads, group, 128, 512, dtype.itemsize, arch >= 90)
+        config, target = choose_attention_config(group, 128, dtype.itemsize), Target(arch, 132, arch >= 90)
+        constants, options = constants_of(kv_heads, kv_heads, group, 128, dtype.itemsize, target, config)
         named = {"position_ptr": "*i64", "first_ptr": "*i64", "partial_ptr": "*fp32", "stats_ptr": "*fp32"}
         named |= {"arrived_ptr": "*i32", "scale": "fp32"}
         pointer = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
@@ -100,28 +103,79 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         used = dict(re.findall(r"(STACK|LOCAL):(\d+)", output))
         assert used == {"STACK": "0", "LOCAL": "0"}
         assert kernel.metadata.shared <= 99 * 1024  # a block's on sm_89
-        wide = len(re.findall(r"ld\.global\S*\.v4|cp\.async\S* \[.*?\], \[.*?\], 0x10", kernel.asm["ptx"]))
+        ptx = kernel.asm["ptx"]
+        wide = len(re.findall(r"ld\.global\S*\.v4|cp\.async\S* \[.*?\], \[.*?\], 0x10", ptx))
         assert wide >= 4
+        assert config.dot or not any("bar.sync" in loop for loop in loops(ptx) if "ld.global" in loop)
+        if arch >= 90 and not config.dot:
+            assert "ld.global.v4" in ptx.split("griddepcontrol.wait")[0]
+
+    def loops(ptx: str) -> list[str]:
+        """The code of every loop, from its label to the branch back to it."""
+        labels = {match[1]: match.start() for match in re.finditer(r"^\s*(\$\w+):", ptx, re.MULTILINE)}
+        branches = [(match[1], match.start()) for match in re.finditer(r"bra\S*\s+(\$\w+);", ptx)]
+        return [ptx[labels[label] : end] for label, end in branches if labels.get(label, end) < end]
+
+    def test_what_the_check_for_waiting_calls_a_loop() -> None:
+        assert loops("$L0: a;\n$L1: bar.sync 0;\n@%p1 bra $L2;\n@%p2 bra $L1;\n$L2: ret;")[0].count("bar.sync") == 1
+
+    @pytest.mark.parametrize(("heads", "expected"), [(8, 33), (32, 8), (256, 1), (1000, 1), (1, 64)])
+    def test_splits_fill_the_chip_once(heads: int, expected: int) -> None:
+        from cats_kernels.triton.launch import Target
+
+        from cats.generation.triton_attention import AttentionConfig, count_splits
+
+        assert count_splits(heads, AttentionConfig(32, programs=2), Target(90, 132, True)) == expected
 
 else:
+    from cats.generation.triton_attention import AttentionConfig
+
+    # the interpreter's chip has two processors: so many programs make up to 12 splits
+    CONFIGS = [
+        AttentionConfig(tile=16, programs=12),
+        AttentionConfig(tile=64, warps=8, programs=6, ahead=False),
+        AttentionConfig(tile=32, programs=12, dot=True),
+    ]
     CASES = [(shape, *place) for shape in SHAPES for place in ((128, 0), (128, 64), (256, 255))]
 
     @pytest.mark.parametrize("dtype", list(DTYPES))
-    @pytest.mark.parametrize(("shape", "capacity", "position"), [*CASES, (SHAPES[0], 4096, 300)])
-    def test_matches_plain_operations(shape: tuple, capacity: int, position: int, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize(
+        ("shape", "capacity", "position", "config"),
+        [
+            *((*case, None) for case in CASES),
+            *((shape, 256, 200, config) for shape in SHAPES[:2] for config in CONFIGS),
+            (SHAPES[0], 4096, 300, CONFIGS[0]),
+        ],
+    )
+    def test_matches_plain_operations(shape: tuple, capacity: int, position: int, dtype: torch.dtype, config) -> None:
         from cats.generation.triton_attention import decode_attention_triton
 
-        for window in (0, 5):
+        for window in (0, 5, 70):
             given = problem(*shape, capacity, position, dtype)
             exact = {n: t.clone().float() if t.is_floating_point() else t for n, t in given.items()}
             expected = plain_decode_attention(**exact, scale=0.25, window=window)
             arrived = torch.zeros(64, dtype=torch.int32)
-            out = decode_attention_triton(**given, arrived=arrived, scale=0.25, window=window)
+            out = decode_attention_triton(**given, arrived=arrived, scale=0.25, window=window, config=config)
             assert out.shape == given["q"].shape and out.dtype == dtype
             assert float((out.float() - expected).norm() / expected.norm()) < DTYPES[dtype]
             for name in ("keys", "values"):
                 assert torch.allclose(given[name].float(), exact[name], rtol=DTYPES[dtype], atol=1e-6)
             assert not arrived.any()  # ready for the next call
+
+    @pytest.mark.parametrize("shape", [(2, 1), (1, 4)])
+    def test_the_experiments_check_measures_an_error(shape: tuple[int, int], monkeypatch) -> None:
+        """Small for the kernel, and not for a scale that is wrong."""
+        from experiments.gpu import attention
+
+        for config in (None, attention.CONFIGS[shape[1]][-1]):
+            given = attention.problem(*shape, 70, torch.float32, "cpu", 0)
+            arrived = torch.zeros(2, dtype=torch.int32)
+            assert attention.error_of(given, arrived, config) < attention.TOLERANCE[torch.float32]
+        given["q"] = given["q"] * 1.1
+        expected = attention.exact(given)
+        given["q"] = given["q"] / 1.2
+        monkeypatch.setattr(attention, "exact", lambda _: expected)
+        assert attention.error_of(given, arrived, None) > attention.TOLERANCE[torch.bfloat16]
 
     def test_what_lies_beyond_the_token_or_before_the_first_is_not_read() -> None:
         from cats.generation.triton_attention import decode_attention_triton

@@ -489,3 +489,26 @@ def test_settings_of_a_step_are_all_in_its_key() -> None:
     for name, value in other.items():
         changed = Settings(**{"loop": "captured", name: value})
         assert changed.of_step != base.of_step
+
+
+@pytest.mark.parametrize(
+    ("device", "batch", "sparse", "expected"),
+    [
+        ("cpu", 1, True, "eager"),
+        ("cuda", 1, False, "graph-tuned"),
+        ("cuda", 1, True, "graph"),
+        ("cuda", 2, False, "graph"),
+    ],
+)
+def test_the_loop_that_auto_takes(device: str, batch: int, sparse: bool, expected: str, monkeypatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(cats.generation, "default_loop", lambda *args: (asked.append(args[2]), "eager")[1])
+    assert loops.default_loop(torch.device(device), batch, sparse) == expected
+    model = tiny_model()
+    ids = torch.randint(0, 50, (1, 4))
+    cats.generate(model, ids, 2)
+    cats.apply(model, cats.calibrate(model, [ids], 0.5))
+    cats.generate(model, ids, 2)
+    cats.remove(model)
+    cats.generate(model, ids, 2)
+    assert asked == [False, True, False]

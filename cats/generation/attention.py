@@ -7,7 +7,7 @@ other block keeps its own forward, over the whole cache under a mask.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cats.generation.cache import DecodeCache
+from cats.generation.projections import PROJECTIONS, join, joinable
 
 TOLERANCE = 3e-4
 """Of the norm of a block's output in float32, against the block's own forward."""
 KERNEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
 """Of the norm of what the kernel computes, against plain operations in float32."""
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -52,13 +52,17 @@ def plain_decode_attention(
 
 @torch.library.custom_op("cats::decode_attention", mutates_args=("keys", "values"))
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor,
+    projected: Sequence[Tensor], cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor,
     first: Tensor, arrived: Tensor, scale: float, window: int,
 ) -> Tensor:  # fmt: skip
     """Rotate the new queries and keys, write the new keys and values, and attend to the filled part of the cache.
 
+    Under programmatic dependent launch ``position``, ``first`` and what the cache holds are read before the kernel
+    before this one has ended, so that one must not write them.
+
     Args:
-        q: (batch, 1, heads * d), as projected; k and v likewise, (batch, 1, kv_heads * d). Query head h reads
+        projected: q (batch, 1, heads * d), k and v (batch, 1, kv_heads * d), or one tensor of all three side by side:
+            given slices of what it computes itself, inductor would copy each in a kernel of its own. Query head h reads
             key-value head h * kv_heads // heads. Rows may lie apart, their elements may not.
         cos, sin: (batch, 1, d) or (1, 1, d), of the token's position.
         keys, values: (batch, kv_heads, capacity, d), contiguous; written at ``position``.
@@ -71,6 +75,7 @@ def decode_attention(
     Returns:
         (batch, 1, heads * d), of q's dtype.
     """
+    q, k, v = split_projected(projected, keys)
     if q.device.type == "cuda" or _interpreted():
         from cats.generation.triton_attention import decode_attention_triton
 
@@ -79,8 +84,19 @@ def decode_attention(
 
 
 @decode_attention.register_fake
-def _fake(q: Tensor, *_arguments: Any) -> Tensor:
+def _fake(projected: Sequence[Tensor], _cos: Tensor, _sin: Tensor, keys: Tensor, *_arguments: Any) -> Tensor:
+    q = split_projected(projected, keys)[0]
     return q.new_empty(q.shape)
+
+
+def split_projected(projected: Sequence[Tensor], keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as views, see `decode_attention`."""
+    if len(projected) == 3:
+        q, k, v = projected
+        return q, k, v
+    one, size = projected[0], keys.shape[1] * keys.shape[3]
+    q, k, v = one.split([one.shape[-1] - 2 * size, size, size], -1)
+    return q, k, v
 
 
 def _interpreted() -> bool:
@@ -96,6 +112,7 @@ class DecodeBlock:
 
     Attributes:
         window: as in `decode_attention`.
+        sizes: of queries, keys and values.
         weight, bias: of the three projections in one; None where each is called by itself.
         kernel: whether `decode_attention` is one operator; else it is written out for torch.compile.
     """
@@ -105,28 +122,31 @@ class DecodeBlock:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self.sizes = [getattr(attention, name).out_features for name in PROJECTIONS[:3]]
-        if fused and _fusible(attention):
-            self.weight, self.bias = _fuse(attention)
+        if fused and joinable(attention):
+            self.weight, self.bias = join(attention)
 
-    def project(self, attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (batch, 1, heads * d), before the rotary embedding."""
-        if self.weight is not None:
-            q, k, v = F.linear(x, self.weight, self.bias).split(self.sizes, -1)
+    def project(self, attention: Any, x: Tensor) -> list[Tensor]:
+        """Queries, keys and values before the rotary embedding, as `decode_attention` takes them."""
+        norms, d = attention._modules, attention.head_dim
+        if self.weight is None:
+            projected = [attention._modules[name](x) for name in PROJECTIONS[:3]]
         else:
-            q, k, v = (attention._modules[name](x) for name in PROJECTIONS[:3])
-        d = attention.head_dim
-        norms = attention._modules
-        if "q_norm" in norms:
-            q, k = (norms[n](x.view(*x.shape[:-1], -1, d)).view(x.shape) for n, x in (("q_norm", q), ("k_norm", k)))
-        return q, k, v
+            projected = [F.linear(x, self.weight, self.bias)]
+        if "q_norm" not in norms:
+            return projected
+        q, k, v = projected if len(projected) == 3 else projected[0].split(self.sizes, -1)
+        q, k = (norms[n](x.view(*x.shape[:-1], -1, d)).view(x.shape) for n, x in (("q_norm", q), ("k_norm", k)))
+        return [q, k, v]
 
     def __call__(self, attention: Any, x: Tensor, embeddings: tuple[Tensor, Tensor], cache: DecodeCache) -> Tensor:
         layer: Any = cache.layers[attention.layer_idx]
-        tensors = *self.project(attention, x), *embeddings, layer.keys, layer.values, cache.position, cache.first
+        projected = self.project(attention, x)
+        tensors = *embeddings, layer.keys, layer.values, cache.position, cache.first
         if self.kernel:
-            out = decode_attention(*tensors, cache.arrived, attention.scaling, self.window)
+            out = decode_attention(projected, *tensors, cache.arrived, attention.scaling, self.window)
         else:
-            out = plain_decode_attention(*tensors, attention.scaling, self.window)
+            each = split_projected(projected, layer.keys)
+            out = plain_decode_attention(*each, *tensors, attention.scaling, self.window)
         result: Tensor = attention.o_proj(out)
         return result
 
@@ -157,71 +177,12 @@ def decoding(blocks: dict[nn.Module, DecodeBlock]) -> Iterator[None]:
             module.__dict__.pop("cats_decode", None)
 
 
-def _plain_linear(linear: Any) -> bool:
-    hooks = ("_forward_hooks", "_forward_pre_hooks")
-    return (
-        type(linear) is nn.Linear
-        and type(linear.weight) is nn.Parameter
-        and not any(getattr(linear, name) for name in hooks)
-        and "forward" not in linear.__dict__
-    )
-
-
-def _fusible(attention: Any) -> bool:
-    linears = [attention._modules[name] for name in PROJECTIONS[:3]]
-    return all(map(_plain_linear, linears)) and len({linear.bias is None for linear in linears}) == 1
-
-
-@torch.no_grad()
-def _fuse(attention: Any) -> tuple[Tensor, Tensor | None]:
-    """One weight and one bias of which the three projections' own become views: the same values, no more memory."""
-    linears = [attention._modules[name] for name in PROJECTIONS[:3]]
-    joined: list[Tensor | None] = []
-    for name in ("weight", "bias"):
-        parts = [getattr(linear, name) for linear in linears]
-        if parts[0] is None:
-            joined.append(None)
-            continue
-        whole = _already_joined(parts)
-        if whole is None:
-            whole = torch.cat([part.data for part in parts])
-            for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
-                part.data = view
-        joined.append(whole)
-    assert joined[0] is not None
-    return joined[0], joined[1]
-
-
-def _already_joined(parts: list[Tensor]) -> Tensor | None:
-    """The tensor of which ``parts`` are consecutive views, if they are."""
-    base, start = parts[0], parts[0].storage_offset()
-    for part in parts:
-        if part.untyped_storage().data_ptr() != base.untyped_storage().data_ptr() or not part.is_contiguous():
-            return None
-        if part.storage_offset() != start:
-            return None
-        start += part.numel()
-    rows = sum(len(part) for part in parts)
-    return base.data.as_strided((rows, *base.shape[1:]), base.stride(), base.storage_offset())
-
-
-@torch.no_grad()
-def separate(model: nn.Module) -> None:
-    """Give each projection that is a view of a joined one storage of its own again."""
-    for module in model.modules():
-        if all(name in module._modules for name in PROJECTIONS[:3]):
-            for name in PROJECTIONS[:3]:
-                for parameter in module._modules[name].parameters(recurse=False):  # type: ignore[union-attr]
-                    if parameter.untyped_storage().nbytes() > parameter.nbytes:
-                        parameter.data = parameter.data.clone()
-
-
 def decode_blocks(model: Any, fused: bool = True, kernel: bool | None = None) -> dict[nn.Module, DecodeBlock]:
     """A `DecodeBlock` for every attention block of ``model``, or none at all unless all can have one.
 
     Args:
         model: a causal language model.
-        fused: join the projections' weights, see `_fuse`.
+        fused: join the projections' weights, see `cats.generation.projections.join`.
         kernel: as `DecodeBlock`; by default on a GPU.
     """
     kernel = model.device.type == "cuda" if kernel is None else kernel
@@ -327,10 +288,11 @@ def kernel_agrees(attention: Any) -> bool:
     first = torch.tensor([0, 3], device=weight.device)
     arrived = torch.zeros(2 * heads, dtype=torch.int32, device=weight.device)
     for place in (199, 200):
-        q, k, v = random(2, 1, (heads + 2 * kv_heads) * d).split([heads * d, kv_heads * d, kv_heads * d], -1)
-        given: Any = (q, k, v, random(2, 1, d).cos(), random(2, 1, d).sin())
+        joined = random(2, 1, (heads + 2 * kv_heads) * d)
+        embeddings = random(2, 1, d).cos(), random(2, 1, d).sin()
         position = torch.tensor([place], device=weight.device)
-        out = decode_attention(*given, *cache, position, first, arrived, d**-0.5, 0)
+        out = decode_attention([joined], *embeddings, *cache, position, first, arrived, d**-0.5, 0)
+        given = *split_projected([joined], cache[0]), *embeddings
         plain: Any = (*map(Tensor.float, given), *exact, position, first, d**-0.5, 0)
         expected = plain_decode_attention(*plain)
         pairs = ((out, expected), *zip(cache, exact, strict=True))

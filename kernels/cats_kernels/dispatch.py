@@ -119,6 +119,16 @@ def repeat_by(backend: str) -> Callable[..., Callable[[Tensor], Tensor | None] |
 
 
 @cache
+def repeat_dense_by(backend: str) -> Callable[..., Callable[..., Tensor | None] | None]:
+    """The same for calls of the dense masked path."""
+    if backend == "triton":
+        from cats_kernels.triton.dense import repeated_dense
+
+        return repeated_dense
+    return lambda *_: None
+
+
+@cache
 def _quantized(backend: str) -> Callable[..., Tensor]:
     if backend == "cpu":
         from cats_kernels.cpu.quantized_launch import sparse_gated_mlp_quantized_cpu

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
 from cats_kernels.calls import recording
-from cats_kernels.dispatch import SPARSE_ROWS, repeat_by, resolve
+from cats_kernels.dispatch import SPARSE_ROWS, repeat_by, repeat_dense_by, resolve
 from cats_kernels.thresholds import Threshold
 from cats_kernels.weights import MAX_ROWS
 
 Facts = tuple[Any, ...]
-Repeat = Callable[[Tensor], Tensor | None]
-"""y for x of the shape, dtype and device it was made for; None where this call is not like the earlier ones."""
+Repeat = Callable[..., Tensor | None]
+"""y for x of the shape, dtype and device it was made for; None where this call is not like the earlier ones. It takes
+x, and also gate, up and transposed down weight where `takes_weights` says so."""
 
 
 def facts(tensor: Any) -> Facts:
@@ -44,6 +45,11 @@ def ordinary(x: Any) -> bool:
     )
 
 
+def takes_weights(call: Repeat) -> bool:
+    """Whether ``call`` must be given the weights after x: torch's own products take tensors, not addresses."""
+    return getattr(call, "takes_weights", False)
+
+
 def repeat(
     x: Tensor,
     gate_weight: Tensor,
@@ -61,10 +67,12 @@ def repeat(
         `facts` of weights and threshold stay the same. It keeps no tensor alive. None where there is no short way. An
         "auto" backend is decided now.
     """
-    chosen = resolve(backend, x)
-    if not x.is_contiguous() or not 1 <= x.numel() // x.shape[-1] <= SPARSE_ROWS.get((chosen, x.dtype), 0):
+    chosen, rows = resolve(backend, x), x.numel() // x.shape[-1]
+    sparse = SPARSE_ROWS.get((chosen, x.dtype), 0)
+    if not x.is_contiguous() or not 1 <= rows <= max(sparse, MAX_ROWS):
         return None
-    return repeat_by(chosen)(x, gate_weight, up_weight, down_weight_t, threshold, activation, decider)
+    by = repeat_by(chosen) if rows <= sparse else repeat_dense_by(chosen)
+    return by(x, gate_weight, up_weight, down_weight_t, threshold, activation, decider)
 
 
 KEPT: dict[tuple[Any, ...], Repeat | None] = {}
@@ -92,7 +100,9 @@ def compute_kept(
         return compute(x, *tensors, *options)
     key = x.shape, x.dtype, x.device, *map(facts, tensors), *options, os.environ.get("CATS_BACKEND")
     known = KEPT.get(key)
-    y = None if known is None else known(x)
+    y = None
+    if known is not None:
+        y = known(x, *tensors[:3]) if takes_weights(known) else known(x)
     if y is None:
         y = compute(x, *tensors, *options)
         if key not in KEPT:
