@@ -8,8 +8,6 @@ tensor by tensor, so that memory holds nothing but the model.
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,12 @@ from cats_kernels.quantized import QuantizedWeight
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from cats.files import check_output
 from cats.quantization import is_quantized, mark_quantized
 from cats.quantized_linear import QuantizedLinear
+from cats.skeleton import empty_model, fill
 from cats.structure import gated_mlps, parts_of
 
 FORMAT = "cats-quantized-1"
@@ -165,26 +164,7 @@ def _skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError("its config must be a model's configuration with a model_type")
     kind = config.pop("model_type")
-    with _meta_parameters():
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config), dtype=dtype)
-    return made
-
-
-@contextmanager
-def _meta_parameters() -> Iterator[None]:
-    """Parameters of modules made inside go to the meta device as soon as they are registered."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    return empty_model(AutoConfig.for_model(kind, **config), dtype)
 
 
 def _fill_layer(model: nn.Module, path: str, form: dict[str, Any], file: _File) -> None:
@@ -213,31 +193,14 @@ def _fill_layer(model: nn.Module, path: str, form: dict[str, Any], file: _File) 
 
 def _fill(model: Any, file: _File) -> None:
     """All other parameters and saved buffers."""
-    model.tie_weights()
-    state = model.state_dict(keep_vars=True)
-    filled = {id(t) for module in model.modules() if isinstance(module, QuantizedLinear) for t in module.buffers()}
-    tied = {id(tensor) for name, tensor in state.items() if name in file.unread}
-    for name, tensor in state.items():
-        if id(tensor) in filled or (name not in file.unread and id(tensor) in tied):
-            continue
+
+    def take(name: str, held: Tensor) -> Tensor:
         value = file.take(name)
-        if value.shape != tensor.shape or value.dtype != tensor.dtype:
-            actual, needed = (f"{t.dtype} {tuple(t.shape)}" for t in (value, tensor))
+        if value.shape != held.shape or value.dtype != held.dtype:
+            actual, needed = (f"{t.dtype} {tuple(t.shape)}" for t in (value, held))
             raise ValueError(f"{name} is {actual}, where the model's configuration gives {needed}")
-        _assign(model, tensor, value)
+        return value
+
+    fill(model, take, frozenset(file.unread), file.device)
     if file.unread:
         raise ValueError(f"it has tensors that the model has not, such as {sorted(file.unread)[0]}")
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(file.device)
-
-
-def _assign(model: nn.Module, old: Tensor, value: Tensor) -> None:
-    """Put ``value`` wherever the model holds ``old``: tied weights stay tied."""
-    new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is old:
-                    held[name] = new  # type: ignore[assignment]

@@ -42,6 +42,7 @@ def load_model(
     device: str = "cpu",
     layers: int | None = None,
     seed: int = 0,
+    packed: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a causal language model in evaluation mode, and its tokenizer (None for a ``shape:`` model).
 
@@ -53,12 +54,18 @@ def load_model(
             ``sharded`` spreads the layers over all GPUs, for a model that one cannot hold (accelerate's device_map).
         layers: keep only the first so many decoder layers.
         seed: seed of a shape's random weights.
+        packed: of a GGUF file: keep the gated MLPs quantised as they are in it (Q8_0 or Q4_0), as `cats.quantize` would
+            have made them, see docs/QUANTIZATION.md. Only the rest is dequantised.
 
     Raises:
-        ValueError: unknown dtype, shape or path; a GGUF file of a kind that is not supported.
+        ValueError: unknown dtype, shape or path; a GGUF file of a kind that is not supported; ``packed`` for another
+            kind of model, or other types of weights.
         OSError: the hub is out of reach or refuses access; the weights are not safetensors, damaged or incomplete; a
             GGUF file where the gguf package is not installed.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: allowed are auto, {', '.join(DTYPES)}")
-    return loader_of(spec).load(spec, Request(DTYPES.get(dtype), device, layers, seed))
+    loader = loader_of(spec)
+    if packed and not loader.packs:
+        raise ValueError(f"{spec} has no quantised weights to keep packed: only GGUF files have; use cats.quantize")
+    return loader.load(spec, Request(DTYPES.get(dtype), device, layers, seed, packed))

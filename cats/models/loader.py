@@ -24,12 +24,14 @@ class Request:
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``sharded`` (the layers over all GPUs).
         layers: keep only the first so many decoder layers; None: all.
         seed: of random weights.
+        packed: keep the weights of gated MLPs as they are quantised in a GGUF file.
     """
 
     dtype: torch.dtype | None = None
     device: str = "cpu"
     layers: int | None = None
     seed: int = 0
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,12 @@ class Loader(ABC):
     Attributes:
         order: loaders are asked in ascending order whether a name is theirs.
         example: what a user writes, for messages.
+        packs: whether weights may arrive quantised and be kept so.
     """
 
     order: int
     example: str
+    packs = False
 
     @abstractmethod
     def claims(self, spec: str) -> bool:
