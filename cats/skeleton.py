@@ -1,7 +1,8 @@
-"""A model without memory for its weights, and how it is filled tensor by tensor: memory then holds nothing but the model."""
+"""A model without memory for its weights, to be filled tensor by tensor: memory then holds nothing but the model."""
 
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     """The causal language model of a configuration with its parameters on the meta device; buffers, which a file does
     not hold, are there."""
     with _meta_parameters():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype)
     return model
 
 

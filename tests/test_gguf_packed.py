@@ -1,4 +1,4 @@
-"""GGUF files whose MLPs stay packed: the file's own bits, the same model otherwise, and one sentence for what cannot be."""
+"""GGUF files whose MLPs stay packed: the file's own bits, the same model otherwise, a sentence for what cannot be."""
 
 from pathlib import Path
 
@@ -107,6 +107,16 @@ def test_an_output_matrix_stored_twice_is_the_finer_copy(finer: str, tmp_path: P
     expected = torch.from_numpy(gguf.dequantize(gguf.quantize(embedding, Q8), Q8))
     assert torch.equal(model.get_input_embeddings().weight, expected)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_other_types_are_rounded_while_they_are_read(tmp_path: Path) -> None:
+    original, words, architecture = make("llama")
+    path = write_gguf(tmp_path / "model.gguf", original, words, architecture, only_mlps(Q8))
+    wanted, _ = load_model(str(path))
+    cats.quantize(wanted, 4, 32)
+    model, _ = load_model(str(path), bits=4, group_size=32)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in wanted.state_dict().items())
 
 
 def test_what_cannot_be_kept_packed_is_one_sentence(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from cats.models.from_pocket import pocket_path
 from cats.models.from_shape import SHAPES, Shape
 from cats.models.identity import identity
 from cats.models.loader import DTYPES, Loader, Origin, Request, loader_of, loaders
+from cats.quantization import is_quantized, quantize
+from cats.structure import gated_mlps
 
 __all__ = [
     "DTYPES", "SHAPES", "Loader", "Origin", "Request", "Shape", "identity", "load_config", "load_model",
@@ -43,6 +45,8 @@ def load_model(
     layers: int | None = None,
     seed: int = 0,
     packed: bool = False,
+    bits: int | None = None,
+    group_size: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a causal language model in evaluation mode, and its tokenizer (None for a ``shape:`` model).
 
@@ -56,6 +60,8 @@ def load_model(
         seed: seed of a shape's random weights.
         packed: of a GGUF file: keep the gated MLPs quantised as they are in it (Q8_0 or Q4_0), as `cats.quantize` would
             have made them, see docs/QUANTIZATION.md. Only the rest is dequantised.
+        bits, group_size: quantise the gated MLPs as `cats.quantize` does, while the weights are read where that can be:
+            memory then never holds the unquantised model.
 
     Raises:
         ValueError: unknown dtype, shape or path; a GGUF file of a kind that is not supported; ``packed`` for another
@@ -66,6 +72,12 @@ def load_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: allowed are auto, {', '.join(DTYPES)}")
     loader = loader_of(spec)
+    if packed and bits is not None:
+        raise ValueError("packed keeps the bits of a file and bits rounds to others: give one of them")
     if packed and not loader.packs:
         raise ValueError(f"{spec} has no quantised weights to keep packed: only GGUF files have; use cats.quantize")
-    return loader.load(spec, Request(DTYPES.get(dtype), device, layers, seed, packed))
+    request = Request(DTYPES.get(dtype), device, layers, seed, packed, bits, group_size)
+    model, tokenizer = loader.load(spec, request)
+    if bits is not None and not any(is_quantized(mlp) for mlp in gated_mlps(model).values()):
+        quantize(model, bits, group_size)
+    return model, tokenizer

@@ -24,11 +24,12 @@ from transformers.utils import logging as transformers_logging
 from cats.hub import loading
 from cats.models.gguf_config import end_tokens, make_config
 from cats.models.gguf_header import Header, read_header
-from cats.models.gguf_packed import load_packed
+from cats.models.gguf_packed import Tensors, load_packed
 from cats.models.gguf_tokenizer import make_tokenizer
 from cats.models.loader import Loader, Origin, Request
 from cats.models.pretrained import check_complete
 from cats.models.sanity import absurdity
+from cats.models.streaming import quantized_model, rounded
 
 # transformers 5.17 builds another tokenizer of a Gemma-3 file, without a word: twice the tokens, no bos, and with the
 # same weights a perplexity of 225 on news where 5.23's tokenizer gives 18; the versions between were not tried
@@ -80,7 +81,7 @@ class GGUFLoader(Loader):
             raise ValueError(f"{spec} is a GGUF file, which cannot be sharded: convert it to a directory first")
         header = self.header(spec)
         tokenizer = make_tokenizer(header)  # before the long work: it may be refused
-        model = (_read_packed if request.packed else _read)(spec, header, request)
+        model = (_read if request.plain else _read_quantized)(spec, header, request)
         model.to(torch.device(request.device)).eval()  # type: ignore[arg-type]
         if request.layers is None and (sentence := absurdity(spec, model, tokenizer)):
             warnings.warn(sentence, stacklevel=3)
@@ -124,9 +125,16 @@ def _read(spec: str, header: Header, request: Request) -> PreTrainedModel:
     return _as_a_plain_model(model, header)
 
 
-def _read_packed(_spec: str, header: Header, request: Request) -> PreTrainedModel:
-    config = make_config(header, request.layers)
-    model = load_packed(header, config, request.dtype or torch.bfloat16, torch.device(request.device))
+def _read_quantized(_spec: str, header: Header, request: Request) -> PreTrainedModel:
+    """With the MLPs packed as they are in the file, or rounded to the format that is asked for."""
+    config, dtype = make_config(header, request.layers), request.dtype or torch.bfloat16
+    device = torch.device(request.device)
+    if request.bits is None:
+        model = load_packed(header, config, dtype, device)
+    else:
+        tensors = Tensors(header, config, device)
+        packed = rounded(tensors.plain, dtype, request.bits, request.group_size)
+        model = quantized_model(config, dtype, device, tensors.names.keys(), tensors.plain, packed)
     model.generation_config = _generation_config(header)
     return model
 

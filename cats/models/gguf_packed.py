@@ -1,12 +1,10 @@
 """A GGUF file's model with the weights of its gated MLPs as they are packed in the file, read tensor by tensor.
 
 Q8_0 and Q4_0 pack 32 neighbouring columns of a row with a float16 scale. W_gate and W_up are kept bit for bit, as int8
-and int4 in groups of 32. W_down is stored along its inputs, while the sparse kernels read the outputs of one neuron: its
-groups cannot be kept, so that it is dequantised, a few neurons at a time, and rounded again in groups of 32 along a
+and int4 in groups of 32. W_down is stored along its inputs, while the sparse kernels read the outputs of one neuron:
+its groups cannot be kept, so that it is dequantised, a few neurons at a time, and rounded again in groups of 32 along a
 neuron's row. All other weights are dequantised as usual.
 """
-
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +13,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from cats.models.gguf_header import Header, TensorInfo
-from cats.quantization import mark_quantized
-from cats.quantized_linear import QuantizedLinear
-from cats.skeleton import empty_model, fill
-from cats.structure import gated_mlps, parts_of
+from cats.models.streaming import quantized_model
+from cats.skeleton import empty_model
 
 PACKED = {"Q8_0": 8, "Q4_0": 4}
 """GGML's types that are kept, and their bits."""
@@ -37,19 +33,12 @@ def load_packed(header: Header, config: PretrainedConfig, dtype: torch.dtype, de
     Raises:
         ValueError: a weight of the MLPs is of another type.
     """
-    model = empty_model(config, dtype)
     tensors = Tensors(header, config, device)
-    for path, mlp in gated_mlps(model).items():
-        of = parts_of(mlp)
-        for part in of.linears:
-            linear: Any = mlp._modules[part]
-            name = f"{path}.{part}.weight"
-            transposed = part == of.down
-            weight = tensors.regrouped(name) if transposed else tensors.packed(name)
-            setattr(mlp, part, QuantizedLinear(weight, transposed, dtype, linear.bias))
-        mark_quantized(mlp)
-    fill(model, lambda name, held: tensors.plain(name, held.dtype), tensors.names.keys(), device)
-    return model
+
+    def packed(name: str, transposed: bool) -> QuantizedWeight:
+        return tensors.regrouped(name) if transposed else tensors.packed(name)
+
+    return quantized_model(config, dtype, device, tensors.names.keys(), tensors.plain, packed)
 
 
 class Tensors:

@@ -25,6 +25,7 @@ class Request:
         layers: keep only the first so many decoder layers; None: all.
         seed: of random weights.
         packed: keep the weights of gated MLPs as they are quantised in a GGUF file.
+        bits, group_size: quantise the gated MLPs, as in `cats.quantize`; no bits: do not.
     """
 
     dtype: torch.dtype | None = None
@@ -32,6 +33,13 @@ class Request:
     layers: int | None = None
     seed: int = 0
     packed: bool = False
+    bits: int | None = None
+    group_size: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether no weight is to be quantised."""
+        return not self.packed and self.bits is None
 
 
 @dataclass(frozen=True)
