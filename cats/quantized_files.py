@@ -8,6 +8,7 @@ tensor by tensor, so that memory holds nothing but the model.
 import json
 import os
 import tempfile
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cats_kernels.quantized import QuantizedWeight
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from cats.files import check_output
 from cats.quantization import is_quantized, mark_quantized
@@ -25,6 +26,8 @@ from cats.skeleton import empty_model, fill
 from cats.structure import gated_mlps, parts_of
 
 FORMAT = "cats-quantized-1"
+FAR = 4
+"""times as many numbers as the file has for a tensor are more than any packing explains."""
 KEYS = {"bits": int, "group_size": int, "symmetric": bool, "transposed": bool}
 
 
@@ -81,7 +84,8 @@ class _File:
         self.path, self.device = path, device
         with safe_open(path, "pt") as file:
             self.metadata: dict[str, str] = file.metadata() or {}
-            self.unread = set(file.keys())
+            self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        self.unread = set(self.shapes)
 
     def take(self, name: str) -> Tensor:
         """A tensor, which is struck off `unread`. Raises ValueError where there is none."""
@@ -130,8 +134,10 @@ def _load(file: _File) -> PreTrainedModel:
     metadata = file.metadata
     if metadata.get("format") != FORMAT:
         raise ValueError(f'its metadata have no "format" of "{FORMAT}"')
-    model = _skeleton(json.loads(metadata["config"]), _dtype(metadata["dtype"]))
+    config, dtype = _config(json.loads(metadata["config"]), file), _dtype(metadata["dtype"])
     layers = _layers(json.loads(metadata["layers"]))
+    _check_sizes(config, layers, file)
+    model = empty_model(config, dtype)
     for path, form in layers.items():
         _fill_layer(model, path, form, file)
     _fill(model, file)
@@ -159,12 +165,28 @@ def _layers(data: Any) -> dict[str, dict[str, Any]]:
     return data
 
 
-def _skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without memory for its parameters; buffers, which a file does not hold, are there."""
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+def _config(data: Any, file: _File) -> PretrainedConfig:
+    """The model's configuration."""
+    if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
         raise ValueError("its config must be a model's configuration with a model_type")
-    kind = config.pop("model_type")
-    return empty_model(AutoConfig.for_model(kind, **config), dtype)
+    config: PretrainedConfig = AutoConfig.for_model(data.pop("model_type"), **data)
+    count = getattr(config, "num_hidden_layers", 0)
+    if not isinstance(count, int) or count > len(file.shapes):
+        raise ValueError(f"its config has {count!r} layers, of which its {len(file.shapes)} tensors cannot be")
+    return config
+
+
+def _check_sizes(config: PretrainedConfig, layers: dict[str, dict[str, Any]], file: _File) -> None:
+    """Refuse a configuration of far larger tensors than the file has, before memory is asked for."""
+    with torch.device("meta"):
+        weights = empty_model(config, torch.float32).state_dict()
+    for name, weight in weights.items():
+        path = name.removesuffix(".weight")
+        packed = path in layers and f"{path}.data" in file.shapes
+        shape = file.shapes.get(f"{path}.data" if packed else name, tuple(weight.shape))
+        if weight.numel() > FAR * prod(shape):
+            needed = tuple(weight.shape)
+            raise ValueError(f"{name} is {shape} in it, too small for the {needed} of the model's configuration")
 
 
 def _fill_layer(model: nn.Module, path: str, form: dict[str, Any], file: _File) -> None:

@@ -10,7 +10,7 @@ from cats.models.from_pocket import pocket_path
 from cats.models.from_shape import SHAPES, Shape
 from cats.models.identity import identity
 from cats.models.loader import DTYPES, Loader, Origin, Request, loader_of, loaders
-from cats.quantization import is_quantized, quantize
+from cats.quantization import GROUP_SIZE, is_quantized, quantize
 from cats.structure import gated_mlps
 
 __all__ = [
@@ -46,7 +46,7 @@ def load_model(
     seed: int = 0,
     packed: bool = False,
     bits: int | None = None,
-    group_size: int | None = None,
+    group_size: int | None = GROUP_SIZE,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a causal language model in evaluation mode, and its tokenizer (None for a ``shape:`` model).
 

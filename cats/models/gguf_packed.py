@@ -87,6 +87,8 @@ class Tensors:
         for first, last in row_chunks(m, d):
             blocks = torch.from_numpy(self.header.packed(stored, first, last))
             _copy(from_ggml_blocks(blocks, bits, d), made.rows(first, last))
+        if not bool(made.scales.isfinite().all()):
+            raise ValueError(f"{self.header.path} is damaged: {stored} has scales that are not finite")
         return made
 
     def regrouped(self, name: str) -> QuantizedWeight:
@@ -100,7 +102,10 @@ class Tensors:
             last = min(m // GROUP, first + step)
             values = self.header.unpack(stored, np.ascontiguousarray(blocks[:, first * size : last * size]))
             columns = torch.from_numpy(values).T.contiguous()
-            rows = quantize(columns, bits, GROUP, scale_dtype=torch.float16)
+            try:
+                rows = quantize(columns, bits, GROUP, scale_dtype=torch.float16)
+            except ValueError as error:
+                raise ValueError(f"{stored} of {self.header.path} cannot be kept packed: {error}") from error
             _copy(rows, made.rows(first * GROUP, last * GROUP))
         return made
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from cats.quantization import GROUP_SIZE
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -34,7 +36,7 @@ class Request:
     seed: int = 0
     packed: bool = False
     bits: int | None = None
-    group_size: int | None = None
+    group_size: int | None = GROUP_SIZE
 
     @property
     def plain(self) -> bool:
