@@ -16,6 +16,7 @@ from cats_kernels.quantized import from_ggml_blocks  # noqa: E402
 
 import cats  # noqa: E402
 from cats.models import load_model  # noqa: E402
+from cats.models.gguf_header import read_header  # noqa: E402
 from cats.structure import parts_of  # noqa: E402
 
 from .gguf_files import write_gguf  # noqa: E402
@@ -129,3 +130,15 @@ def test_what_cannot_be_kept_packed_is_one_sentence(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
     with pytest.raises(ValueError, match="has no quantised weights to keep packed"):
         load_model("pocket", packed=True)
+
+
+@pytest.mark.parametrize("part", ["gate", "down"])
+def test_scales_that_are_not_finite_are_refused(part: str, tmp_path: Path) -> None:
+    original, words, architecture = make("llama")
+    path = write_gguf(tmp_path / "model.gguf", original, words, architecture, only_mlps(Q8))
+    start = read_header(path).tensors[f"blk.0.ffn_{part}.weight"].start
+    content = bytearray(path.read_bytes())
+    content[start : start + 2] = b"\xff\xff"
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=rf"blk\.0\.ffn_{part}\.weight.* finite"):
+        load_model(str(path), packed=True)
