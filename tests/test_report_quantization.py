@@ -6,7 +6,7 @@ import pytest
 from reports import e09
 from reports.core import style
 from reports.core.verdicts import FAILS, HOLDS, NOT_TESTED, UNDECIDED
-from reports.e09 import generation
+from reports.e09 import generation, summary
 from reports.rules.e09 import damages_add_up
 from tests import make_results as made
 
@@ -96,3 +96,20 @@ def test_effects_are_per_block() -> None:
     blocks = {("none", "dense"): 1.0, ("none", "s"): 1.2, ("q", "dense"): 1.1, ("q", "s"): 1.35}
     together, apart = effects({key: np.array([value, value]) for key, value in blocks.items()}, "q", "s")
     assert together == pytest.approx([0.35, 0.35]) and apart == pytest.approx([0.3, 0.3])
+
+
+def test_speed_memory_and_quality_stand_side_by_side() -> None:
+    tables = made.quantization()
+    run = made.loaded(**tables)
+    shown = summary.summary_table(run)
+    (perplexity, block, generated) = shown.columns[3:]
+    assert perplexity.startswith("Perplexity") and block.startswith("Block, Mistral-7B") and "graph-tuned" in generated
+    row = shown[(shown["Weights"] == "int4, groups of 128") & (shown["Sparsity"] == "50 %")].iloc[0]
+    assert row["Memory"] == "26.6 %" and row[block] == "2.50x" and row[generated] == "4.50x"
+    assert row[perplexity].startswith("+")
+    assert shown["Weights"].iloc[-1] == "bitsandbytes: not measured"
+    figure = summary.summary_figure(run)
+    assert figure is not None and figure.axes[0].get_title().startswith("a/model; Mistral-7B, bfloat16")
+    assert any("not measured" in text.get_text() for text in figure.axes[0].texts)
+    alone = made.loaded(e09_speed=tables["e09_speed"])
+    assert summary.summary_figure(alone) is None and summary.summary_table(alone).empty

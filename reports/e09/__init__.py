@@ -20,7 +20,7 @@ from reports.core.document import Block, Table, Text, escape, without_constant
 from reports.core.load import Run
 from reports.core.protocol import CALIBRATION, of, phrases, values
 from reports.core.section import Aspect, Drawing, Section
-from reports.e09 import generation
+from reports.e09 import generation, summary
 from reports.e09.names import COLOURS, OTHERS, format_name
 from reports.e09.speed import NAMES, SPEED_CAPTION, SPEED_TABLE, groups, speed_figure, speed_table
 from reports.rules.e09 import PLAIN, damages_add_up
@@ -137,6 +137,8 @@ def add_up_table(run: Run) -> pd.DataFrame:
 def contents(run: Run) -> list[Block]:
     """One run's tables."""
     blocks: list[Block] = []
+    if len(shown := summary.summary_table(run)):
+        blocks.append(Table(shown, summary.SUMMARY_TABLE.strip()))
     quality, speed = run.table(QuantizationRow), run.table(QuantizationSpeedRow)
     if quality is not None:
         for model in quality["model"].unique():
@@ -182,6 +184,7 @@ SECTION = Section(
     ),
     protocol=PROTOCOL,
     figures=(
+        Drawing("e09_summary", QuantizationRow, summary.summary_figure, summary.SUMMARY_CAPTION),
         Drawing("e09_quality", QuantizationRow, quality_figure, QUALITY_CAPTION),
         Drawing("e09_speed", QuantizationSpeedRow, speed_figure, SPEED_CAPTION),
         Drawing(
