@@ -239,7 +239,7 @@ def test_memory(tmp_path):
     def growth(what: str) -> dict[str, float]:
         command = [sys.executable, "-c", MEMORY, str(tmp_path), what]
         # a 7B model's matrices are always mapped one by one, and given back so; these are smaller
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**22)}
         made = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         lines = made.stdout.splitlines()
         return {line.split()[0]: float(line.split()[1]) for line in lines}
