@@ -115,6 +115,8 @@ def blocks(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, count: 
     """The first ``count`` blocks of ``length`` token ids from documents joined end to end; int64 (count, length).
 
     A document begins with the token that the tokenizer puts before texts, if any, and ends with the end-of-text one.
+    Such a token also takes the place of each block's first: models that were trained with it read a block without it
+    badly (gemma-3-270m at a perplexity of 52 rather than 16), and whatever is measured on top is then mostly chance.
 
     Raises:
         ValueError: the documents are too few.
@@ -130,7 +132,10 @@ def blocks(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, count: 
         ids[filled : filled + len(part)] = part
         filled += len(part)
         if filled == len(ids):
-            return ids.reshape(count, length)
+            made = ids.reshape(count, length)
+            if begin:
+                made[:, 0] = begin[0]
+            return made
     raise ValueError(
         f"the text has only {filled} tokens, but {count} blocks of {length} were asked for: lower one of them"
     )

@@ -45,6 +45,13 @@ def test_documents_begin_as_the_tokenizer_begins_them(begins: tuple[int, ...]) -
     assert found.tolist() == [[*begins, 97, 98, 0, *begins, 99, 0]]
 
 
+def test_every_block_begins_as_texts_do() -> None:
+    tokenizer = Tokenizer()
+    tokenizer.bos_token_id, tokenizer.begins = 1, (1,)
+    found = blocks(["abcdefgh"], tokenizer, 2, 4)  # type: ignore[arg-type]
+    assert found.tolist() == [[1, 97, 98, 99], [1, 101, 102, 103]]
+
+
 def test_too_little_text_is_said_with_its_size() -> None:
     with pytest.raises(ValueError, match="the text has only 6 tokens, but 2 blocks of 4"):
         blocks(["abc", "d"], Tokenizer(), 2, 4)  # type: ignore[arg-type]

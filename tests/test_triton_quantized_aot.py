@@ -24,7 +24,14 @@ from cats_kernels.triton import quantized_kernels
 from cats_kernels.triton.configs import SHARED_MEMORY, rows_waiting
 from cats_kernels.triton.launch import Launch, Target
 from cats_kernels.triton.quantized import QuantizedCall, choose_for, meta_call, plan_quantized
-from cats_kernels.triton.quantized_configs import CONFIGS, NARROW, choose_quantized_config
+from cats_kernels.triton.quantized_configs import (
+    CONFIGS,
+    GROUPED,
+    NARROW,
+    QuantizedConfig,
+    choose_quantized_config,
+    that_fit,
+)
 from cats_kernels.triton.recorded import Recorded, aligned
 
 from tests.test_triton_aot import PROCESSORS, SHARED_LIMIT, FakeKernel, compile_ahead, resources, workers
@@ -113,8 +120,8 @@ def hidden_columns(GROUP: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr,
 def test_the_check_catches_reads_of_single_bytes(monkeypatch: pytest.MonkeyPatch):
     """The compiler then loads x by single columns, and gives the weights to threads in the same way."""
     monkeypatch.setattr(quantized_kernels, "chunk_columns", hidden_columns)
-    step = plan_quantized(call_on(90, FORMATS[3]))[0]
-    kernel = compile_ahead(step, 90)
+    config = QuantizedConfig(4, 2, warps=4, programs=3, gate_stages=4, stages=4)
+    kernel = compile_ahead(plan_quantized(call_on(90, FORMATS[3]), config)[0], 90)
     assert any("single bytes" in text for text in complaints(kernel, resources(kernel), 90, 8))
 
 
@@ -156,8 +163,8 @@ def test_only_aligned_scales_are_recorded():
 
 
 def test_every_configuration_of_the_table_is_used():
-    sizes = itertools.product((8, 4), (2, 4), (1, 2), (512, 2048))
-    assert {choose_quantized_config(*size, 0) for size in sizes} == {*CONFIGS.values(), NARROW}
+    sizes = itertools.product((8, 4), (2, 4), (1, 2), (512, 2048), (False, True))
+    assert {choose_quantized_config(*size) for size in sizes} == {*CONFIGS.values(), *GROUPED.values(), NARROW}
 
 
 def test_no_more_programs_than_shared_memory_has_room_for():
@@ -167,4 +174,5 @@ def test_no_more_programs_than_shared_memory_has_room_for():
             config = choose_for(call)
             waiting = rows_waiting(config) * call.row_bytes
             assert config.programs == 1 or config.programs * waiting <= 1024 * SHARED_MEMORY[arch]
-    assert choose_for(call_on(89, FORMATS[3])).programs < choose_for(call_on(90, FORMATS[3])).programs
+    config = CONFIGS[8, 2, 1]
+    assert that_fit(config, 8192, 89).programs < that_fit(config, 8192, 90).programs == config.programs

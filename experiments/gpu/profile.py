@@ -79,7 +79,10 @@ def profile_token(name: str, dtype: str, attention: str, loop: str, sparsity: fl
         table = long.sub(short, fill_value=0) / (TOKENS - 1)
         tables.append(table[table["us"] > 0.05].sort_values("us", ascending=False).assign(variant=variant))
         wall = decoder.timed(ids[:1], [TOKENS]).decode_s[TOKENS] / (TOKENS - 1) * 1e6
-        print(f"{name} {variant}: {wall:.0f} us a token, kernels {table['us'].sum():.0f} us")
+        print(f"{name} {variant}: {wall:.0f} us per token, kernels {table['us'].sum():.0f} us", flush=True)
+        with pd.option_context("display.width", 200, "display.max_colwidth", 90):
+            longest = tables[-1].reset_index()[["kernel", "launches", "us"]].head(16)
+            print(longest.to_string(index=False, float_format="%.1f"), flush=True)
     cats.remove(model)
     return pd.concat(tables).reset_index().assign(model=name, dtype=dtype, loop=loop)
 
@@ -109,9 +112,6 @@ def main() -> None:
         profile_mlp()
     else:
         table = profile_token(options.model, options.dtype, options.attention, options.loop, options.sparsity)
-        with pd.option_context("display.width", 200, "display.max_colwidth", 90):
-            for _, part in table.groupby("variant", sort=False):
-                print(part[["kernel", "launches", "us"]].head(16).to_string(index=False, float_format="%.1f"))
         if options.output:
             options.output.mkdir(parents=True, exist_ok=True)
             name = options.model.removeprefix("shape:").replace("/", "--")

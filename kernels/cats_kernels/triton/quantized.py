@@ -28,7 +28,7 @@ from cats_kernels.triton.launch import (
     target_of,
 )
 from cats_kernels.triton.mlp import count_programs, plan_reduce
-from cats_kernels.triton.quantized_configs import QuantizedConfig, choose_quantized_config
+from cats_kernels.triton.quantized_configs import QuantizedConfig, choose_quantized_config, that_fit
 from cats_kernels.triton.quantized_device import HIGH_BITS, LOW_BITS
 from cats_kernels.triton.quantized_kernels import fused_quantized_kernel
 from cats_kernels.triton.recorded import Recorded, aligned
@@ -147,9 +147,11 @@ def meta_call(
 
 def choose_for(call: QuantizedCall) -> QuantizedConfig:
     """The chosen configuration for a call; one scale of 4 bytes (or a pair) waits in shared memory for each chunk."""
-    size, chunks = call.x.element_size(), 1 if call.gate_scales.shape[1] == 1 else call.packing()["CHUNKS"]
-    waiting = 4 * chunks * (1 if call.symmetric else 2)
-    return choose_quantized_config(call.bits, size, call.rows, call.row_bytes, waiting, call.target.arch)
+    grouped = call.gate_scales.shape[1] > 1
+    config = choose_quantized_config(call.bits, call.x.element_size(), call.rows, call.row_bytes, grouped)
+    chunks = call.packing(config.chunk)["CHUNKS"] if grouped else 1
+    scale_bytes = 4 * chunks * (1 if call.symmetric else 2)
+    return that_fit(config, call.row_bytes + scale_bytes, call.target.arch)
 
 
 def plan_quantized(call: QuantizedCall, config: QuantizedConfig | None = None) -> list[Launch]:
