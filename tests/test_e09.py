@@ -2,7 +2,6 @@
 and the speed of a small shape."""
 
 import math
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,10 +12,9 @@ from experiments import e09_quantization
 from experiments.e09_quantization import dense, speed
 from experiments.e09_quantization import generation as generation_module
 from experiments.e09_quantization.formats import PLAIN, QuantizedLinears, format_of
-from experiments.e09_quantization.quality import QuantizedSubject, cases
+from experiments.e09_quantization.quality import cases
 from experiments.framework.runner import run_experiment
 from experiments.framework.samples import flags, numbers, paired
-from experiments.framework.subject import Subject
 from tests.accuracy_world import build_world, config_of, profile, samples, table
 
 E09 = """[e09]
@@ -152,19 +150,6 @@ def test_generation_in_every_format(world, tmp_path):
     assert size["none"] - size["int4-32"] == mlps * (128 - 20) // 128
     with pytest.raises(ValueError, match='the loop "graph" is a CUDA graph'):
         generation_module.check_loops(config_of(world, "e09", tmp_path, generation={"lengths": {"graph": [4]}}))
-
-
-@pytest.mark.parametrize(("put_first", "expected"), [([3, 9], 3), ([9], None)])
-def test_blocks_begin_as_texts_do(put_first, expected, world, tmp_path, monkeypatch):
-    """Where the tokenizer puts a first token (3) before texts, it is that of every block."""
-    subject = QuantizedSubject(config_of(world, "e09", tmp_path), str(world / "model"))
-    plain = Subject.text(subject, "heldout", 8)
-    tokenizer = MagicMock(return_value={"input_ids": put_first}, bos_token_id=3)
-    monkeypatch.setitem(subject.__dict__, "_loaded", (None, tokenizer))
-    monkeypatch.setattr(Subject, "text", lambda *_: [ids.clone() for ids in plain])
-    for before, after in zip(plain, subject.text("heldout", 8), strict=True):
-        assert torch.equal(after[:, 1:], before[:, 1:])
-        assert torch.equal(after[:, 0], before[:, 0] if expected is None else torch.full_like(before[:, 0], expected))
 
 
 def test_a_wrong_kernel_is_not_timed(world, tmp_path, monkeypatch):
