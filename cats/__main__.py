@@ -6,8 +6,9 @@ cats sparsity MODEL --thresholds thresholds.json                  # what each la
 cats generate MODEL --thresholds thresholds.json "The weather"    # text from the sparse model
 cats bench MODEL --thresholds thresholds.json                     # tokens per second, dense and sparse
 
-MODEL is a hub id (owner/name), a directory written by save_pretrained, `pocket` (shipped with this package), or for
-bench also shape:mistral-7b and the like (random weights).
+MODEL is a hub id (owner/name), a directory written by save_pretrained, a GGUF file, `pocket` (shipped with this
+package), or for bench also shape:mistral-7b and the like (random weights). With --bits 8 or --bits 4 every command
+works on quantised MLPs; give the same options to `calibrate` as to what uses its thresholds.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from statistics import fmean, median
 from typing import Any, TextIO
 
 import torch
+from cats_kernels.quantized import BITS, GROUP_SIZES
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TextStreamer
@@ -31,6 +33,7 @@ from cats.files import check_output
 from cats.generation import LOOPS as LOOP_NAMES
 from cats.models import DTYPES, load_model
 from cats.patching import KERNELS, PREFILLS
+from cats.quantization import GROUP_SIZE
 from cats.thresholds import Thresholds, check_sparsity
 
 
@@ -41,9 +44,21 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = root.add_subparsers(dest="command", required=True)
     on_model = argparse.ArgumentParser(add_help=False)
-    on_model.add_argument("model", metavar="MODEL", help="hub id, model directory, pocket, or shape:NAME (bench)")
+    on_model.add_argument(
+        "model", metavar="MODEL", help="hub id, model directory, GGUF file, pocket, or shape:NAME (bench)"
+    )
     on_model.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     on_model.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: as stored")
+    on_model.add_argument(
+        "--bits", type=int, choices=BITS, help="quantise the MLPs' weights while they are loaded (default: do not)"
+    )
+    sizes = ["row", *map(str, GROUP_SIZES)]
+    on_model.add_argument(
+        "--group-size", choices=sizes, help=f"weights that share a scale, with --bits (default {GROUP_SIZE})"
+    )
+    on_model.add_argument(
+        "--packed", action="store_true", help="keep the MLPs' Q8_0 or Q4_0 weights of a GGUF file as they are"
+    )
     on_text = argparse.ArgumentParser(add_help=False)
     on_text.add_argument(
         "--text", nargs="+", type=Path, metavar="FILE", help="UTF-8 text (default: Python's own documentation)"
@@ -128,10 +143,16 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The model and its tokenizer on the device asked for.
 
     Raises:
-        ValueError, OSError: as `load_model`; an unknown or absent device; a model without a tokenizer.
+        ValueError, OSError: as `load_model`; an unknown or absent device; a model without a tokenizer; a group size
+            without bits.
     """
-    device = resolve_device(arguments.device)
-    model, tokenizer = load_model(arguments.model, arguments.dtype, device)
+    bits, group_size = arguments.bits, arguments.group_size or str(GROUP_SIZE)
+    if bits is None and arguments.group_size is not None:
+        raise ValueError("--group-size is for quantised weights: give --bits 8 or --bits 4 too")
+    if bits == 4 and group_size == "row":
+        raise ValueError("--group-size row is for --bits 8: give 32, 64, 128 or 256")
+    device, size = resolve_device(arguments.device), None if group_size == "row" else int(group_size)
+    model, tokenizer = load_model(arguments.model, arguments.dtype, device, None, 0, arguments.packed, bits, size)
     if tokenizer is None and arguments.command != "bench":
         raise ValueError(f"{arguments.model} has random weights and no tokenizer: only `cats bench` can use it")
     return model, tokenizer

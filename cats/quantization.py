@@ -21,12 +21,16 @@ from cats.quantized_linear import QuantizedLinear
 from cats.sparse_forward import QuantizedState, original_class, set_class, sparse_class
 from cats.structure import GatedMLP, gated_mlps, parts_of
 
+GROUP_SIZE = 128
+"""Columns that share a scale unless another number is asked for. A few weights of a row are often twenty times as large
+as the others: one scale for the whole row cost gemma-3-270m 0.9 % of perplexity in int8, groups of 128 cost 0.1 %."""
+
 
 @torch.no_grad()
 def quantize(
     model: nn.Module,
     bits: int = 4,
-    group_size: int | None = None,
+    group_size: int | None = GROUP_SIZE,
     symmetric: bool = True,
     keep: bool = False,
     scale_dtype: torch.dtype | None = None,
@@ -38,8 +42,8 @@ def quantize(
     Args:
         model: a causal language model, patched by `cats.apply` or not, on the CPU or a GPU.
         bits: 8 or 4.
-        group_size: columns of a neuron's row that share a scale: 32, 64, 128 or 256; None: 128 for 4 bits, one group
-            per row for 8. (Rows are those of gate and up, and of the transposed down projection: along d.)
+        group_size: columns of a neuron's row that share a scale: 32, 64, 128 or 256; None: the whole row (8 bits only).
+            (Rows are those of gate and up, and of the transposed down projection: along d.)
         symmetric: without zero points.
         keep: keep the original layers in memory, so that `dequantize` restores them bit for bit.
         scale_dtype: of scales and zero points; None: the dtype of the weights.
@@ -120,9 +124,8 @@ def _check_linear(path: str, mlp: GatedMLP, part: str, bits: int, group_size: in
         raise ValueError(f"{path} is a {kind.__module__}.{kind.__qualname__}: only torch's own nn.Linear is quantised")
     if weight.is_meta:
         raise ValueError(f"{path} has no weight here (it is offloaded, or on the meta device)")
-    if group_size is not None or bits != 8:
-        d = linear.out_features if part == parts_of(mlp).down else linear.in_features
-        check_format(bits, 128 if group_size is None else group_size, d)
+    d = linear.out_features if part == parts_of(mlp).down else linear.in_features
+    check_format(bits, d if group_size is None else group_size, d)
 
 
 def _quantize_linear(

@@ -8,8 +8,7 @@ tensor by tensor, so that memory holds nothing but the model.
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,17 @@ from cats_kernels.quantized import QuantizedWeight
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from cats.files import check_output
 from cats.quantization import is_quantized, mark_quantized
 from cats.quantized_linear import QuantizedLinear
+from cats.skeleton import empty_model, fill
 from cats.structure import gated_mlps, parts_of
 
 FORMAT = "cats-quantized-1"
+FAR = 4
+"""times as many numbers as the file has for a tensor are more than any packing explains."""
 KEYS = {"bits": int, "group_size": int, "symmetric": bool, "transposed": bool}
 
 
@@ -82,7 +84,8 @@ class _File:
         self.path, self.device = path, device
         with safe_open(path, "pt") as file:
             self.metadata: dict[str, str] = file.metadata() or {}
-            self.unread = set(file.keys())
+            self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        self.unread = set(self.shapes)
 
     def take(self, name: str) -> Tensor:
         """A tensor, which is struck off `unread`. Raises ValueError where there is none."""
@@ -131,8 +134,10 @@ def _load(file: _File) -> PreTrainedModel:
     metadata = file.metadata
     if metadata.get("format") != FORMAT:
         raise ValueError(f'its metadata have no "format" of "{FORMAT}"')
-    model = _skeleton(json.loads(metadata["config"]), _dtype(metadata["dtype"]))
+    config, dtype = _config(json.loads(metadata["config"]), file), _dtype(metadata["dtype"])
     layers = _layers(json.loads(metadata["layers"]))
+    _check_sizes(config, layers, file)
+    model = empty_model(config, dtype)
     for path, form in layers.items():
         _fill_layer(model, path, form, file)
     _fill(model, file)
@@ -160,31 +165,28 @@ def _layers(data: Any) -> dict[str, dict[str, Any]]:
     return data
 
 
-def _skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without memory for its parameters; buffers, which a file does not hold, are there."""
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+def _config(data: Any, file: _File) -> PretrainedConfig:
+    """The model's configuration."""
+    if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
         raise ValueError("its config must be a model's configuration with a model_type")
-    kind = config.pop("model_type")
-    with _meta_parameters():
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config), dtype=dtype)
-    return made
+    config: PretrainedConfig = AutoConfig.for_model(data.pop("model_type"), **data)
+    count = getattr(config, "num_hidden_layers", 0)
+    if not isinstance(count, int) or count > len(file.shapes):
+        raise ValueError(f"its config has {count!r} layers, of which its {len(file.shapes)} tensors cannot be")
+    return config
 
 
-@contextmanager
-def _meta_parameters() -> Iterator[None]:
-    """Parameters of modules made inside go to the meta device as soon as they are registered."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+def _check_sizes(config: PretrainedConfig, layers: dict[str, dict[str, Any]], file: _File) -> None:
+    """Refuse a configuration of far larger tensors than the file has, before memory is asked for."""
+    with torch.device("meta"):
+        weights = empty_model(config, torch.float32).state_dict()
+    for name, weight in weights.items():
+        path = name.removesuffix(".weight")
+        packed = path in layers and f"{path}.data" in file.shapes
+        shape = file.shapes.get(f"{path}.data" if packed else name, tuple(weight.shape))
+        if weight.numel() > FAR * prod(shape):
+            needed = tuple(weight.shape)
+            raise ValueError(f"{name} is {shape} in it, too small for the {needed} of the model's configuration")
 
 
 def _fill_layer(model: nn.Module, path: str, form: dict[str, Any], file: _File) -> None:
@@ -213,31 +215,14 @@ def _fill_layer(model: nn.Module, path: str, form: dict[str, Any], file: _File) 
 
 def _fill(model: Any, file: _File) -> None:
     """All other parameters and saved buffers."""
-    model.tie_weights()
-    state = model.state_dict(keep_vars=True)
-    filled = {id(t) for module in model.modules() if isinstance(module, QuantizedLinear) for t in module.buffers()}
-    tied = {id(tensor) for name, tensor in state.items() if name in file.unread}
-    for name, tensor in state.items():
-        if id(tensor) in filled or (name not in file.unread and id(tensor) in tied):
-            continue
+
+    def take(name: str, held: Tensor) -> Tensor:
         value = file.take(name)
-        if value.shape != tensor.shape or value.dtype != tensor.dtype:
-            actual, needed = (f"{t.dtype} {tuple(t.shape)}" for t in (value, tensor))
+        if value.shape != held.shape or value.dtype != held.dtype:
+            actual, needed = (f"{t.dtype} {tuple(t.shape)}" for t in (value, held))
             raise ValueError(f"{name} is {actual}, where the model's configuration gives {needed}")
-        _assign(model, tensor, value)
+        return value
+
+    fill(model, take, frozenset(file.unread), file.device)
     if file.unread:
         raise ValueError(f"it has tensors that the model has not, such as {sorted(file.unread)[0]}")
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(file.device)
-
-
-def _assign(model: nn.Module, old: Tensor, value: Tensor) -> None:
-    """Put ``value`` wherever the model holds ``old``: tied weights stay tied."""
-    new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is old:
-                    held[name] = new  # type: ignore[assignment]

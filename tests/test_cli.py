@@ -265,3 +265,36 @@ def test_a_handful_of_tokens_a_dense_model_and_too_many_positions_are_said(model
     shown = capsys.readouterr().err
     assert "warning: no --thresholds: this is the dense model" in shown
     assert "go beyond the 128 positions of this model" in shown
+
+
+@pytest.mark.parametrize(("words", "form"), [(["--bits", "4", "--group-size", "32"], (4, 32)), (["--bits", "8"], (8,))])
+def test_thresholds_are_those_of_the_quantised_model(words, form, model: str, text: str, tmp_path, capsys) -> None:
+    path, common = str(tmp_path / "t.json"), [*words, "--dtype", "float32"]
+    assert main(["calibrate", model, *common, "--text", text, "--tokens", "600", "--output", path]) == 0
+    loaded, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(model),
+    )
+    cats.quantize(loaded, *form)
+    batches = token_batches(loaded, tokenizer, TEXT, 600)
+    assert cats.Thresholds.load(path).gate == cats.calibrate(loaded, batches, 0.5).gate
+    capsys.readouterr()
+    assert main(["sparsity", model, *common, "--thresholds", path, "--text", text, "--tokens", "600"]) == 0
+    assert abs(float(capsys.readouterr().out.splitlines()[-1].split()[4]) - 0.5) < 0.01
+    assert main(["generate", model, *common, "--thresholds", path, "--new-tokens", "3", "The quick"]) == 0
+    assert capsys.readouterr().out.startswith("The quick")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--group-size", "32"], "--group-size is for quantised weights: give --bits 8 or --bits 4 too"),
+        (["--bits", "4", "--group-size", "row"], "--group-size row is for --bits 8"),
+        (["--packed"], "has no quantised weights to keep packed"),
+        (["--packed", "--bits", "8"], "give one of them"),
+    ],
+)
+def test_wrong_formats_are_said(words, says: str, model: str, capsys) -> None:
+    assert main(["bench", model, *words]) == 2
+    shown = capsys.readouterr().err
+    assert says in shown and shown.count("\n") == 1

@@ -10,6 +10,7 @@ from cats_kernels.quantized import dequantize, quantize
 from cats.models import load_model
 from experiments import e09_quantization
 from experiments.e09_quantization import dense, speed
+from experiments.e09_quantization import generation as generation_module
 from experiments.e09_quantization.formats import PLAIN, QuantizedLinears, format_of
 from experiments.e09_quantization.quality import cases
 from experiments.framework.runner import run_experiment
@@ -128,6 +129,27 @@ def test_speed_rows_of_a_small_shape(world, tmp_path, monkeypatch):
     # bfloat16 scales: per row of 64 weights 128 bytes, 64 and one scale, 32 and two scales
     assert own == {"none": 3 * 96 * 128, "int8-row": 3 * 96 * 66, "int4-32": 3 * 96 * 36}
     assert len(samples(tmp_path, "e09_rounds")) == sum(row["error"] == "" for row in rows)
+
+
+def test_generation_in_every_format(world, tmp_path):
+    generation = {"lengths": {"eager": [3, 4]}, "formats": ["int4-32"], "prompts": 1, "calibration_tokens": 64}
+    options = {"quality": False, "generation": {**generation, "prompt_tokens": 8, "repeats": 1}}
+    run_experiment(config_of(world, "e09", tmp_path, **options))
+    rows = table(tmp_path, "e09_generation")
+    keys = {(row["format"], row["variant"], row["generated_tokens"], row["repeat"]) for row in rows}
+    assert len(keys) == len(rows) == 2 * 2 * 2
+    for row in rows:
+        assert float(row["tokens_per_second"]) > 0 and row["loop"] == "eager"
+        assert row["path"] == ("dense" if row["variant"] == "dense" else "sparse kernel")
+        if row["variant"] != "dense":
+            assert abs(float(row["sparsity_measured"]) - 0.5) < 0.25
+    size = {row["format"]: int(row["weight_bytes"]) for row in rows}
+    model = load_model(str(world / "model"), "float32")[0]
+    mlps = sum(weight.nbytes for name, weight in model.state_dict().items() if ".mlp." in name)
+    # float32 rows of d = 32: 128 bytes, in int4 16 and a scale of 4
+    assert size["none"] - size["int4-32"] == mlps * (128 - 20) // 128
+    with pytest.raises(ValueError, match='the loop "graph" is a CUDA graph'):
+        generation_module.check_loops(config_of(world, "e09", tmp_path, generation={"lengths": {"graph": [4]}}))
 
 
 def test_a_wrong_kernel_is_not_timed(world, tmp_path, monkeypatch):

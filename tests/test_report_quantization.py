@@ -6,6 +6,7 @@ import pytest
 from reports import e09
 from reports.core import style
 from reports.core.verdicts import FAILS, HOLDS, NOT_TESTED, UNDECIDED
+from reports.e09 import generation, summary
 from reports.rules.e09 import damages_add_up
 from tests import make_results as made
 
@@ -58,7 +59,24 @@ def test_speed_table_compares_with_the_fastest_dense_of_the_same_bits() -> None:
     half = shown[(shown["Weights"] == "int4, groups of 128") & (shown["Kernel"] == "ours, 50 %")].iloc[0]
     assert half["Over bfloat16"] == "2.00x"
     assert half["Over dense"] == "1.50x"
-    assert (shown["Of the bound"] != style.DASH).all()
+    others = shown["ms"] == "not measured"
+    assert (shown.loc[~others, "Of the bound"] != style.DASH).all()
+    assert list(shown.loc[others, "Kernel"]) == ["llama.cpp", "gpt-fast", "Marlin", "GemLite", "bitsandbytes"]
+
+
+def test_generation_is_compared_with_dense_of_the_same_format_and_with_unquantised() -> None:
+    run = made.loaded(**made.quantization())
+    ((bench, part),) = generation.groups(run.tables["e09_generation"])
+    shown = generation.generation_table(part)
+    measured = shown[shown["Tokens/s"] != "not measured"]
+    assert list(measured["Over dense"]) == [style.DASH, "1.20x ± 0.001", style.DASH, "1.50x ± 0.001"]
+    assert list(measured["Over unquantised"]) == ["1.00x", "1.00x", "3.00x", "3.75x"]
+    assert measured["Over unquantised dense"].iloc[-1] == "4.50x"
+    assert list(measured["GB"]) == ["14.5", "14.5", "6.00", "6.00"] and set(measured["Peak"]) == {"1.05x"}
+    assert "gpt-fast" in set(shown["Variant"]) and "loop graph-tuned, 256 tokens" in generation.title(bench)
+    figure = generation.generation_figure(run)
+    assert figure is not None and len(figure.axes[0].patches) == 4
+    assert any("not measured" in text.get_text() for text in figure.axes[0].texts)
 
 
 def test_figures_and_what_was_not_measured() -> None:
@@ -66,6 +84,7 @@ def test_figures_and_what_was_not_measured() -> None:
     assert e09.quality_figure(run).axes[0].get_title() == "a/model"
     figure = e09.speed_figure(run)
     assert figure is not None and figure.axes[0].get_title() == "Mistral-7B, bfloat16"
+    assert any("llama.cpp" in text.get_text() for text in figure.axes[0].texts)
     text = " ".join(str(block) for block in e09.contents(run))
     assert "llama.cpp" in text and "not measured" in text
     assert "takes one scale per row" in text  # why a case was not timed
@@ -77,3 +96,20 @@ def test_effects_are_per_block() -> None:
     blocks = {("none", "dense"): 1.0, ("none", "s"): 1.2, ("q", "dense"): 1.1, ("q", "s"): 1.35}
     together, apart = effects({key: np.array([value, value]) for key, value in blocks.items()}, "q", "s")
     assert together == pytest.approx([0.35, 0.35]) and apart == pytest.approx([0.3, 0.3])
+
+
+def test_speed_memory_and_quality_stand_side_by_side() -> None:
+    tables = made.quantization()
+    run = made.loaded(**tables)
+    shown = summary.summary_table(run)
+    (perplexity, block, generated) = shown.columns[3:]
+    assert perplexity.startswith("Perplexity") and block.startswith("Block, Mistral-7B") and "graph-tuned" in generated
+    row = shown[(shown["Weights"] == "int4, groups of 128") & (shown["Sparsity"] == "50 %")].iloc[0]
+    assert row["Memory"] == "26.6 %" and row[block] == "2.50x" and row[generated] == "4.50x"
+    assert row[perplexity].startswith("+")
+    assert shown["Weights"].iloc[-1] == "bitsandbytes: not measured"
+    figure = summary.summary_figure(run)
+    assert figure is not None and figure.axes[0].get_title().startswith("a/model; Mistral-7B, bfloat16")
+    assert any("not measured" in text.get_text() for text in figure.axes[0].texts)
+    alone = made.loaded(e09_speed=tables["e09_speed"])
+    assert summary.summary_figure(alone) is None and summary.summary_table(alone).empty

@@ -135,9 +135,11 @@ else:
         x, gate, up, down, *rest = problem.quantized_arguments(threshold)
         with pytest.raises(ValueError, match="9 rows; the Triton kernels take 1 to 8"):
             sparse_gated_mlp_quantized(x.expand(9, -1), gate, up, down, *rest)
-        other = QuantizedWeight(up.data, up.scales, up.scales, 4, 32, 64)
-        with pytest.raises(ValueError, match="different formats"):
-            sparse_gated_mlp_quantized(x, gate, other, down, *rest)
+        with_zeros = QuantizedWeight(up.data, up.scales, up.scales, 4, 32, 64)
+        of_half = QuantizedWeight(up.data, up.scales.half(), None, 4, 32, 64)
+        for other in (with_zeros, of_half):
+            with pytest.raises(ValueError, match="different formats"):
+                sparse_gated_mlp_quantized(x, gate, other, down, *rest)
 
     def test_leading_dimensions():
         problem, threshold = quantized_case(6, 64, 20, (8, None, True), torch.float32, 0.5)

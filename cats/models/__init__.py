@@ -10,6 +10,8 @@ from cats.models.from_pocket import pocket_path
 from cats.models.from_shape import SHAPES, Shape
 from cats.models.identity import identity
 from cats.models.loader import DTYPES, Loader, Origin, Request, loader_of, loaders
+from cats.quantization import GROUP_SIZE, is_quantized, quantize
+from cats.structure import gated_mlps
 
 __all__ = [
     "DTYPES", "SHAPES", "Loader", "Origin", "Request", "Shape", "identity", "load_config", "load_model",
@@ -42,6 +44,9 @@ def load_model(
     device: str = "cpu",
     layers: int | None = None,
     seed: int = 0,
+    packed: bool = False,
+    bits: int | None = None,
+    group_size: int | None = GROUP_SIZE,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a causal language model in evaluation mode, and its tokenizer (None for a ``shape:`` model).
 
@@ -53,12 +58,26 @@ def load_model(
             ``sharded`` spreads the layers over all GPUs, for a model that one cannot hold (accelerate's device_map).
         layers: keep only the first so many decoder layers.
         seed: seed of a shape's random weights.
+        packed: of a GGUF file: keep the gated MLPs quantised as they are in it (Q8_0 or Q4_0), as `cats.quantize` would
+            have made them, see docs/QUANTIZATION.md. Only the rest is dequantised.
+        bits, group_size: quantise the gated MLPs as `cats.quantize` does, while the weights are read where that can be:
+            memory then never holds the unquantised model.
 
     Raises:
-        ValueError: unknown dtype, shape or path; a GGUF file of a kind that is not supported.
+        ValueError: unknown dtype, shape or path; a GGUF file of a kind that is not supported; ``packed`` for another
+            kind of model, or other types of weights.
         OSError: the hub is out of reach or refuses access; the weights are not safetensors, damaged or incomplete; a
             GGUF file where the gguf package is not installed.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: allowed are auto, {', '.join(DTYPES)}")
-    return loader_of(spec).load(spec, Request(DTYPES.get(dtype), device, layers, seed))
+    loader = loader_of(spec)
+    if packed and bits is not None:
+        raise ValueError("packed keeps the bits of a file and bits rounds to others: give one of them")
+    if packed and not loader.packs:
+        raise ValueError(f"{spec} has no quantised weights to keep packed: only GGUF files have; use cats.quantize")
+    request = Request(DTYPES.get(dtype), device, layers, seed, packed, bits, group_size)
+    model, tokenizer = loader.load(spec, request)
+    if bits is not None and not any(is_quantized(mlp) for mlp in gated_mlps(model).values()):
+        quantize(model, bits, group_size)
+    return model, tokenizer

@@ -1,7 +1,7 @@
 """A GGUF file, as llama.cpp uses them: its weights (Q4_K_M and others) are dequantised when it is loaded.
 
 They become bfloat16 unless another dtype is asked for. Results are then those of the quantised weights, not of the
-original ones, and have to say so: `identity` does.
+original ones, and have to say so: `identity` does. `cats.models.gguf_packed` keeps those of the MLPs packed.
 """
 
 import warnings
@@ -24,10 +24,12 @@ from transformers.utils import logging as transformers_logging
 from cats.hub import loading
 from cats.models.gguf_config import end_tokens, make_config
 from cats.models.gguf_header import Header, read_header
+from cats.models.gguf_packed import Tensors, load_packed
 from cats.models.gguf_tokenizer import make_tokenizer
 from cats.models.loader import Loader, Origin, Request
 from cats.models.pretrained import check_complete
 from cats.models.sanity import absurdity
+from cats.models.streaming import quantized_model, rounded
 
 # transformers 5.17 builds another tokenizer of a Gemma-3 file, without a word: twice the tokens, no bos, and with the
 # same weights a perplexity of 225 on news where 5.23's tokenizer gives 18; the versions between were not tried
@@ -39,6 +41,7 @@ class GGUFLoader(Loader):
 
     order = 20
     example = "a GGUF file"
+    packs = True
 
     def claims(self, spec: str) -> bool:
         path = Path(spec).expanduser()
@@ -78,7 +81,7 @@ class GGUFLoader(Loader):
             raise ValueError(f"{spec} is a GGUF file, which cannot be sharded: convert it to a directory first")
         header = self.header(spec)
         tokenizer = make_tokenizer(header)  # before the long work: it may be refused
-        model = _read(spec, header, request)
+        model = (_read if request.plain else _read_quantized)(spec, header, request)
         model.to(torch.device(request.device)).eval()  # type: ignore[arg-type]
         if request.layers is None and (sentence := absurdity(spec, model, tokenizer)):
             warnings.warn(sentence, stacklevel=3)
@@ -122,6 +125,20 @@ def _read(spec: str, header: Header, request: Request) -> PreTrainedModel:
     return _as_a_plain_model(model, header)
 
 
+def _read_quantized(_spec: str, header: Header, request: Request) -> PreTrainedModel:
+    """With the MLPs packed as they are in the file, or rounded to the format that is asked for."""
+    config, dtype = make_config(header, request.layers), request.dtype or torch.bfloat16
+    device = torch.device(request.device)
+    if request.bits is None:
+        model = load_packed(header, config, dtype, device)
+    else:
+        tensors = Tensors(header, config, device)
+        packed = rounded(tensors.plain, dtype, request.bits, request.group_size)
+        model = quantized_model(config, dtype, device, tensors.names.keys(), tensors.plain, packed)
+    model.generation_config = _generation_config(header)
+    return model
+
+
 def _tie(model: PreTrainedModel, header: Header) -> None:
     """One matrix for embedding and output, of the two quantisations in the file the one with more bits per weight."""
     sizes = {name: header.tensors[name].size for name in ("token_embd.weight", "output.weight")}
@@ -143,14 +160,18 @@ def _as_a_plain_model(model: PreTrainedModel, header: Header) -> PreTrainedModel
     vars(model).update(plain)
     model.config._name_or_path = ""
     model.name_or_path = ""
+    model.generation_config = _generation_config(header)
+    return model
+
+
+def _generation_config(header: Header) -> GenerationConfig:
     meta = header.metadata
-    model.generation_config = GenerationConfig(
+    return GenerationConfig(
         do_sample=False,
         bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
         eos_token_id=end_tokens(header) or None,
         pad_token_id=meta.get("tokenizer.ggml.padding_token_id"),
     )
-    return model
 
 
 LOADER = GGUFLoader()

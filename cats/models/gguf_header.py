@@ -46,11 +46,22 @@ class Header:
 
     def rows(self, name: str, indices: np.ndarray) -> np.ndarray:
         """Rows of a matrix, dequantised; float32 (len(indices), columns)."""
-        from gguf import GGMLQuantizationType, dequantize
-
         info = self.tensors[name]
         data = np.memmap(self.path, np.uint8, "r", info.start, (info.shape[0], info.size // info.shape[0]))
-        return np.asarray(dequantize(data[indices], GGMLQuantizationType(info.kind)), dtype=np.float32)
+        return self.unpack(name, data[indices])
+
+    def packed(self, name: str, first: int, last: int) -> np.ndarray:
+        """Rows [first, last) of a tensor as they lie in the file, a vector being one row; uint8 (rows, bytes)."""
+        info = self.tensors[name]
+        width = info.size // prod(info.shape[:-1])
+        count = (last - first) * width
+        return np.fromfile(self.path, np.uint8, count, offset=info.start + first * width).reshape(-1, width)
+
+    def unpack(self, name: str, data: np.ndarray) -> np.ndarray:
+        """Whole blocks of rows of a tensor (rows, bytes), dequantised; float32 (rows, columns)."""
+        from gguf import GGMLQuantizationType, dequantize
+
+        return np.asarray(dequantize(data, GGMLQuantizationType(self.tensors[name].kind)), dtype=np.float32)
 
 
 def read_header(path: Path) -> Header:

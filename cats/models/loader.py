@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from cats.quantization import GROUP_SIZE
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -24,12 +26,22 @@ class Request:
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``sharded`` (the layers over all GPUs).
         layers: keep only the first so many decoder layers; None: all.
         seed: of random weights.
+        packed: keep the weights of gated MLPs as they are quantised in a GGUF file.
+        bits, group_size: quantise the gated MLPs, as in `cats.quantize`; no bits: do not.
     """
 
     dtype: torch.dtype | None = None
     device: str = "cpu"
     layers: int | None = None
     seed: int = 0
+    packed: bool = False
+    bits: int | None = None
+    group_size: int | None = GROUP_SIZE
+
+    @property
+    def plain(self) -> bool:
+        """Whether no weight is to be quantised."""
+        return not self.packed and self.bits is None
 
 
 @dataclass(frozen=True)
@@ -57,10 +69,12 @@ class Loader(ABC):
     Attributes:
         order: loaders are asked in ascending order whether a name is theirs.
         example: what a user writes, for messages.
+        packs: whether weights may arrive quantised and be kept so.
     """
 
     order: int
     example: str
+    packs = False
 
     @abstractmethod
     def claims(self, spec: str) -> bool:

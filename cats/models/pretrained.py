@@ -1,11 +1,14 @@
 """Models that transformers reads itself: a directory of `save_pretrained`, or a hub repository of the same files."""
 
+from contextlib import suppress
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -13,6 +16,7 @@ from transformers import (
 
 from cats.hub import loading, source
 from cats.models.loader import Request
+from cats.models.streaming import Checkpoint, quantized_model, rounded
 
 
 def load_config(spec: str, where: str, layers: int | None = None) -> PretrainedConfig:
@@ -37,11 +41,33 @@ def load(spec: str, where: str, request: Request) -> tuple[PreTrainedModel, PreT
         options["device_map"] = "auto"
     with loading(spec):
         where = source(where)
+        if request.bits is not None and (streamed := _load_quantized(where, request)) is not None:
+            return streamed, AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     model, report = loaded
     check_complete(spec, report)
     return (model if request.device == "sharded" else model.to(request.device)).eval(), tokenizer
+
+
+def _load_quantized(where: str, request: Request) -> PreTrainedModel | None:
+    """The model at ``where``, its gated MLPs quantised while they are read; None where that cannot be: its layers are
+    to be spread over several devices, or transformers must convert its weights."""
+    if request.device == "sharded" or request.bits is None:
+        return None
+    config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    if request.layers is not None:
+        config.num_hidden_layers = request.layers
+    checkpoint = Checkpoint(where, torch.device(request.device))
+    if getattr(config, "quantization_config", None) is not None or not checkpoint.holds(config):
+        return None
+    dtype = request.dtype or checkpoint.dtype(config)
+    packed = rounded(checkpoint.plain, dtype, request.bits, request.group_size)
+    device, names = checkpoint.device, checkpoint.files.keys()
+    model = quantized_model(config, dtype, device, names, checkpoint.plain, packed)
+    with suppress(OSError):  # it has none
+        model.generation_config = GenerationConfig.from_pretrained(where)
+    return model.eval()
 
 
 def check_complete(spec: str, report: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import gc
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,13 +40,23 @@ class Turn:
 class Bench:
     """A model with thresholds for every sparsity that its cases need; dense except while something is timed."""
 
-    def __init__(self, config: Config[Options], name: str, dtype: str, layers: int, cases: Sequence[Case]) -> None:
+    def __init__(
+        self,
+        config: Config[Options],
+        name: str,
+        dtype: str,
+        layers: int,
+        cases: Sequence[Case],
+        prepare: Callable[[PreTrainedModel], None] = lambda _model: None,
+    ) -> None:
+        """``prepare`` changes the loaded model before its thresholds are calibrated."""
         self.config, self.options = config, config.options
         full = load_config(name).num_hidden_layers
         kept = fitting_layers(name, dtype, config.device, min(layers or full, full))
         model, tokenizer = load_model(name, dtype, config.device, kept if kept < full else None, config.seed)
         self.model: PreTrainedModel = model
         config.identify(name)
+        prepare(model)
         make_greedy(model, max(case.context for case in cases))
         self.common: dict[str, Any] = {
             "machine": machine_name(config.device),

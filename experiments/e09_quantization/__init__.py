@@ -5,22 +5,24 @@ tasks) of a model whose MLPs are rounded to each format, dense and with one crit
 calibrated on the quantised model; whether the two damages add up is a question that the report answers. Speed: one MLP
 block of the true shapes at batch 1, cold cache, this project's kernels on each format beside torch's own dense
 kernels for it and its dense products, everything checked against a float64 reference and timed in the same
-interleaved rounds, with the bytes that must be read at the measured bandwidth as the bound.
+interleaved rounds, with the bytes that must be read at the measured bandwidth as the bound. Generation: tokens per
+second and memory of whole models in e06's loops, dense and sparse in every format.
 Cost: quality, a pass over the held-out text (and the tasks) per format and level, and a calibration per format; speed,
-some seconds per shape and format.
+some seconds per shape and format; generation, as e06 per format.
 
     nox -s experiment -- e09 --model PATH_OR_HUB_ID
     nox -s experiment -- e09 --set 'e09.formats=["int4-128"]' --set 'e09.shapes=[]'
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated
 
 from experiments.e05_mlp_latency import SHAPES
-from experiments.e09_quantization import speed
+from experiments.e09_quantization import generation, speed
 from experiments.e09_quantization.formats import NAMES, PLAIN
+from experiments.e09_quantization.generation import Generation
 from experiments.e09_quantization.quality import ROWS, Case, QuantizedSubject, cases, measure
 from experiments.framework.common_options import EvaluationOptions
 from experiments.framework.config import Config
@@ -55,6 +57,7 @@ class Options(EvaluationOptions):
         dtypes: of their activations.
         sparsities: of the timing; 0 is timed always.
         warmups, rounds: of the timing.
+        generation: of whole models, see `Generation`.
         compiled: whether inductor's MLPs are timed too, which compile for minutes on a CPU.
     """
 
@@ -69,6 +72,7 @@ class Options(EvaluationOptions):
     warmups: Whole = 5
     rounds: Count = 40
     compiled: bool = True
+    generation: Generation = field(default_factory=Generation)
 
     def cases(self) -> list[Case]:
         """What is measured of a model."""
@@ -76,8 +80,9 @@ class Options(EvaluationOptions):
 
 
 def run(config: Config[Options]) -> Iterable[Row]:
-    """Quality of each model, then speed of each shape."""
+    """Quality of each model, then speed of each shape, then generation by each model."""
     options = config.options
+    generation.check_loops(config)
     if options.quality:
         if options.tasks:
             check(config)
@@ -88,6 +93,10 @@ def run(config: Config[Options]) -> Iterable[Row]:
     for shape, dtype in config.progress(units, "MLP latency", total=len(units)):
         key = f"speed/{shape}/{dtype}"
         yield from config.unit(key, partial(speed.time_shape, config, shape, dtype), speed.ROWS)
+    for name in config.models if options.generation.lengths else ():
+        for form in generation.formats_of(options.generation):
+            key = f"generation/{name}/{form.name}"
+            yield from config.unit(key, partial(generation.time_format, config, name, form), generation.ROWS)
 
 
 def measure_model(config: Config[Options], name: str) -> list[Row]:
@@ -120,5 +129,15 @@ def cost(config: Config[Options]) -> Cost:
             calls = (len(options.formats) + 1) * (len(options.sparsities) + 3) * (options.warmups + options.rounds)
             work = calls * (0.5 * weights + FLUSH_BYTES) / 20e9
             seconds += 20.0 * (len(options.formats) + 1) if on_gpu else work + 10.0  # to compile
-    memory = 1.5 * memory_per_parameter([config.dtype]) if options.quality else 0.0
-    return Cost(through, memory=memory, fixed_memory=fixed, fixed_seconds=seconds, uses_models=options.quality)
+    generated = options.generation
+    tokens = generated.prompts * sum(max(lengths) for lengths in generated.lengths.values())
+    turns = generated.repeats * (1 + len(generated.sparsities)) * (1 + len(generated.formats))
+    uses = options.quality or bool(generated.lengths)
+    return Cost(
+        through,
+        bytes_read=tokens * turns * BYTES.get(config.dtype, 2),
+        memory=1.5 * memory_per_parameter([config.dtype]) if uses else 0.0,
+        fixed_memory=fixed,
+        fixed_seconds=seconds,
+        uses_models=uses,
+    )

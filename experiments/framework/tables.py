@@ -733,6 +733,48 @@ class QuantizationSpeedSample(Row):
     milliseconds: str
 
 
+@dataclass(frozen=True)
+class QuantizationThroughputRow(Row):
+    """One prompt generated to one length by a model whose MLPs are in one format; otherwise as `ThroughputRow`.
+
+    ``format`` as in `QuantizationRow`; ``dtype`` is that of the activations and of all other weights. ``weight_bytes``:
+    all weights of the model as it is stored, scales included.
+    """
+
+    table: ClassVar[str] = "e09_generation"
+    key: ClassVar[tuple[str, ...]] = (
+        "machine", "model", "weights", "layers", "dtype", "threads", "attention", "format", "variant", "loop", "prompt",
+        "repeat", "prompt_tokens", "generated_tokens",
+    )  # fmt: skip
+    machine: str
+    model: str
+    weights: str
+    layers: int
+    model_layers: int
+    dtype: str
+    threads: int | None
+    attention: str
+    format: str
+    bits: int | None
+    group_size: int | None
+    criterion: str
+    variant: str
+    path: str
+    sparsity_target: float | None
+    sparsity_measured: float | None
+    loop: str
+    prompt: int
+    repeat: int
+    prompt_tokens: int
+    generated_tokens: int
+    prefill_s: float
+    decode_s: float
+    tokens_per_second: float
+    compile_s: float
+    peak_memory_bytes: int | None
+    weight_bytes: int
+
+
 def row_types() -> dict[str, type[Row]]:
     """Table name -> row class, for every class that has been defined, a third party's included."""
     types: dict[str, type[Row]] = {}

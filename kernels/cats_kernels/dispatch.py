@@ -180,7 +180,7 @@ def compute_quantized(
 ) -> Tensor:
     """`compute` on quantised weights."""
     arguments = (x, gate_weight, up_weight, down_weight_t, threshold, activation, decider)
-    mixed = len({(w.bits, w.group_size, w.zeros is None) for w in arguments[1:4]}) > 1
+    mixed = len({(w.bits, w.group_size, w.zeros is None, w.scales.dtype) for w in arguments[1:4]}) > 1
     if (
         backend == "reference"
         or (backend == "triton" and mixed)  # its kernels are compiled for one format

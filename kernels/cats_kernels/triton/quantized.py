@@ -95,10 +95,11 @@ def make_quantized_call(
         ValueError: weights of different formats.
     """
     weights = {"gate": gate_weight, "up": up_weight, "down": down_weight_t}
-    formats = {name: (w.bits, w.group_size, w.zeros is None) for name, w in weights.items()}
+    formats = {name: (w.bits, w.group_size, w.zeros is None, w.scales.dtype) for name, w in weights.items()}
     if len(set(formats.values())) > 1:
         raise ValueError(
-            f"the weights have different formats (bits, group_size, symmetric), {formats}; the Triton kernels take one."
+            f"the weights have different formats (bits, group_size, symmetric, scales), {formats}; "
+            "the Triton kernels take one."
         )
     scales = {f"{name}_scales": weight.scales for name, weight in weights.items()}
     zeros = {f"{name}_zeros": w.scales if w.zeros is None else w.zeros for name, w in weights.items()}

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.framework.tables import (
@@ -16,21 +13,17 @@ from experiments.framework.tables import (
     QuantizationSpeedRow,
     QuantizationSpeedSample,
     QuantizationTextSample,
+    QuantizationThroughputRow,
 )
 from reports.core import style
 from reports.core.document import Block, Table, Text, escape, without_constant
 from reports.core.load import Run
 from reports.core.protocol import CALIBRATION, of, phrases, values
 from reports.core.section import Aspect, Drawing, Section
-from reports.core.statistics import Estimate, paired_ratio, unpack_numbers
+from reports.e09 import generation, summary
+from reports.e09.names import COLOURS, OTHERS, format_name
+from reports.e09.speed import NAMES, SPEED_CAPTION, SPEED_TABLE, groups, speed_figure, speed_table
 from reports.rules.e09 import PLAIN, damages_add_up
-
-OURS, TORCH = "cats", "torch"
-COLOURS = (style.BLUE, style.SKY, style.VERMILLION, style.ORANGE, style.GREEN, style.PURPLE)
-NAMES = {"torch": "torch, dense", "compiled": "compiled, dense"}
-NOT_MEASURED = """Other programs' kernels for quantised weights (llama.cpp, gpt-fast, Marlin, GemLite, bitsandbytes):
-*not measured*; none of them was run on these machines in these rounds, and their published times are of other
-machines."""
 
 PROTOCOL = (
     Aspect("weights", "as trained: float32, no quantisation",
@@ -41,34 +34,18 @@ PROTOCOL = (
     Aspect("timing", "as for Figure 3", phrases("e09", "{warmups} warm-ups", "{rounds} rounds, interleaved")),
 )  # fmt: skip
 
+UNMEASURED = """*not measured*; none of these programs with kernels for quantised weights was run on these machines in
+these rounds, and their published times are of other machines."""
 QUALITY_CAPTION = """
 Increase of perplexity on held-out text over the unquantised dense model (log scale) against the bytes of the MLPs'
 weights that a token reads, scales included, as a fraction of the unquantised dense ones: the lower left is better. A
 line is one format, from dense at its right end to the highest sparsity at its left."""
-SPEED_CAPTION = """
-Time of one MLP block at batch 1, cold cache, by format of its weights: this project's kernels (filled, from 0 % to the
-highest sparsity), torch's own dense kernels (grey; compiled: hatched), and the bytes that must be read at the measured
-bandwidth (black lines). The pocket profile's block, “small”, holds 4 MB and was chosen for its short time: it shows
-that everything runs, and decides nothing about the shapes of real models."""
 QUALITY_TABLE = """
 increase of perplexity on held-out text over the unquantised dense model, ± one standard error, paired over blocks of
 text. “Memory” and “read at 50 %”: bytes of the MLPs' weights, scales included, against the unquantised ones."""
 ADD_UP_TABLE = """
 Do the two damages add up, as logarithms of perplexity? “By the product”: what the factors of quantisation and of
 sparsity, each measured alone, give together. """
-SPEED_TABLE = """
-one MLP block at batch 1, cold cache, medians over rounds. “Over bfloat16” (or the dtype of the activations): over our
-own kernel on unquantised weights at the same sparsity. “Over dense”: over the fastest of torch's dense kernels on
-weights of as many bits, its own or compiled; in brackets the 95 % interval of the median of ratios paired by round.
-“Of the bound”: the time that reading the needed bytes takes at the measured bandwidth, over the time."""
-
-
-def format_name(name: str) -> str:
-    """`int4-128` -> `int4, groups of 128`; `int8-row` -> `int8, one scale per row`; `none` -> `unquantised`."""
-    if name == PLAIN:
-        return "unquantised"
-    bits, _, size = name.partition("-")
-    return f"{bits}, one scale per row" if size == "row" else f"{bits}, groups of {size}"
 
 
 def text_rows(table: pd.DataFrame) -> pd.DataFrame:
@@ -157,121 +134,11 @@ def add_up_table(run: Run) -> pd.DataFrame:
     return without_constant(pd.DataFrame(rows), "Model") if rows else pd.DataFrame()
 
 
-def timed(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of one MLP block that were timed."""
-    return table[(table["what"] == "mlp") & table["p50_ms"].notna()]
-
-
-def groups(table: pd.DataFrame) -> list[tuple[tuple[str, str, str], pd.DataFrame]]:
-    """Timed rows by (machine, shape, dtype)."""
-    parts = timed(table).groupby(["machine", "shape", "dtype"], sort=False)
-    return [((str(machine), str(shape), str(dtype)), part) for (machine, shape, dtype), part in parts]
-
-
-def dense_of(part: pd.DataFrame, bits: Any) -> pd.Series | None:
-    """The fastest dense of torch's on weights of so many bits (NaN: unquantised), None where none was timed."""
-    dense = part[part["implementation"] != OURS]
-    dense = dense[dense["bits"].isna()] if pd.isna(bits) else dense[dense["bits"] == bits]
-    return None if dense.empty else dense.iloc[int(dense["p50_ms"].to_numpy().argmin())]
-
-
-def speed_table(run: Run, part: pd.DataFrame) -> pd.DataFrame:
-    """One machine, shape and dtype: every format and sparsity, then torch's."""
-    samples = run.table(QuantizationSpeedSample)
-    ours = part[part["implementation"] == OURS]
-    plain = ours[ours["format"] == PLAIN].set_index("sparsity_target")["p50_ms"]
-    dtype = style.dtype_name(str(part["dtype"].iloc[0]))
-    rows = []
-    for row in (series for _, series in part.iterrows()):
-        own = row["implementation"] == OURS
-        cells = {
-            "Weights": format_name(str(row["format"])),
-            "Kernel": f"ours, {100 * row['sparsity_target']:g} %" if own else NAMES.get(row["implementation"], "other"),
-            "ms": style.significant(row["p50_ms"]),
-            "MB stored": f"{row['bytes_stored'] / 1e6:.0f}",
-            "MB read": f"{row['bytes_moved'] / 1e6:.0f}",
-            "Of the bound": style.percent(row["fraction_of_bound"], 0),
-        }
-        if own:
-            cells[f"Over {dtype}"] = style.times(plain.get(row["sparsity_target"], np.nan) / row["p50_ms"])
-            cells["Over dense"] = _over_dense(samples, row, dense_of(part, row["bits"]))
-        rows.append(cells)
-    return pd.DataFrame(rows).fillna(style.DASH)
-
-
-def _over_dense(samples: pd.DataFrame | None, row: pd.Series, dense: pd.Series | None) -> str:
-    if dense is None:
-        return style.DASH
-    text = style.times(dense["p50_ms"] / row["p50_ms"])
-    ratio = _paired(samples, dense, row)
-    return f"{text} ({style.times_range(ratio.low, ratio.high)})" if ratio.known else text
-
-
-def _paired(samples: pd.DataFrame | None, slow: pd.Series, fast: pd.Series) -> Estimate:
-    """Median of the ratios of two rows' times, paired by round; unknown where rounds were not kept."""
-    if samples is None:
-        return Estimate(np.nan)
-    keys = ("machine", "what", "shape", "dtype", "format", "implementation", "sparsity_target")
-    found = []
-    for row in (slow, fast):
-        same = np.logical_and.reduce([samples[key] == row[key] for key in keys])
-        found.append(samples[same])
-    if any(one.empty for one in found):
-        return Estimate(np.nan)
-    try:
-        return paired_ratio(*(unpack_numbers(one["milliseconds"].iloc[0]) for one in found))
-    except ValueError:
-        return Estimate(np.nan)
-
-
-def speed_figure(run: Run) -> Figure | None:
-    """A panel per shape and dtype: bars by format, with the bound of each."""
-    parts = groups(run.tables[QuantizationSpeedRow.table])[:6]
-    if not parts:
-        return None
-    columns = min(2, len(parts))
-    lines = -(-len(parts) // columns)
-    size = (style.WIDTH if columns > 1 else 4.6, 2.9 * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
-    for ax in axes.flat[len(parts) :]:
-        ax.set_visible(False)
-    for ax, ((_, shape, dtype), part) in zip(axes.flat, parts, strict=False):
-        _bars(ax, part)
-        ax.set_title(f"{shape}, {style.dtype_name(dtype)}")
-    for line in axes:
-        line[0].set_ylabel("ms per block")
-    return figure
-
-
-def _bars(ax: Axes, part: pd.DataFrame) -> None:
-    places, labels, left = [], [], 0.0
-    for number, (name, rows) in enumerate(part.groupby("format", sort=False)):
-        rows = rows.sort_values(
-            ["implementation", "sparsity_target"], key=lambda c: c.map(_order) if c.dtype == object else c
-        )
-        start = left
-        for row in rows.to_dict("records"):
-            own = row["implementation"] == OURS
-            shade = 0.4 + 0.6 * (1 - row["sparsity_target"]) if own else 0.55
-            colour = (style.GREY, *COLOURS)[number % (len(COLOURS) + 1)] if own else "#BBBBBB"
-            hatch = "///" if row["implementation"] == "compiled" else None
-            ax.bar(left, row["p50_ms"], width=0.9, color=colour, alpha=shade, hatch=hatch, edgecolor="white", lw=0)
-            ax.plot([left - 0.45, left + 0.45], [row["bound_ms"]] * 2, color=style.BLACK, lw=1.0)
-            left += 1
-        places.append((start + left - 1) / 2)
-        labels.append("none" if name == PLAIN else str(name).replace("-", "\n"))
-        left += 0.8
-    ax.set_xticks(places, labels, fontsize=7)
-    ax.tick_params(axis="x", length=0)
-
-
-def _order(implementation: str) -> int:
-    return {TORCH: 0, "compiled": 1}.get(implementation, 2)
-
-
 def contents(run: Run) -> list[Block]:
     """One run's tables."""
     blocks: list[Block] = []
+    if len(shown := summary.summary_table(run)):
+        blocks.append(Table(shown, summary.SUMMARY_TABLE.strip()))
     quality, speed = run.table(QuantizationRow), run.table(QuantizationSpeedRow)
     if quality is not None:
         for model in quality["model"].unique():
@@ -294,18 +161,35 @@ def contents(run: Run) -> list[Block]:
                 for r in reasons.to_dict("records")
             )
             blocks.append(Text(f"Not timed: {said}."))
-        blocks.append(Text(" ".join(NOT_MEASURED.split())))
+    table = run.table(QuantizationThroughputRow)
+    if table is not None:
+        for bench, part in generation.groups(table):
+            caption = f"{escape(generation.title(bench))}: {generation.GENERATION_TABLE.strip()}"
+            blocks.append(Table(generation.generation_table(part), caption))
+    if speed is not None or table is not None:
+        blocks.append(Text(f"{', '.join(OTHERS)}: {' '.join(UNMEASURED.split())}"))
     return blocks
 
 
 SECTION = Section(
     experiment="e09",
     title="int8 and int4 weights under sparsity (beyond the paper)",
-    tables=(QuantizationRow, QuantizationSample, QuantizationTextSample, QuantizationSpeedRow, QuantizationSpeedSample),
+    tables=(
+        QuantizationRow,
+        QuantizationSample,
+        QuantizationTextSample,
+        QuantizationSpeedRow,
+        QuantizationSpeedSample,
+        QuantizationThroughputRow,
+    ),
     protocol=PROTOCOL,
     figures=(
+        Drawing("e09_summary", QuantizationRow, summary.summary_figure, summary.SUMMARY_CAPTION),
         Drawing("e09_quality", QuantizationRow, quality_figure, QUALITY_CAPTION),
         Drawing("e09_speed", QuantizationSpeedRow, speed_figure, SPEED_CAPTION),
+        Drawing(
+            "e09_generation", QuantizationThroughputRow, generation.generation_figure, generation.GENERATION_CAPTION
+        ),
     ),
     contents=contents,
 )
