@@ -10,7 +10,7 @@ from numba import carray
 
 from cats_kernels.cpu.addressed import pointer
 from cats_kernels.cpu.integers import BLOCK_BYTES, DOT_BYTES
-from cats_kernels.cpu.kernels import COLUMNS, Array, jit
+from cats_kernels.cpu.kernels import Array, jit
 from cats_kernels.cpu.vectors import address_of, byte_at, float_at, half_at, prefetch, set_float
 
 LARGEST = np.float32(1e30)
@@ -23,8 +23,8 @@ WIDTH = 256
 LINE = 64
 """Bytes of a cache line."""
 PARTS = {FLOAT32: 3, BFLOAT16: 2} if DOT_BYTES else {FLOAT32: 0, BFLOAT16: 0}
-"""Bytes of a number of x, by its dtype, where rows are multiplied as integers; 0: as float32. The fixed point of a piece
-of x has 21 or 15 bits below the largest magnitude in it."""
+"""Bytes of a number of x, by its dtype, where rows are multiplied as integers; 0: as float32. The largest magnitude in
+a piece of x is between 2 ** 22 and 2 ** 23, or 2 ** 14 and 2 ** 15, of its fixed point."""
 
 
 class Packed(NamedTuple):
@@ -71,7 +71,9 @@ FIELDS = len(Packed._fields)
 def from_numbers(numbers: Array, first: int, row: int, x: int, scratch: int) -> Any:
     """The weight whose FIELDS numbers begin at ``first``, with these last three."""
     n = numbers[first : first + FIELDS - 3]
-    return Packed(n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13], row, x, scratch)
+    return Packed(
+        n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13], row, x, scratch
+    )
 
 
 @jit()
@@ -84,7 +86,8 @@ def scratch_floats(weight: Any) -> int:
 def row_floats(weight: Any) -> int:
     """float32 of memory that `prepare_row` needs."""
     blocks = (weight.row_bytes + BLOCK_BYTES - 1) // BLOCK_BYTES
-    return weight.groups + weight.pieces + blocks * (16 + weight.parts * BLOCK_BYTES // (2 if weight.bits == 4 else 4))
+    columns = BLOCK_BYTES * 8 // weight.bits
+    return weight.groups + weight.pieces + blocks * (16 * max(0, weight.parts - 1) + weight.parts * columns // 4)
 
 
 @jit()
@@ -101,7 +104,8 @@ def steps_of(weight: Any) -> int:
 
 @jit()
 def offsets_of(weight: Any) -> int:
-    """Address of 16 int32 for each block: what a row's bytes being without sign adds to its products, negative."""
+    """Address of int32 for each block and lane: what a row's bytes being without sign adds to its products, negative;
+    with three bytes to a number of x first those of the upper two, then those of the last."""
     return steps_of(weight) + 4 * weight.pieces
 
 
@@ -109,7 +113,8 @@ def offsets_of(weight: Any) -> int:
 def digits_of(weight: Any) -> int:
     """Address of x in bytes, in the order in which they are multiplied with a row's: for each block the most
     significant bytes first, and of each the columns of the low nibbles before those of the high ones."""
-    return offsets_of(weight) + 4 * 16 * ((weight.row_bytes + BLOCK_BYTES - 1) // BLOCK_BYTES)
+    blocks = (weight.row_bytes + BLOCK_BYTES - 1) // BLOCK_BYTES
+    return offsets_of(weight) + BLOCK_BYTES * (weight.parts - 1) * blocks
 
 
 @jit()
@@ -128,11 +133,9 @@ def sum_groups(x: Array, group: int, sums: Array) -> bool:
 @jit()
 def step_of(peak: Any, parts: int) -> Any:
     """The power of two that is one in the fixed point of numbers up to ``peak``."""
-    exponent = math.frexp(peak)[1]
-    if parts == 3:
-        return np.float32(2.0 ** (exponent - 21))
-    step = 2.0 ** (exponent - 15)
-    return np.float32(step if peak <= 32639 * step else 2 * step)
+    bits, largest = (23, 8355711) if parts == 3 else (15, 32639)  # 127 in every byte
+    step = 2.0 ** (math.frexp(peak)[1] - bits)
+    return np.float32(step if peak <= largest * step else 2 * step)
 
 
 @jit()
@@ -153,15 +156,15 @@ def write_digits(x: Array, step: Any, parts: int, out: Array, stride: int) -> No
 @jit()
 def write_offsets(digits: Array, parts: int, columns: int, bias: int, out: Array) -> None:
     """Of one block: ``-bias`` times what every lane's columns of x add up to."""
-    for lane in range(16):
-        total = 0
-        for p in range(parts):
+    out[:] = 0
+    for p in range(parts):
+        of = 16 * (p // 2)
+        for lane in range(16):
             part = 0
             for first in range(0, columns, BLOCK_BYTES):
                 for k in range(first + 4 * lane, first + 4 * lane + 4):
                     part += digits[p * columns + k]
-            total = 256 * total + part
-        out[lane] = -bias * total
+            out[of + lane] = 256 * out[of + lane] - bias * part
 
 
 @jit()
@@ -175,7 +178,7 @@ def prepare_row(weight: Any, x: Array, memory: Array) -> bool:
     parts, columns = weight.parts, BLOCK_BYTES * 8 // weight.bits
     blocks = (weight.row_bytes + BLOCK_BYTES - 1) // BLOCK_BYTES
     steps = carray(pointer(steps_of(weight)), (weight.pieces,), np.float32)
-    offsets = carray(pointer(offsets_of(weight)), (blocks, 16), np.int32)
+    offsets = carray(pointer(offsets_of(weight)), (blocks, 16 * (parts - 1)), np.int32)
     digits = carray(pointer(digits_of(weight)), (blocks, parts * columns), np.int8)
     in_block = columns // weight.piece
     half = weight.piece // 2

@@ -18,7 +18,16 @@ from numba.core.ccallback import CFunc
 
 from cats_kernels.cpu import quantized  # noqa: F401  (which says how packed rows are multiplied)
 from cats_kernels.cpu.addressed import pointer
-from cats_kernels.cpu.kernels import BLOCK, FASTMATH, Array, add_all_partial, fetch_add, follow_sources, jit, take_blocks
+from cats_kernels.cpu.kernels import (
+    BLOCK,
+    FASTMATH,
+    Array,
+    add_all_partial,
+    fetch_add,
+    follow_sources,
+    jit,
+    take_blocks,
+)
 from cats_kernels.cpu.packed import BFLOAT16, FIELDS, WIDTH, from_numbers, prepare_row, row_floats
 from cats_kernels.cpu.team import open_region
 from cats_kernels.cpu.vectors import intrinsic

@@ -16,7 +16,6 @@ from numba import config, extending, types
 from numba.core.datamodel import models
 
 
-
 def features() -> dict[str, bool]:
     """What the processor has, or what NUMBA_CPU_FEATURES says that it has, as ``-avx512f,+avx2``."""
     chosen = config.CPU_FEATURES  # type: ignore[attr-defined]
