@@ -141,3 +141,13 @@ def test_an_index_of_classes_that_are_gone_is_forgotten(monkeypatch):
     follow_sources(Compiled)
     assert Compiled._cache._cache_file._load_index() == {}
     assert cache._source_stamp == Compiled._cache._cache_file._source_stamp
+
+
+def test_the_default_dtype_does_not_matter():
+    made = QuantizedProblem(300, 90, 1, 4, 32)
+    expected = sparse_gated_mlp_quantized_cpu(*made.quantized_arguments(0.1))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(sparse_gated_mlp_quantized_cpu(*made.quantized_arguments(0.1)), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -172,7 +172,7 @@ def prepare_row(weight: Any, x: Array, memory: Array) -> bool:
     """One row of x, float32, padded, as the products with ``weight`` need it, into ``memory``; False where rows must be
     dequantised for it."""
     weight = with_memory(weight, address_of(memory), 0)
-    fine = sum_groups(x, weight.group, carray(pointer(sums_of(weight)), (weight.groups,), np.float32))
+    fine = sum_groups(x, weight.group, carray(pointer(sums_of(weight)), (weight.groups,), np.float32))  # type: ignore[call-arg]
     if not fine or weight.parts == 0:
         return fine
     parts, columns = weight.parts, BLOCK_BYTES * 8 // weight.bits
