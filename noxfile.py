@@ -84,7 +84,7 @@ def kernels(s: nox.Session) -> None:
 @session
 def bench(s: nox.Session) -> None:
     """Measure kernel speed as ratios in one run and compare them with the committed baseline."""
-    run(s, "-m", "pytest", "tests/bench_cpu.py", "--benchmark-only", *s.posargs)
+    run(s, "-m", "pytest", "tests/bench_cpu.py", "tests/bench_quantized_cpu.py", "--benchmark-only", *s.posargs)
 
 
 @session

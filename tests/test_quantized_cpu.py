@@ -165,7 +165,7 @@ def test_rows_decide_the_path(monkeypatch):
         assert path_of(most + 1, dtype, "cpu", quantized=True) == DENSE_MASKED
         made = QuantizedProblem(40, 20, most + 1, 4, 32, dtype=dtype)
         arguments = made.quantized_arguments(0.1)
-        monkeypatch.setattr("cats_kernels.cpu.quantized_launch.launch", None)
+        monkeypatch.setattr("cats_kernels.cpu.quantized_launch.run_packed", None)
         assert torch.equal(compute_quantized("cpu", *arguments), quantized_mlp_reference(*arguments))
         monkeypatch.undo()
     assert path_of(1, torch.float64, "cpu", quantized=True) == DENSE_MASKED

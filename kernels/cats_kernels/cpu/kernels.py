@@ -41,11 +41,21 @@ SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__fi
 def follow_sources(compiled: Any) -> Any:
     """Let numba's on-disk cache of ``compiled`` forget what was made from other sources.
 
-    Numba looks at the file of the function itself, and not at those of the functions that it calls.
+    Numba looks at the file of the function itself, and not at those of the functions that it calls; and it fails where
+    an index names a class that is no longer there.
     """
     cached = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
     if cached is not None:
         cached._source_stamp = SOURCES
+        load_index = cached._load_index
+
+        def load() -> Any:
+            try:
+                return load_index()
+            except (AttributeError, ImportError):
+                return {}
+
+        cached._load_index = load
     return compiled
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cats_kernels.cpu.addressed import addressed_kernels
-from cats_kernels.cpu.kernels import parallel_kernel, serial_kernel
 from cats_kernels.cpu.team import team_kernel
 from cats_kernels.cpu.threads import parallel_region, threads_for, torch_region
 from cats_kernels.reference import check_decider, gate_activation
@@ -110,12 +108,3 @@ def repeated(
         return None
     weights = gate_weight, up_weight, down_weight_t
     return by_address(x, weights, threshold.data_ptr(), threshold.numel(), activation, decider)
-
-
-def launch(threads: int, *arguments: Any) -> None:
-    """One call of the kernel for up to MAX_ROWS rows, on so many threads."""
-    if threads == 1:
-        serial_kernel(*arguments)
-    else:
-        with parallel_region(threads):
-            parallel_kernel(*arguments, threads)

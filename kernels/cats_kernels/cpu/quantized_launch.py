@@ -1,49 +1,53 @@
-"""Launch of the CPU kernel on quantised weights: `QuantizedWeight` in, `Packed` to numba, a tensor out."""
+"""Launch of the CPU kernel on quantised weights: `QuantizedWeight` in, their addresses to numba, a tensor out."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cats_kernels.cpu.launch import as_array, as_thresholds, launch
-from cats_kernels.cpu.quantized import BFLOAT16, FLOAT16, FLOAT32, WIDTH, Packed, sum_groups
-from cats_kernels.cpu.threads import threads_for
-from cats_kernels.quantized import QuantizedWeight
+from cats_kernels.cpu.integers import BLOCK_BYTES
+from cats_kernels.cpu.launch import as_array, as_thresholds
+from cats_kernels.cpu.packed import BFLOAT16, FLOAT16, FLOAT32, PARTS, Packed
+from cats_kernels.cpu.quantized_calls import member, run_packed, run_packed_on_numba
+from cats_kernels.cpu.team import region_address
+from cats_kernels.cpu.threads import parallel_region, threads_for, torch_region
+from cats_kernels.quantized import GROUP_SIZES, QuantizedWeight
 from cats_kernels.reference import check_decider, gate_activation
 from cats_kernels.thresholds import Threshold
 from cats_kernels.weights import MAX_ROWS
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+Weights = tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]
 
 
-def pack(weight: QuantizedWeight) -> Packed:
-    """The weight's numbers and addresses, before any x; valid as long as the weight is."""
-    zeros = 0 if weight.zeros is None else weight.zeros.data_ptr()
+def pack(weight: QuantizedWeight, dtype: torch.dtype) -> Packed:
+    """The weight's numbers and addresses for x of ``dtype``; valid as long as the weight is."""
+    row_bytes = weight.data.shape[1]
+    group = weight.group_size if weight.group_size in GROUP_SIZES else BLOCK_BYTES
+    columns = BLOCK_BYTES * 8 // weight.bits
+    piece = min(group, columns)
     return Packed(
         data=weight.data.data_ptr(),
         scales=weight.scales.data_ptr(),
-        zeros=zeros,
+        zeros=0 if weight.zeros is None else weight.zeros.data_ptr(),
         kind=KINDS[weight.scales.dtype],
-        row_bytes=weight.data.shape[1],
+        row_bytes=row_bytes,
         row_halves=weight.groups * weight.scales.element_size() // 2,
         bits=weight.bits,
         group=weight.group_size,
         groups=weight.groups,
         m=weight.shape[0],
         d=weight.d,
+        parts=PARTS[KINDS[dtype]],
+        piece=piece,
+        pieces=-(-row_bytes // BLOCK_BYTES) * (columns // piece),
+        row=0,
         x=0,
-        sums=0,
-        direct=0,
         scratch=0,
     )
-
-
-def with_row(weight: Packed, x: np.ndarray, sums: np.ndarray) -> Packed:
-    """The weight with one row of x (width,), padded with zeros, and memory for its sums; valid as long as both are."""
-    direct = sum_groups(x, weight.group, sums)
-    return weight._replace(x=x.ctypes.data, sums=sums.ctypes.data, direct=int(direct))
 
 
 def sparse_gated_mlp_quantized_cpu(
@@ -55,22 +59,50 @@ def sparse_gated_mlp_quantized_cpu(
     activation: str = "silu",
     decider: str = "gate",
 ) -> Tensor:
-    """`sparse_gated_mlp_cpu` on quantised weights (m, d), whose formats may differ; x float32 or bfloat16."""
+    """`sparse_gated_mlp_cpu` on quantised weights (m, d), whose formats may differ; x float32 or bfloat16.
+
+    For one row x is in fixed point where the processor multiplies bytes, see `packed.PARTS`: its error is below that of
+    x's dtype.
+    """
     gate_activation(activation)
     check_decider(decider)
-    rows, d = x.shape
-    inputs = as_array(F.pad(x.float(), (0, -d % WIDTH)))
-    y = torch.empty(inputs.shape)
-    output = as_array(y)
-    deciding, other = (gate_weight, up_weight) if decider == "gate" else (up_weight, gate_weight)
-    weights = pack(deciding), pack(other), pack(down_weight_t)
-    options = as_thresholds(threshold), activation == "gelu_tanh", decider == "up"
-    threads = threads_for(3 * gate_weight.shape[0] * d)
-    for i in range(0, rows, MAX_ROWS):
-        some = inputs[i : i + MAX_ROWS]
-        given: tuple[Packed, ...] = weights
-        if len(some) == 1:
-            sums = [np.empty(weight.groups, np.float32) for weight in weights[:2]]
-            given = (*map(with_row, weights[:2], (some[0], some[0]), sums), weights[2])
-        launch(threads, some, *given, *options, output[i : i + MAX_ROWS])
-    return y[:, :d].to(x.dtype).contiguous()
+    thresholds = as_thresholds(threshold)
+    weights = gate_weight, up_weight, down_weight_t
+    return by_address(x, weights, thresholds.ctypes.data, thresholds.size, activation, decider)(x)
+
+
+def by_address(
+    x: Tensor, weights: Weights, thresholds: int, count: int, activation: str, decider: str
+) -> Callable[[Tensor], Tensor]:
+    """The kernel for x (..., d) of this shape and dtype, weights (gate, up, transposed down) and ``count`` thresholds
+    where they are now. It keeps none of them alive."""
+    gate, up, down = (pack(weight, x.dtype) for weight in weights)
+    m, d = weights[0].shape
+    rows, dtype, row_bytes = x.numel() // d, x.dtype, d * x.dtype.itemsize
+    deciding, other = (gate, up) if decider == "gate" else (up, gate)
+    alike = (gate.bits, gate.group) == (up.bits, up.group)
+    options = activation == "gelu_tanh", decider == "up", KINDS[dtype], alike
+    plan = np.array([*deciding, *other, *down, thresholds, count, *options], np.int64)
+    chunks = [(i, min(MAX_ROWS, rows - i)) for i in range(0, rows, MAX_ROWS)]
+    address, code, region = plan.ctypes.data, member().address, region_address()
+
+    def call(x: Tensor) -> Tensor:
+        y = torch.empty(x.shape, dtype=torch.float32)  # whatever torch.set_default_dtype says
+        first_x, first_y = x.data_ptr(), y.data_ptr()
+        threads = threads_for(3 * m * d)
+        lost = 0
+        for i, n in chunks:
+            at = first_x + i * row_bytes
+            if threads == 1:
+                lost += run_packed(0, code, address, at, first_y + 4 * i * d, n, 1)
+            elif region is not None:
+                with torch_region():
+                    lost += run_packed(region, code, address, at, first_y + 4 * i * d, n, threads)
+            else:
+                with parallel_region(threads):
+                    lost += run_packed_on_numba(code, plan, at, as_array(y.view(-1, d))[i : i + n], threads)
+        if lost:
+            raise MemoryError("the CPU kernel had no memory for its lists of active neurons")
+        return y if dtype == torch.float32 else y.to(dtype)
+
+    return call

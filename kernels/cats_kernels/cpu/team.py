@@ -6,8 +6,7 @@ cores: with a busy neighbour a call took longer than the dense MLP. Here the cal
 torch's runtime (``GOMP_parallel``, which GNU's and Intel's libraries have): the thread that is still spinning after
 torch's last product is the one that helps. Torch's dense MLP waits for its threads three times, this once.
 
-Where torch has no such runtime, and where NUMBA_THREADING_LAYER asks for one of numba's layers, there is no team; nor
-for quantised weights, yet.
+Where torch has no such runtime, and where NUMBA_THREADING_LAYER asks for one of numba's layers, there is no team.
 """
 
 from __future__ import annotations

@@ -12,10 +12,19 @@ from typing import Any
 
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import extending, types
+from numba import config, extending, types
 from numba.core.datamodel import models
 
-LANES = 16 if get_host_cpu_features().get("avx512f") else 8
+
+def features() -> dict[str, bool]:
+    """What the processor has, or what NUMBA_CPU_FEATURES says that it has, as ``-avx512f,+avx2``."""
+    chosen = config.CPU_FEATURES  # type: ignore[attr-defined]
+    if chosen is None:
+        return dict(get_host_cpu_features())
+    return {name[1:]: name[0] == "+" for name in chosen.split(",") if name}
+
+
+LANES = 16 if features().get("avx512f") else 8
 FAST = ("contract", "nsz", "reassoc")
 I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 
@@ -51,14 +60,14 @@ class _Model(models.PrimitiveModel):
 FLOATS, INTEGERS = _Floats("floats", F32), _Integers("integers", I32)
 
 
-def _pointer(builder: Any, element: ir.Type, address: Any, k: Any) -> Any:
+def pointer_to(builder: Any, element: ir.Type, address: Any, k: Any) -> Any:
     """Pointer to element ``k`` of those at ``address``."""
     return builder.gep(builder.inttoptr(address, element.as_pointer()), [k])
 
 
 def _vector(builder: Any, element: ir.Type, address: Any, k: Any) -> Any:
     """Pointer to the vector that begins there."""
-    return builder.bitcast(_pointer(builder, element, address, k), ir.VectorType(element, LANES).as_pointer())
+    return builder.bitcast(pointer_to(builder, element, address, k), ir.VectorType(element, LANES).as_pointer())
 
 
 @intrinsic
@@ -77,7 +86,7 @@ def float_at(context: Any, address: Any, k: Any) -> Any:
     """Number ``k`` of the float32 at ``address``."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load(_pointer(builder, F32, *arguments), align=4)
+        return builder.load(pointer_to(builder, F32, *arguments), align=4)
 
     return types.float32(types.int64, types.int64), generate
 
@@ -88,7 +97,7 @@ def set_float(context: Any, address: Any, k: Any, value: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, k, number = arguments
-        builder.store(number, _pointer(builder, F32, address, k), align=4)
+        builder.store(number, pointer_to(builder, F32, address, k), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32), generate
@@ -99,7 +108,7 @@ def half_at(context: Any, address: Any, k: Any) -> Any:
     """Number ``k`` of the uint16 at ``address``."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load(_pointer(builder, I16, *arguments), align=2)
+        return builder.load(pointer_to(builder, I16, *arguments), align=2)
 
     return types.uint16(types.int64, types.int64), generate
 
@@ -109,7 +118,7 @@ def byte_at(context: Any, address: Any, k: Any) -> Any:
     """Byte ``k`` at ``address``, 0 to 255."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load(_pointer(builder, I8, *arguments), align=1)
+        return builder.load(pointer_to(builder, I8, *arguments), align=1)
 
     return types.uint8(types.int64, types.int64), generate
 
