@@ -184,7 +184,7 @@ def compute_quantized(
 
 def kernels_take(backend: str, *weights: QuantizedWeight) -> bool:
     """Whether the kernels of "cpu" or "triton" take weights of these formats."""
-    mixed = len({(w.bits, w.group_size, w.zeros is None) for w in weights}) > 1
+    mixed = len({(w.bits, w.group_size, w.zeros is None, w.scales.dtype) for w in weights}) > 1
     if backend == "triton" and mixed:  # its kernels are compiled for one format
         return False
     sizes = KERNEL_GROUP_SIZES[backend]
