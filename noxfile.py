@@ -36,7 +36,7 @@ def environment(s: nox.Session, name: str, *packages: str) -> str:
         s.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(folder), external=True)
         s.log(f"step 2 of 2, once: packages in the versions of constraints.txt, for {' '.join(packages)}")
         if packages == PROJECT:
-            s.log("with torch: 3 to 10 minutes, and 2 to 6 gigabytes to download; pip names each package below")
+            s.log("with torch: 3 to 10 minutes; 3 GB on the disk, 6 with CUDA; pip names each package below")
         with growing(s, folder):
             s.run(python, "-m", "pip", "install", "--no-input", "-c", "constraints.txt", *packages, external=True)
         stamp.write_text(wanted)
