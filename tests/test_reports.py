@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,10 +24,10 @@ from experiments.framework.tables import (
 )
 from reports.__main__ import main
 from reports.core import document, style, tables
+from reports.core import render as rendering
 from reports.core.appendix import appendix, recorded
-from reports.core.claims import judge
 from reports.core.load import Run, load_run, load_runs, read_table
-from reports.core.report import build
+from reports.core.report import Report, build
 from reports.core.section import discover
 from tests import make_results as made
 
@@ -35,11 +36,25 @@ FIGURES.remove("e02_size")  # of models whose names say their size
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     """One report of a run in which everything was measured, in a directory with a space in its name."""
     run = made.write_run(tmp_path_factory.mktemp("runs here") / "pocket")
-    assert main([str(run)]) == 0
-    return run
+    built: list[Report] = []
+
+    def keep(*arguments: Any) -> Report:
+        built.append(build(*arguments))
+        return built[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rendering, "build", keep)
+        assert main([str(run)]) == 0
+    return run, built[0]
+
+
+@pytest.fixture(scope="module")
+def whole(rendered: tuple[Path, Report]) -> Path:
+    """Where `rendered` lies."""
+    return rendered[0]
 
 
 def text_of(run: Path) -> str:
@@ -315,10 +330,9 @@ def test_a_text_from_a_local_folder_is_not_said_to_be_the_hubs(tmp_path: Path) -
     assert "source a local folder" in text
 
 
-def test_secondary_tables_are_on_the_web_and_not_in_print(whole: Path) -> None:
+def test_secondary_tables_are_on_the_web_and_not_in_print(rendered: tuple[Path, Report]) -> None:
     """The PDF is short; whatever it leaves out is in the two other forms."""
-    loaded = load_runs([whole], made.types_read())
-    report = build(loaded, discover(), judge(loaded, discover()), whole / "figures")
+    report = rendered[1]
     printed, web = (document.to_markdown("T", blocks) for blocks in (report.printed, report.whole))
     for secondary in ("figures/e05_ablation.png", "The learning-rate sweep", "### What the runs recorded"):
         assert secondary in web and secondary not in printed
