@@ -6,7 +6,11 @@ Sessions share one environment, so that set-up is paid once; lint has a small on
 import hashlib
 import json
 import sys
+import threading
+import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nox
@@ -20,17 +24,51 @@ session = nox.session(venv_backend="none")  # nox would make one environment per
 
 
 def environment(s: nox.Session, name: str, *packages: str) -> str:
-    """Python of the environment ``.nox/NAME``, which is made when it is not there or its dependencies have changed."""
+    """Python of the environment ``.nox/NAME``, which is made when it is not there or its dependencies have changed.
+
+    What an interruption left unfinished has no stamp, and is made again from the beginning; pip keeps its downloads.
+    """
     folder = ROOT / ".nox" / name
     python = str(folder / ("Scripts" if sys.platform == "win32" else "bin") / "python")
     stamp, wanted = folder / "cats-installed", fingerprint(*packages)
     if not stamp.exists() or stamp.read_text() != wanted:
-        s.log(f"making the environment .nox/{name} once, with the versions in constraints.txt: {' '.join(packages)}")
+        s.log(f"step 1 of 2, seconds: an empty environment, {folder}")
         s.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(folder), external=True)
-        s.log("installing: minutes and a few gigabytes where torch is downloaded; pip names each package below")
-        s.run(python, "-m", "pip", "install", "--no-input", "-c", "constraints.txt", *packages, external=True)
+        s.log(f"step 2 of 2, once: packages in the versions of constraints.txt, for {' '.join(packages)}")
+        if packages == PROJECT:
+            s.log("with torch: 3 to 10 minutes; 3 GB on the disk, 6 with CUDA; pip names each package below")
+        with growing(s, folder):
+            s.run(python, "-m", "pip", "install", "--no-input", "-c", "constraints.txt", *packages, external=True)
         stamp.write_text(wanted)
+        s.log("installed; the next run begins at once")
     return python
+
+
+def gigabytes(folder: Path) -> float:
+    """Size of all files below ``folder``, which may come and go meanwhile."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.lstat().st_size
+    return total / 1e9
+
+
+@contextmanager
+def growing(s: nox.Session, folder: Path, every: float = 20.0) -> Iterator[None]:
+    """Say how large ``folder`` is and how long it has taken, again and again: pip is silent while it unpacks."""
+    begin, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(every):
+            s.log(f"installing for {time.monotonic() - begin:.0f} s, {gigabytes(folder):.1f} GB unpacked")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def fingerprint(*packages: str) -> str:
@@ -83,8 +121,8 @@ def kernels(s: nox.Session) -> None:
 
 @session
 def bench(s: nox.Session) -> None:
-    """Measure kernel speed as ratios in one run and compare them with the committed baseline."""
-    run(s, "-m", "pytest", "tests/bench_cpu.py", "tests/bench_quantized_cpu.py", "--benchmark-only", *s.posargs)
+    """Measure kernel speed as ratios in one run; fail where a kernel has lost half of the gain expected of it."""
+    run(s, "-m", "pytest", *BENCHES, "--benchmark-only", "-rsP", "--show-capture=stdout", *s.posargs)
 
 
 @session
@@ -106,3 +144,4 @@ KERNEL_TESTS += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/
 KERNEL_TESTS += [
     f"tests/test_{name}.py" for name in ("reference", "operator", "operator_recorded", "problem", "cpu_threads")
 ]
+BENCHES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/bench_*.py"))

@@ -28,11 +28,11 @@ from transformers import TextStreamer
 
 import cats
 from cats import criteria
+from cats.checks import KERNELS, PREFILLS
 from cats.devices import resolve_device
 from cats.files import check_output
 from cats.generation import LOOPS as LOOP_NAMES
 from cats.models import DTYPES, load_model
-from cats.patching import KERNELS, PREFILLS
 from cats.quantization import GROUP_SIZE
 from cats.thresholds import Thresholds, check_sparsity
 

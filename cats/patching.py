@@ -9,158 +9,28 @@ the original, so memory does not grow, and state_dict still shows the original l
 import copy
 import warnings
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
-import cats_kernels
 import torch
-from cats_kernels.dispatch import choose_backend
-from torch import Tensor, nn
+from torch import nn
 
 from cats.activation import CATSActivation, Mask
-from cats.calibration import fingerprint
+from cats.checks import check_arguments, check_blocks, check_fit
 from cats.criteria import Criterion, get
 from cats.devices import execution_device
 from cats.equation import OWN_ACTIVATION
+from cats.kernel_choice import (
+    compile_kernels,
+    disable_kernel,
+    enable_kernel,
+    is_patched,
+    kernel_activation,
+    obstacles_of,
+)
 from cats.observe import input_mask
-from cats.quantized_linear import QuantizedLinear
-from cats.sparse_forward import (
-    INPUT,
-    SparseForward,
-    State,
-    is_prompt,
-    original_class,
-    set_class,
-    sparse_class,
-)
-from cats.structure import (
-    GatedMLP,
-    activation_name,
-    attention_blocks,
-    attention_linears,
-    check_equation_1,
-    check_forward,
-    gated_mlps,
-    mlp_linears,
-    named_modules,
-    parts_of,
-)
-from cats.thresholds import ByModule, Thresholds, Value
-
-KERNELS = cats_kernels.BACKENDS
-PREFILLS = ("sparse", "dense")
-
-
-def kernel_activation(module: nn.Module) -> str | None:
-    """The sparse kernel's name for an activation module, found by what it computes; None if it has no such kernel."""
-    x = torch.linspace(-6, 6, 101)
-    try:
-        y = module(x)
-    except Exception:
-        return None
-    if torch.allclose(y, nn.functional.silu(x), atol=1e-6):
-        return "silu"
-    if torch.allclose(y, nn.functional.gelu(x, approximate="tanh"), atol=1e-6):
-        return "gelu_tanh"
-    return None
-
-
-def _is_patched(mlp: GatedMLP) -> bool:
-    return "cats_state" in mlp.__dict__
-
-
-def _original_activation(mlp: GatedMLP) -> Any:
-    of = parts_of(mlp)
-    if _is_patched(mlp):
-        return mlp.cats_state.original or mlp._modules[OWN_ACTIVATION].inner
-    return mlp._modules[of.activation] if of.activation else of.function
-
-
-def _obstacle(mlp: GatedMLP, kernel: str) -> str | None:
-    """Why the sparse kernel cannot serve ``mlp``, or None if it can."""
-    if kernel_activation(_original_activation(mlp)) is None:
-        return "its activation is neither SiLU nor tanh-GELU"
-    weight: Any = None
-    linears: list[Any] = [mlp._modules[name] for name in parts_of(mlp).linears]
-    quantized = all(type(linear) is QuantizedLinear for linear in linears)
-    for linear in linears:
-        if type(linear) is not nn.Linear and not quantized:
-            return f"a projection is a {type(linear).__module__}.{type(linear).__qualname__}, not torch's nn.Linear"
-        if linear.bias is not None:
-            return "a projection has a bias"
-        if quantized:
-            weight = linear.like
-            continue
-        weight = linear._parameters.get("weight")
-        if type(weight) is not nn.Parameter:
-            kind = "computed by hooks" if weight is None else f"a {type(weight).__module__}.{type(weight).__qualname__}"
-            return f"the weight of a projection is {kind}, not a plain parameter"
-    try:
-        backend = choose_backend(kernel, weight.device.type, weight.dtype)
-    except (ValueError, RuntimeError) as error:
-        return str(error).rstrip(".")
-    if backend == "reference":
-        return f"there is no kernel for {weight.dtype} on {weight.device.type}"
-    return None
-
-
-def _obstacles(mlps: dict[str, GatedMLP], thresholds: Thresholds, kernel: str) -> dict[str, str]:
-    """What stands in ``kernel``'s way, by module path; raises ValueError if it was asked for by name."""
-    if kernel == "reference":
-        return {}
-    criterion = get(thresholds.criterion)
-    if criterion.no_kernel:
-        obstacles = dict.fromkeys(mlps, criterion.no_kernel)
-    else:
-        obstacles = {name: obstacle for name, mlp in mlps.items() if (obstacle := _obstacle(mlp, kernel))}
-    if obstacles and kernel != "auto":
-        name, obstacle = next(iter(obstacles.items()))
-        raise ValueError(f'kernel="{kernel}" cannot serve {name}: {obstacle}; use kernel="auto" or "reference"')
-    return obstacles
-
-
-def _contiguous_in_state_dict(_module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """State-dict hook of a transposed projection: safetensors refuses non-contiguous tensors."""
-    weight = state_dict.get(f"{prefix}weight")
-    if isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter):
-        state_dict[f"{prefix}weight"] = weight.contiguous()
-
-
-def _enable_kernel(mlp: GatedMLP) -> None:
-    down = mlp._modules[parts_of(mlp).down]
-    mlp.cats_state.sparse = True
-    if isinstance(down, QuantizedLinear):
-        return
-    if not mlp.cats_state.handles:
-        mlp.cats_state.handles.append(down._register_state_dict_hook(_contiguous_in_state_dict))
-    if not down.weight.t().is_contiguous():
-        down.weight.data = down.weight.data.t().contiguous().t()
-
-
-def suspend_kernels(mlp: GatedMLP) -> None:
-    """Put the layers of a block, if it is patched, back as they were, before they are replaced; the patch stays."""
-    if _is_patched(mlp):
-        _disable_kernel(mlp)
-
-
-def refresh_kernels(mlp: GatedMLP) -> None:
-    """Take the sparse path again with the layers that are now there, where the kernel asked for can serve them."""
-    if _is_patched(mlp):
-        state = mlp.cats_state
-        if state.kernel != "reference" and not get(state.criterion).no_kernel and _obstacle(mlp, state.kernel) is None:
-            _enable_kernel(mlp)
-
-
-def _disable_kernel(mlp: GatedMLP) -> None:
-    mlp.cats_state.sparse = False
-    mlp.cats_state.known = None
-    if mlp.cats_state.handles:
-        for handle in mlp.cats_state.handles:
-            handle.remove()
-        mlp.cats_state.handles.clear()
-        down = mlp._modules[parts_of(mlp).down]
-        down = getattr(down, "base_layer", down)
-        if isinstance(down._parameters.get("weight"), nn.Parameter):
-            down.weight.data = down.weight.data.contiguous()
+from cats.sparse_forward import INPUT, SparseForward, State, is_prompt, original_class, set_class, sparse_class
+from cats.structure import gated_mlps, named_modules, parts_of
+from cats.thresholds import Thresholds, Value
 
 
 def _mask_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -239,7 +109,7 @@ def swap_thresholds(model: nn.Module, thresholds: Thresholds) -> None:
 def criterion_in_force(model: nn.Module) -> str:
     """Name of the criterion that `apply` has put on ``model``. Raises ValueError unless it has."""
     for name, mlp in gated_mlps(model).items():
-        if not _is_patched(mlp):
+        if not is_patched(mlp):
             raise ValueError(f"{name} has no threshold: call cats.apply(model, thresholds) first")
     return str(mlp.cats_state.criterion)
 
@@ -261,79 +131,6 @@ def _masked_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if input_mask(module) is not None]
 
 
-def _check_arguments(thresholds: Thresholds, kernel: str, prefill: str) -> None:
-    if not isinstance(thresholds, Thresholds):
-        raise TypeError(f"thresholds must be cats.Thresholds, not a {type(thresholds).__name__}: see cats.calibrate")
-    if kernel not in KERNELS:
-        raise ValueError(f"unknown kernel {kernel!r}: allowed are {', '.join(KERNELS)}")
-    if prefill not in PREFILLS:
-        raise ValueError(f"unknown prefill {prefill!r}: allowed are {', '.join(PREFILLS)}")
-    criterion = get(thresholds.criterion)
-    allowed = (*criterion.sites, *criterion.other_sites)
-    wrong = [site for site in thresholds.sites if site not in allowed]
-    if wrong:
-        raise ValueError(f"criterion {criterion.name!r} has no site {wrong[0]}: allowed are {', '.join(allowed)}")
-
-
-def _widths(model: nn.Module, site: str) -> dict[str, int]:
-    """Module path to the number of values there, of every module that ``site`` can have thresholds for."""
-    mlps = gated_mlps(model)
-    if site == "mlp_linears":
-        return {path: mlp._modules[part].in_features for path, (mlp, part) in mlp_linears(model).items()}
-    if site == "attention_linears":
-        return {path: cast(Any, linear).in_features for path, linear in attention_linears(model).items()}
-    if site == "mlp_input":
-        return {path: mlp._modules[parts_of(mlp).gate].in_features for path, mlp in mlps.items()}
-    if site == "attention_input":
-        width = next(iter(_widths(model, "mlp_input").values()))
-        return dict.fromkeys(attention_blocks(model), width)
-    return {path: mlp._modules[parts_of(mlp).down].in_features for path, mlp in mlps.items()}
-
-
-def _check_fit(model: nn.Module, thresholds: Thresholds) -> None:
-    """Whether the thresholds were made for this model."""
-    actual = fingerprint(model)
-    if any(actual.get(key) != value for key, value in thresholds.model.items()):
-        raise ValueError(
-            f"these thresholds were made for another model: they are for {thresholds.model}, this one is {actual}"
-        )
-    missing: list[str] = []
-    unknown: list[str] = []
-    for site in dict.fromkeys((*get(thresholds.criterion).sites, *thresholds.sites)):
-        values: ByModule = getattr(thresholds, site)
-        widths = _widths(model, site)
-        if site not in ("attention_input", "mlp_input"):
-            present = {**thresholds.gate, **thresholds.up} if site in ("gate", "up") else values
-            missing += [name for name in widths if name not in present]
-        unknown += [name for name in values if name not in widths]
-        for name, value in values.items():
-            if isinstance(value, Tensor) and name in widths and len(value) != widths[name]:
-                raise ValueError(
-                    "these thresholds were made for another model: "
-                    f"{site} has {len(value)} of them for {name}, which has {widths[name]} values"
-                )
-    if missing or unknown:
-        missing = list(dict.fromkeys(missing))
-        raise ValueError(
-            "these thresholds were made for another model: "
-            f"they lack {', '.join(missing) or 'none'} of its layers, and it lacks {', '.join(unknown) or 'none'}"
-        )
-
-
-def _check_blocks(mlps: dict[str, GatedMLP], criterion: Criterion) -> None:
-    for name, mlp in mlps.items():
-        activation = mlp._modules.get(activation_name(mlp))
-        if isinstance(activation, CATSActivation) != _is_patched(mlp):
-            raise ValueError(f"{name} already has a {type(activation).__name__} patch: call cats.remove(model) first")
-        if not _is_patched(mlp):
-            check_equation_1(name, mlp)
-            continue
-        check_forward(name, mlp)
-        own = get(mlp.cats_state.criterion)
-        if own.activation != criterion.activation:
-            raise ValueError(f"{name} is patched for {own.name} already: call cats.remove(model) first")
-
-
 def _patch(mlp: Any, criterion: Criterion) -> None:
     of = parts_of(mlp)
     original: Any = mlp._modules[of.activation] if of.activation else copy.deepcopy(of.function)
@@ -349,7 +146,7 @@ def _patch(mlp: Any, criterion: Criterion) -> None:
 
 
 def _unpatch(mlp: Any) -> None:
-    _disable_kernel(mlp)
+    disable_kernel(mlp)
     state: State = mlp.cats_state
     if state.original is None:
         mlp._modules.pop(OWN_ACTIVATION, None)
@@ -380,27 +177,27 @@ def apply(model: nn.Module, thresholds: Thresholds, kernel: str = "auto", prefil
             not compute equation 1 or whose activation or forward CATS cannot reach, a ReLUfied model, or a kernel that
             cannot serve this model or criterion. The model is then as it was, patched or not.
     """
-    _check_arguments(thresholds, kernel, prefill)
+    check_arguments(thresholds, kernel, prefill)
     mlps, criterion = gated_mlps(model), get(thresholds.criterion)
-    _check_fit(model, thresholds)
-    _check_blocks(mlps, criterion)
-    obstacles = _obstacles(mlps, thresholds, kernel)
-    fresh = [mlp for mlp in mlps.values() if not _is_patched(mlp)]
+    check_fit(model, thresholds)
+    check_blocks(mlps, criterion)
+    obstacles = obstacles_of(mlps, thresholds, kernel)
+    fresh = [mlp for mlp in mlps.values() if not is_patched(mlp)]
     try:
         for mlp in fresh:
             _patch(mlp, criterion)
         for name, mlp in mlps.items():
             mlp.cats_state.kernel = kernel
             if kernel == "reference" or name in obstacles:
-                _disable_kernel(mlp)
+                disable_kernel(mlp)
             else:
-                _enable_kernel(mlp)
+                enable_kernel(mlp)
         swap_thresholds(model, thresholds)
         _set_prefill(model, prefill == "dense")
-        _compile_kernels(mlps)
+        compile_kernels(mlps)
     except BaseException:  # no memory for a transposed weight, Ctrl-C
         for mlp in fresh:
-            if _is_patched(mlp):
+            if is_patched(mlp):
                 _unpatch(mlp)
         raise
     if obstacles:
@@ -409,21 +206,6 @@ def apply(model: nn.Module, thresholds: Thresholds, kernel: str = "auto", prefil
             f"{len(obstacles)} of {len(mlps)} MLPs run on the dense masked path, without speed-up ({name}: {obstacle})",
             stacklevel=3,
         )
-
-
-@torch.no_grad()
-def _compile_kernels(mlps: Mapping[str, Any]) -> None:
-    """On a GPU, one call for each kind of block that the kernel serves: it compiles for one row of x, for seconds where
-    Triton's cache is empty, which the first token would wait for."""
-    compiled = set()
-    for mlp in mlps.values():
-        gate = mlp._modules[parts_of(mlp).gate]._parameters.get("weight")
-        if not mlp.cats_state.sparse or gate is None or gate.device.type != "cuda":
-            continue
-        kind = gate.device, gate.dtype, gate.shape, mlp.cats_state.decider, mlp._deciding_threshold().dim()
-        if kind not in compiled:
-            compiled.add(kind)
-            mlp._run_kernel(torch.zeros(1, gate.shape[1], dtype=gate.dtype, device=gate.device))
 
 
 def _set_prefill(model: nn.Module, dense: bool) -> None:
@@ -439,5 +221,5 @@ def remove(model: nn.Module) -> None:
     """Undo `apply` and `cats.relufy`: every weight, buffer, class and activation as before, bit for bit."""
     _set_input_masks(model, {}, get("cats"), 0.0)
     for mlp in gated_mlps(model).values():
-        if _is_patched(mlp):
+        if is_patched(mlp):
             _unpatch(mlp)

@@ -16,7 +16,7 @@ from cats_kernels.quantized import quantize as quantize_weight
 from torch import nn
 
 from cats.equation import activation_of
-from cats.patching import kernel_activation, refresh_kernels, suspend_kernels
+from cats.kernel_choice import kernel_activation, refresh_kernels, suspend_kernels
 from cats.quantized_linear import QuantizedLinear
 from cats.sparse_forward import QuantizedState, original_class, set_class, sparse_class
 from cats.structure import GatedMLP, gated_mlps, parts_of

@@ -13,10 +13,10 @@ from experiments.framework.config import Config
 from experiments.framework.parent import PARENT
 from experiments.framework.profiles import EXPERIMENTS
 from experiments.framework.provenance import now
+from experiments.framework.workers import DISTRIBUTED
 
 COMMAND = "CATS_COMMAND"
 """Variable with the command line that the user typed, for the provenance of the children."""
-DISTRIBUTED = ("e02", "e03", "e04", "e07")  # experiments that spread over processes; the timed ones must not
 
 
 def command(config: Config, arguments: Sequence[str], processes: int) -> list[str]:

@@ -18,7 +18,9 @@ from experiments.framework.parent import PARENT
 WORKER = "CATS_WORKER"
 """Variable that says to a process that it is a worker, and which."""
 SHARED = ("e02", "e03", "e04", "e07", "e08")
-"""Experiments whose units may run side by side; those that time anything must not."""
+"""Experiments whose units may run side by side (`--workers`); those that time anything must not."""
+DISTRIBUTED = tuple(name for name in SHARED if name != "e08")
+"""Experiments of which each unit may spread over processes (`--processes`): not e08, which times MLPs as well."""
 
 
 class WorkerFinished(Exception):

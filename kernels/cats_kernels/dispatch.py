@@ -54,6 +54,9 @@ QUANTIZED_ROWS: dict[tuple[str, torch.dtype], float] = {
 }
 """The same for quantised weights, whose dense path dequantises them first, some neurons at a time."""
 
+KERNEL_GROUP_SIZES: dict[str, tuple[int, ...]] = {"cpu": (32, 64, 128, 256), "triton": (32, 64, 128, 256)}
+"""Columns of a group that a backend's kernels on quantised weights take, beside whole rows; others are dequantised."""
+
 Implementation = Callable[[Tensor, Tensor, Tensor, Tensor, Threshold, str, str], Tensor]
 
 
@@ -187,14 +190,22 @@ def compute_quantized(
 ) -> Tensor:
     """`compute` on quantised weights."""
     arguments = (x, gate_weight, up_weight, down_weight_t, threshold, activation, decider)
-    mixed = len({(w.bits, w.group_size, w.zeros is None, w.scales.dtype) for w in arguments[1:4]}) > 1
     if (
         backend == "reference"
-        or (backend == "triton" and mixed)  # its kernels are compiled for one format
         or x.shape[0] > QUANTIZED_ROWS[backend, x.dtype]
+        or not kernels_take(backend, gate_weight, up_weight, down_weight_t)
     ):
         return quantized_mlp_reference(*arguments)
     return _quantized(backend)(*arguments)
+
+
+def kernels_take(backend: str, *weights: QuantizedWeight) -> bool:
+    """Whether the kernels of "cpu" or "triton" take weights of these formats."""
+    mixed = len({(w.bits, w.group_size, w.zeros is None, w.scales.dtype) for w in weights}) > 1
+    if backend == "triton" and mixed:  # its kernels are compiled for one format
+        return False
+    sizes = KERNEL_GROUP_SIZES[backend]
+    return all(w.group_size in sizes or (w.bits == 8 and w.group_size == w.d) for w in weights)
 
 
 def path_of(

@@ -17,7 +17,7 @@ from reports.core.load import Run
 from reports.core.protocol import CALIBRATION, of, phrases, span, values
 from reports.core.section import Aspect, Drawing, Section
 from reports.e08.figures import frontier_figure, title
-from reports.e08.tables import affordable_table, criteria_table, prompts_table, speed_table
+from reports.e08.tables import WITH_KERNEL, affordable_table, criteria_table, prompts_table, speed_table
 
 PROTOCOL = (
     Aspect("models", "one method, on Mistral-7B and Llama2-7B", of(CriterionRow, lambda table: values(table, "model"))),
@@ -36,7 +36,7 @@ NOTE = (
     "with the other product, which then decides; auto chooses the side and the weights of each layer on calibration "
     "text. TEAL and WINA skip inputs of the linear layers that are small (WINA: times the norm of their column). "
     "ReLUfication puts ReLU in place of the activation. Oracle keeps the neurons that add most to the output, random "
-    "any. This project's kernels serve CATS, CHESS, gate-norm, up, up-norm and auto; the others run as masks."
+    f"any. This project's kernels serve {', '.join(map(title, WITH_KERNEL))}; the others run as masks."
 )
 
 FIGURE_CAPTION = """

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cats import criteria
 from experiments.framework.tables import CriterionRow, CriterionSample, CriterionSpeedRow, CriterionTextSample
 from reports.core import style
 from reports.core.document import escape
@@ -19,7 +20,7 @@ from reports.measures.frontier import Kept, accuracy_points, affords, fastest, s
 
 LEVELS = (0.3, 0.5, 0.7)
 ROLES = {"oracle": " (ceiling)", "random": " (floor)"}
-WITH_KERNEL = ("cats", "chess", "gate-norm", "up", "up-norm", "auto")
+WITH_KERNEL = tuple(name for name in criteria.names() if not criteria.get(name).no_kernel)
 METRIC_NAMES = {"continuation_perplexity": "perplexity of continuations", "exact_match": "exact match"}
 
 

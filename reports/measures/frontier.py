@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from reports.core.statistics import Estimate
-from reports.measures.accuracy import Score, log_ratio, scores
+from reports.measures.accuracy import log_ratio, scores
 
 SHARE = 0.99
 TOLERANCE = 0.01
@@ -141,12 +141,6 @@ def accuracy_points(table: pd.DataFrame, samples: pd.DataFrame | None) -> dict[t
                 margin = change.shifted((1 - SHARE) * at["dense"].value)
                 points.setdefault((str(model), row["criterion"], str(scope)), []).append(_point(row, change, margin))
     return points
-
-
-def dense_score(table: pd.DataFrame, model: str) -> Score | None:
-    """Mean accuracy of the dense model over the tasks of e08."""
-    rows = _masked(table[(table["metric"] == ACCURACY) & (table["model"] == model)])
-    return scores(rows, None, model).get("dense")
 
 
 def _point(row: dict, change: Estimate, margin: Estimate) -> Point:
