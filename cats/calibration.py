@@ -303,7 +303,8 @@ def calibrate(
         batches: mappings with ``input_ids`` and optionally ``attention_mask`` (padding is left out), as a tokenizer
             returns them, or tensors of ids. Gone through once, however many targets and criteria there are; twice, over
             a copy of the ids, where a criterion weighs its score with a root mean square (chess, gate-norm, up-norm);
-            not at all where none has a score (oracle, random, relufication). One that searches (auto) keeps a sample.
+            not at all where none has a score (oracle, random, relufication). One that searches (auto) keeps a sample,
+            and to allocate runs the model on 1024 of the tokens once for every layer.
         sparsity: the target k in [0, 1), or several.
         sites: where thresholds act: None for the criterion's own; for CATS ``gate``, and for appendix B
             ``attention_input`` and ``mlp_input`` too; for teal and wina ``mlp_linears`` and ``attention_linears``.

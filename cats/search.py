@@ -31,7 +31,7 @@ SIDES = ("gate", "up")
 WEIGHTS = ("none", "rms", "rms and norm")
 OUTPUT, UNIFORM = ALLOCATIONS = ("output", "uniform")
 """How the target is shared among the layers: by what the model's output suffers, or equally."""
-ERROR_TOKENS = 512
+ERROR_TOKENS = 1024
 """Of the sample, on which errors are computed."""
 OPERATING_POINT, RELIEF = 0.5, 0.3
 """Levels of all MLPs, and of one of them, between which the effect on the output is measured."""

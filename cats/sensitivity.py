@@ -5,7 +5,7 @@ MLPs skipping as given thresholds say, and its distribution of the next token is
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -103,32 +103,34 @@ def sample_rows(model: nn.Module, batches: Sequence[Any], most: int) -> list[tup
 def _skipping(model: nn.Module, skips: Skips, see: See | None = None) -> Iterator[None]:
     """While it is in force, MLPs give what ``skips`` leaves of their output, whatever patch is on them; ``see`` gets
     the path and the magnitude (tokens, m) of the product that decides."""
-    handles = [
-        mlp.register_forward_hook(
-            partial(_left, skip=skips.get(path), see=partial(see, path) if see else None), with_kwargs=True
-        )
-        for path, mlp in gated_mlps(model).items()
-        if path in skips or "cats_state" in mlp.__dict__
-    ]
-    try:
-        with dense_path(model), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as undo, dense_path(model), torch.compiler.set_stance("force_eager"):
+        for path, mlp in gated_mlps(model).items():
+            if path in skips or "cats_state" in mlp.__dict__:
+                undo.callback(_replace(mlp, partial(_left, mlp, skips.get(path), partial(see, path) if see else None)))
+        yield
 
 
-def _left(
-    mlp: GatedMLP,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    _output: Tensor,
-    skip: tuple[str, Value] | None,
-    see: Callable[[Tensor], None] | None,
-) -> Tensor:
-    """Output of ``mlp`` without the neurons skipped."""
+def _replace(mlp: GatedMLP, left: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+    """Make ``mlp`` compute ``left``; what undoes it.
+
+    A forward that patches have put on the instance may look after devices: it runs too, and its output is not used.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        return left(args[0] if args else next(iter(kwargs.values())))
+
+    if "forward" in mlp.__dict__:
+        return mlp.register_forward_hook(
+            lambda _mlp, args, kwargs, _output: forward(*args, **kwargs), with_kwargs=True
+        ).remove
+    mlp.forward = forward  # type: ignore[method-assign]
+    return partial(delattr, mlp, "forward")
+
+
+def _left(mlp: GatedMLP, skip: tuple[str, Value] | None, see: Callable[[Tensor], None] | None, x: Tensor) -> Tensor:
+    """Output of ``mlp`` (..., d) without the neurons skipped."""
     of = parts_of(mlp)
-    gate, up = gate_and_up(mlp, args[0] if args else next(iter(kwargs.values())), of)
+    gate, up = gate_and_up(mlp, x, of)
     gate = inner_activation(mlp, of)(gate)
     neurons = gate * up
     if skip is not None:

@@ -13,6 +13,7 @@ import cats
 from cats import search, sensitivity
 from cats.allocation import LEVELS, allocate
 from cats.sensitivity import Output, sample_rows
+from cats.sparsity import overall_sparsity
 
 from .conftest import tiny_model
 
@@ -161,6 +162,31 @@ def test_a_layer_that_matters_more_costs_more(llama: nn.Module, batches: list) -
     for path, own in costs.items():
         ratios = [cost / min(one.errors[i] for one in tried[path]) for i, cost in enumerate(own)]
         assert ratios == pytest.approx([ratios[0]] * len(ratios)) and ratios[0] > 0
+
+
+@torch.no_grad()
+def test_layers_count_by_their_weights(uneven: nn.Module) -> None:
+    fractions = dict(zip(cats.gated_mlps(uneven), (0.9, 0.1, 0.2), strict=True))
+    assert overall_sparsity(uneven, fractions) == pytest.approx((88 * 0.9 + 44 * 0.1 + 264 * 0.2) / 396)
+    linears = {"model.layers.0.mlp.up_proj": 0.5, "model.layers.2.self_attn.o_proj": 0.2}
+    assert overall_sparsity(uneven, linears) == pytest.approx((88 * 32 * 0.5 + 32 * 32 * 0.2) / (120 * 32))
+
+
+def test_nothing_is_left_on_the_model(llama: nn.Module, batches: list) -> None:
+    """Also where the text breaks off the pass."""
+    output = Output(llama, batches)
+    skips = {path: ("gate", torch.ones(7)) for path in cats.gated_mlps(llama)}  # of another width
+    with pytest.raises(RuntimeError):
+        output.divergence(skips)
+    for mlp in cats.gated_mlps(llama).values():
+        assert "forward" not in mlp.__dict__ and not mlp._forward_hooks
+        mlp.forward = mlp.forward  # as accelerate does
+    skips = {path: ("gate", 0.3) for path in skips}
+    hooked = output.divergence(skips)
+    for mlp in cats.gated_mlps(llama).values():
+        assert "forward" in mlp.__dict__ and not mlp._forward_hooks
+        del mlp.forward
+    assert output.divergence(skips) == pytest.approx(hooked) and hooked > 0
 
 
 def test_levels_are_in_the_file_where_they_differ_alone(tmp_path, uneven: nn.Module, batches: list) -> None:
