@@ -8,7 +8,7 @@ scores, so that the quantile is that of the very score that is applied. The batc
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast, overload
 
 import torch
@@ -21,7 +21,7 @@ from cats.files import write_text_atomically
 from cats.histogram import Histogram
 from cats.observe import Batches, check_sites, observe
 from cats.structure import attention_linears, gated_mlps, mlp_linears, parts_of, unwrapped
-from cats.thresholds import ByModule, Thresholds, Value, check_sparsity
+from cats.thresholds import Thresholds, Value, check_sparsity
 
 __all__ = [
     "FEW_TOKENS",
@@ -231,7 +231,7 @@ def _thresholds(
     statistics: _Statistics,
     tokens: int,
 ) -> Thresholds:
-    by_site: dict[str, ByModule] = {}
+    by_site: dict[str, Any] = {}  # module path to value
     for site in sites:
         if site in BLOCK_INPUTS:
             plain = {name: h for (_, s, name), h in statistics.histograms.items() if s == site}
@@ -249,9 +249,11 @@ def _thresholds(
 
 
 def _of_search(model: nn.Module, criterion: Criterion, target: float, searched: Searched) -> Thresholds:
-    sites: dict[str, ByModule] = searched.sites[target]
-    made = Thresholds(target, model=fingerprint(model), tokens=searched.tokens, criterion=criterion.name)
-    return replace(made, levels=searched.levels.get(target, {}), **sites)
+    sites: dict[str, Any] = searched.sites[target]
+    levels = searched.levels.get(target, {})
+    return Thresholds(
+        target, model=fingerprint(model), tokens=searched.tokens, criterion=criterion.name, levels=levels, **sites
+    )
 
 
 def _parameter(criterion: Criterion, target: float, weights: Tensor | None, histogram: Histogram | None) -> Value:

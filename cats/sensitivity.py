@@ -123,7 +123,7 @@ def _replace(mlp: GatedMLP, left: Callable[[Tensor], Tensor]) -> Callable[[], No
         return mlp.register_forward_hook(
             lambda _mlp, args, kwargs, _output: forward(*args, **kwargs), with_kwargs=True
         ).remove
-    mlp.forward = forward  # type: ignore[method-assign]
+    mlp.forward = forward
     return partial(delattr, mlp, "forward")
 
 
