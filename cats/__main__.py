@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any, TextIO
 
 import torch
@@ -34,6 +34,7 @@ from cats.files import check_output
 from cats.generation import LOOPS as LOOP_NAMES
 from cats.models import DTYPES, load_model
 from cats.quantization import GROUP_SIZE
+from cats.sparsity import overall_sparsity
 from cats.thresholds import Thresholds, check_sparsity
 
 
@@ -70,6 +71,10 @@ def parser() -> argparse.ArgumentParser:
     patched.add_argument("--prefill", default="sparse", choices=PREFILLS, help="dense leaves prompts unmasked")
     by_criterion = argparse.ArgumentParser(add_help=False)
     by_criterion.add_argument("--criterion", default="cats", help=f"{', '.join(criteria.names())} (default cats)")
+    by_criterion.add_argument(
+        "--allocation",
+        help="of auto: output (default), by what each layer costs the output, or uniform, the same in all",
+    )
     by_criterion.add_argument("--sparsity", type=float, default=0.5, help="fraction to skip, in [0, 1) (default 0.5)")
 
     command = commands.add_parser(
@@ -123,7 +128,8 @@ def sample_text(paths: Sequence[Path] | None, heldout: bool) -> str:
 
 
 def token_batches(model: Any, tokenizer: Any, text: str, tokens: int, length: int = 512) -> list[Tensor]:
-    """``text`` as int64 blocks (1, length), ``tokens`` ids in all or as many as there are.
+    """``text`` as int64 blocks (1, length), ``tokens`` ids in all or as many as there are; each begins with the token
+    that the tokenizer puts before texts, if any, in place of its first.
 
     Raises:
         ValueError: ``tokens`` is not positive, or the text is empty.
@@ -136,6 +142,10 @@ def token_batches(model: Any, tokenizer: Any, text: str, tokens: int, length: in
     blocks = ids["input_ids"].long()[:, :tokens].split(length, dim=1)
     if not blocks or not blocks[0].numel():
         raise ValueError("the text is empty: give --text files with something to read")
+    begin = tokenizer("")["input_ids"][:1]
+    if begin and begin == [tokenizer.bos_token_id]:
+        for block in blocks:
+            block[:, 0] = begin[0]
     return list(blocks)
 
 
@@ -166,12 +176,17 @@ def calibrate(arguments: argparse.Namespace) -> None:
     model, tokenizer = load(arguments)
     batches = token_batches(model, tokenizer, sample_text(arguments.text, heldout=False), arguments.tokens)
     bar = tqdm(batches, desc="calibrate")
-    thresholds = cats.calibrate(model, bar, arguments.sparsity, criterion=criterion.name)
+    thresholds = cats.calibrate(
+        model, bar, arguments.sparsity, criterion=criterion.name, allocation=arguments.allocation
+    )
     bar.close()
     thresholds.save(arguments.output)
     source = "the files given" if arguments.text else "Python's documentation (--text FILE reads your own)"
     count, label = sum(map(len, thresholds.sites.values())), criterion.label(thresholds.sparsity)
     print(f"{label}: {count} thresholds from {thresholds.tokens} tokens of {source}: {arguments.output}")
+    if thresholds.levels:
+        low, high = min(thresholds.levels.values()), max(thresholds.levels.values())
+        print(f"sparsity allocated between layers: {low:.2f} to {high:.2f}, {thresholds.sparsity:g} of all weights")
 
 
 def sparsity(arguments: argparse.Namespace) -> None:
@@ -185,8 +200,10 @@ def sparsity(arguments: argparse.Namespace) -> None:
     batches = token_batches(model, tokenizer, sample_text(arguments.text, heldout=True), arguments.tokens)
     measured = cats.measure_sparsity(model, tqdm(batches, desc="sparsity"))
     for name, fraction in measured.items():
-        print(f"{name}  {fraction:.4f}")
-    print(f"mean of {len(measured)} layers  {fmean(measured.values()):.4f}  (target {thresholds.sparsity:g}, {label})")
+        own = f"  (target {thresholds.level_of(name):.4f})" if thresholds.levels else ""
+        print(f"{name}  {fraction:.4f}{own}")
+    whole = overall_sparsity(model, measured)
+    print(f"mean of {len(measured)} layers  {whole:.4f}  (target {thresholds.sparsity:g}, {label})")
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -257,7 +274,9 @@ def bench(arguments: argparse.Namespace) -> None:
     else:
         batches = token_batches(model, tokenizer, sample_text(None, heldout=False), 2048)
     if thresholds is None:
-        thresholds = cats.calibrate(model, batches, arguments.sparsity, criterion=arguments.criterion)
+        thresholds = cats.calibrate(
+            model, batches, arguments.sparsity, criterion=arguments.criterion, allocation=arguments.allocation
+        )
     kernel, prefill = arguments.kernel, arguments.prefill
     prompt = batches[0][:, :32].to(model.device)
     rates: dict[str, list[float]] = {"dense": [], "cats": []}
@@ -275,7 +294,7 @@ def bench(arguments: argparse.Namespace) -> None:
                 values.append(clock.tokens_per_second())
             cats.remove(model)
     cats.apply(model, thresholds, kernel, prefill)
-    skipped = fmean(cats.measure_sparsity(model, batches).values())
+    skipped = overall_sparsity(model, cats.measure_sparsity(model, batches))
     for name, values in rates.items():
         print(f"{name}  {median(values):.1f} tokens per second  ({min(values):.1f} to {max(values):.1f})")
     ratios = [sparse / dense for dense, sparse in zip(*rates.values(), strict=True)]

@@ -117,6 +117,13 @@ def activation_of(mlp: GatedMLP, of: Parts) -> Any:
     return mlp._modules[of.activation] if of.activation is not None else of.function
 
 
+def inner_activation(mlp: GatedMLP, of: Parts) -> Any:
+    """`activation_of`, also of a patched MLP, without its thresholds."""
+    if "cats_state" in mlp.__dict__:
+        return mlp._modules[mlp.cats_state.activation_name].inner
+    return activation_of(mlp, of)
+
+
 def gate_and_up(mlp: GatedMLP, x: Tensor, of: Parts) -> tuple[Tensor, Tensor]:
     """``x W_gate`` and ``x W_up``, each (..., m), through the module's own (perhaps adapter-wrapped) projections."""
     if of.up is None:

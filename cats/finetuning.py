@@ -151,10 +151,11 @@ def remove_lora(model: PeftModel) -> PreTrainedModel:
     return model.unload()
 
 
-def recalibrate(model: nn.Module, batches: Batches, sparsity: float) -> Thresholds:
+def recalibrate(model: nn.Module, batches: Batches, sparsity: float, allocation: str | None = None) -> Thresholds:
     """Move the thresholds of a patched model, perhaps inside peft, back onto the target: calibrate again and swap them.
 
-    The sites that have thresholds get new ones, and the kernel stays as it was.
+    The sites that have thresholds get new ones, the target is shared among the layers as ``allocation`` says (see
+    `cats.calibrate`), and the kernel stays as it was.
 
     Fine-tuning shifts the activations under thresholds that stay (the paper's CATS-50 Mistral-7B drifted to 41 %).
     To be called after training, or during it from ``measure`` of `finetune`.
@@ -165,7 +166,8 @@ def recalibrate(model: nn.Module, batches: Batches, sparsity: float) -> Threshol
     Raises:
         ValueError: the model is not patched by `cats.apply`, and as `cats.calibrate`.
     """
-    thresholds = calibrate(model, batches, sparsity, sites_in_force(model), criterion_in_force(model))
+    sites, criterion = sites_in_force(model), criterion_in_force(model)
+    thresholds = calibrate(model, batches, sparsity, sites, criterion, allocation)
     swap_thresholds(model, thresholds)
     return thresholds
 

@@ -19,7 +19,19 @@ from cats.equation import GatedMLP, check_forward
 from cats.structure import attention_blocks, attention_linears, gated_mlps, mlp_linears, parts_of, unwrapped
 from cats.thresholds import SITES
 
-__all__ = ["SITES", "Batches", "Record", "check_sites", "dense_path", "input_mask", "masks_of", "observe"]
+__all__ = [
+    "SITES",
+    "Batches",
+    "Record",
+    "check_sites",
+    "dense_path",
+    "input_mask",
+    "keeps_logits",
+    "masks_of",
+    "model_inputs",
+    "observe",
+    "vocabulary_of",
+]
 
 Batches = Iterable[Mapping[str, Any] | Tensor]
 Record = Callable[[str, str, Tensor], None]  # site, module path, (tokens, features)
@@ -169,7 +181,12 @@ def _watch_kept(watcher: _Watcher, model: nn.Module) -> None:
             watcher.watch_output("attention_linears", name, mask_of_input)
 
 
-def _model_inputs(batch: Mapping[str, Any] | Tensor, device: torch.device, vocabulary: int | None) -> dict[str, Tensor]:
+def model_inputs(batch: Mapping[str, Any] | Tensor, device: torch.device, vocabulary: int | None) -> dict[str, Tensor]:
+    """``input_ids`` and perhaps ``attention_mask`` of a batch, each (batch, length) on ``device``.
+
+    Raises:
+        TypeError, ValueError: as `observe`.
+    """
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
@@ -195,27 +212,28 @@ def _model_inputs(batch: Mapping[str, Any] | Tensor, device: torch.device, vocab
     return inputs
 
 
-def _vocabulary(model: nn.Module) -> int | None:
+def vocabulary_of(model: nn.Module) -> int | None:
+    """How many ids ``model`` knows; None where that cannot be told."""
     try:
         return int(unwrapped(model).get_input_embeddings().num_embeddings)  # type: ignore[operator]
     except (AttributeError, NotImplementedError, TypeError):
         return None
 
 
-def _keeps_logits(model: nn.Module) -> bool:
+def keeps_logits(model: nn.Module) -> bool:
     """Whether its forward can be asked for the last token's logits alone."""
     return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
 
 
 def _run(model: nn.Module, batches: Batches, watcher: _Watcher, watch: Callable[[], None]) -> int:
-    tokens, device, vocabulary = 0, execution_device(model), _vocabulary(model)
+    tokens, device, vocabulary = 0, execution_device(model), vocabulary_of(model)
     # logits of a whole batch, which nobody reads, can take more memory than all else: 64 GB for 64 x 1024 tokens
-    fewest: dict[str, Any] = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+    fewest: dict[str, Any] = {"logits_to_keep": 1} if keeps_logits(model) else {}
     try:
         watch()
         with torch.no_grad(), eval_mode(model), dense_path(model), torch.compiler.set_stance("force_eager"):
             for batch in batches:
-                inputs = _model_inputs(batch, device, vocabulary)
+                inputs = model_inputs(batch, device, vocabulary)
                 if not inputs["input_ids"].numel():
                     continue
                 mask = inputs.get("attention_mask")

@@ -1,8 +1,12 @@
 """What a patched model really skips, per layer (Figure 5, Table 3)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
 from cats.observe import Batches, observe
+from cats.structure import named_modules, parts_of
 
 
 def measure_sparsity(model: nn.Module, batches: Batches, rows: int = 1) -> dict[str, float]:
@@ -41,3 +45,24 @@ def measure_sparsity(model: nn.Module, batches: Batches, rows: int = 1) -> dict[
     if not all(counts.values()):
         raise ValueError(f"no batch has {rows} tokens: give longer ones, or fewer rows")
     return {name: zeros[name] / counts[name] for name in zeros}
+
+
+def overall_sparsity(model: nn.Module, fractions: Mapping[str, float]) -> float:
+    """What is skipped in all modules together: their mean, each counted by its number of weights.
+
+    Args:
+        model: a causal language model, patched or not.
+        fractions: module path of a gated MLP or a linear layer to the fraction skipped, as `measure_sparsity` gives it.
+    """
+    modules = dict(named_modules(model))
+    sizes = {path: _weights(modules[path]) for path in fractions}
+    return sum(sizes[path] * fraction for path, fraction in fractions.items()) / sum(sizes.values())
+
+
+def _weights(module: Any) -> int:
+    """Of a gated MLP or of one linear layer."""
+    if hasattr(module, "in_features"):
+        return int(module.in_features * module.out_features)
+    of = parts_of(module)
+    down = module._modules[of.down]
+    return int(3 * down.in_features * down.out_features)

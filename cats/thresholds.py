@@ -1,8 +1,9 @@
 """The artifact between calibration and a sparse model: per site and module a number or a vector, in a JSON file.
 
-Format 2 is ``{format, criterion, sparsity, decider, model, tokens, sites: {site: {module path: value}}}``; a value is a
-number or ``{"float32": base64 of little-endian float32}``, exact to the bit. Format 1, which had the sites ``gate``,
-``attention_input`` and ``mlp_input`` of CATS beside each other and numbers only, is read as well.
+Format 2 is ``{format, criterion, sparsity, decider, levels, model, tokens, sites: {site: {module path: value}}}``; a
+value is a number or ``{"float32": base64 of little-endian float32}``, exact to the bit; ``levels`` is left out where
+every layer has the same. Format 1, which had the sites ``gate``, ``attention_input`` and ``mlp_input`` of CATS beside
+each other and numbers only, is read as well.
 """
 
 import base64
@@ -37,7 +38,8 @@ class Thresholds:
     """Thresholds of one criterion at one level: what calibration makes, `cats.apply` uses, and JSON stores.
 
     Attributes:
-        sparsity: the target k in [0, 1).
+        sparsity: the target k in [0, 1): of every layer, or with ``levels`` of all MLPs together, each counted by its
+            number of weights.
         gate, up: module path of an MLP to the threshold of ``act(x W_gate)`` or ``x W_up``; the one that is given for
             an MLP decides there. A value is a number, or a float32 vector (m,) on the CPU with one threshold per
             neuron; infinity in a vector skips the neuron always.
@@ -47,6 +49,8 @@ class Thresholds:
         model: what the thresholds were made for: model_type, hidden_size, intermediate_size, num_hidden_layers.
         tokens: how many tokens calibration saw.
         criterion: name of the criterion, one of `cats.criteria.names`.
+        levels: module path of an MLP to its own target in [0, 1), where sparsity was allocated between layers; empty
+            where every layer has the same.
     """
 
     sparsity: float
@@ -60,6 +64,7 @@ class Thresholds:
     neurons: ByModule = field(default_factory=dict)
     mlp_linears: ByModule = field(default_factory=dict)
     attention_linears: ByModule = field(default_factory=dict)
+    levels: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
@@ -69,6 +74,7 @@ class Thresholds:
                 raise ValueError(f"{site} must map module paths to thresholds, not be a {type(values).__name__}")
             checked = {_module_path(site, name): _value(f"{site}[{name!r}]", value) for name, value in values.items()}
             object.__setattr__(self, site, checked)
+        object.__setattr__(self, "levels", _levels(self.levels))
         both = [name for name in self.gate if name in self.up]
         if both:
             raise ValueError(f"gate and up cannot both have thresholds of {both[0]}: one of the two products decides")
@@ -96,11 +102,15 @@ class Thresholds:
         """The product that decides in the MLP of module path ``name``: "gate" or "up", or None."""
         return "up" if name in self.up else "gate" if name in self.gate else None
 
+    def level_of(self, name: str) -> float:
+        """The target of the layer of module path ``name``."""
+        return self.levels.get(name, self.sparsity)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Thresholds):
             return NotImplemented
-        own = (self.criterion, self.sparsity, self.model, self.tokens)
-        if own != (other.criterion, other.sparsity, other.model, other.tokens):
+        own = (self.criterion, self.sparsity, self.levels, self.model, self.tokens)
+        if own != (other.criterion, other.sparsity, other.levels, other.model, other.tokens):
             return False
         return all(_same(getattr(self, site), getattr(other, site)) for site in SITES)
 
@@ -111,6 +121,7 @@ class Thresholds:
             "criterion": self.criterion,
             "sparsity": self.sparsity,
             "decider": self.decider,
+            **({"levels": self.levels} if self.levels else {}),
             "model": self.model,
             "tokens": self.tokens,
             "sites": {
@@ -140,7 +151,7 @@ class Thresholds:
             return cls(**data)
         if version != FORMAT:
             raise ValueError(f'its "format" is neither "{FORMAT}" nor "{FORMAT_1}"')
-        allowed = ("criterion", "sparsity", "decider", "model", "tokens", "sites")
+        allowed = ("criterion", "sparsity", "decider", "levels", "model", "tokens", "sites")
         _check_keys(data, allowed, ("criterion", "sparsity", "sites"))
         sites = data.pop("sites")
         if not isinstance(sites, dict):
@@ -191,6 +202,18 @@ def _module_path(site: str, name: object) -> str:
     if not isinstance(name, str):
         raise ValueError(f"{site} must have module paths as keys, not {_short(name)}")
     return name
+
+
+def _levels(values: object) -> dict[str, float]:
+    """Module path to a sparsity."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"levels must map module paths to sparsities, not be a {type(values).__name__}")
+    for name, level in values.items():
+        try:
+            check_sparsity(level)
+        except ValueError as error:
+            raise ValueError(f"levels[{name!r}]: {error}") from error
+    return {_module_path("levels", name): float(level) for name, level in values.items()}
 
 
 def _value(key: str, value: Any) -> Value:

@@ -1,8 +1,10 @@
-"""auto: for each layer the side and the weights with the least error of the MLP's output, at the same bytes; ours.
+"""auto: for each layer the side, the weights and the level with the least error of the outputs, at the same bytes.
 
 Which product decides best, and with what weights, differs between models and between the layers of one. `cats.search`
 tries, on a sample of calibration tokens, the gate and the up product, each with the plain value, with the root mean
-square of the other product, and with that and the norm of the down projection's row.
+square of the other product, and with that and the norm of the down projection's row. Layers differ as much in how much
+they can skip: by the same errors `cats.allocation` gives each a level of its own, so that all MLPs together skip the
+target; ``allocation="uniform"`` gives each the target. Ours; TEAL (arXiv 2408.14690) allocates within a block.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ class Auto(Criterion):
     decider = "mixed"
     scored = False
     searches = True
+    allocations = ("output", "uniform")
 
-    def search(self, model: nn.Module, batches: Sequence[Any], targets: Sequence[float]) -> Searched:
+    def search(self, model: nn.Module, batches: Sequence[Any], targets: Sequence[float], allocation: str) -> Searched:
         from cats.search import search
 
-        return search(model, batches, targets)
+        return search(model, batches, targets, allocation)
 
 
 CRITERION = Auto()

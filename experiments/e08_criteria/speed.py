@@ -18,6 +18,7 @@ import cats
 from cats.equation import gate_and_up
 from cats.generation.serving import obstacle
 from cats.search import sample_inputs
+from cats.sparsity import overall_sparsity
 from cats.structure import parts_of
 from experiments.e06_throughput.decoding import Decoder, make_greedy
 from experiments.e08_criteria.cases import DENSE_CASE, Case
@@ -25,7 +26,6 @@ from experiments.e08_criteria.measures import Comparison
 from experiments.e08_criteria.options import FASTEST
 from experiments.framework.provenance import machine_name
 from experiments.framework.samples import median_interval
-from experiments.framework.subject import mean
 from experiments.framework.tables import CriterionSpeedRow, CriterionSpeedSample, Row, pack_numbers
 from experiments.framework.timing import measure as measure_calls
 
@@ -40,7 +40,7 @@ def mlp_rows(subject: Comparison) -> list[Row]:
     cats.remove(model)
     sampled, count = sample_inputs(model, [subject.heldout_on_device[0][:1]], options.speed_tokens + 1)
     inputs, count = {path: x[1:] for path, x in sampled.items()}, count - 1  # a text's first token is like no other
-    sparsity = {case: mean(_skipped(model, inputs, case, timed[case])) for case in timed}
+    sparsity = {case: overall_sparsity(model, _skipped(model, inputs, timed[case])) for case in timed}
     try:
         times = _mlp_times(subject, timed_blocks(model, timed), inputs, count)
     finally:
@@ -103,9 +103,9 @@ def _in_turn(calls: Sequence[Callable[[], object]], size: int) -> Callable[[], N
 
 
 @torch.no_grad()
-def _skipped(model: nn.Module, inputs: dict[str, Tensor], case: Case, thresholds: cats.Thresholds) -> list[float]:
+def _skipped(model: nn.Module, inputs: dict[str, Tensor], thresholds: cats.Thresholds) -> dict[str, float]:
     """Fraction of neurons that each MLP skips on ``inputs``."""
-    shares = []
+    shares = {}
     for path, mlp in cats.gated_mlps(model).items():
         of = parts_of(mlp)
         gate, up = gate_and_up(mlp, inputs[path], of)
@@ -113,7 +113,7 @@ def _skipped(model: nn.Module, inputs: dict[str, Tensor], case: Case, thresholds
         by_up = thresholds.decider_of(path) == "up"
         magnitude = (up if by_up else activation(gate)).float().abs()
         limit = torch.as_tensor((thresholds.up if by_up else thresholds.gate)[path], device=magnitude.device)
-        shares.append(float((magnitude < limit).float().mean()))
+        shares[path] = float((magnitude < limit).float().mean())
     return shares
 
 
@@ -124,7 +124,7 @@ def token_rows(subject: Comparison) -> list[Row]:
     sparsity = {}
     for case in timed:  # over the same text as accuracy: what decoding skips differs from prompt to prompt
         subject.become(case)
-        sparsity[case] = mean(subject.heldout_pass(case)[1].values())
+        sparsity[case] = overall_sparsity(model, subject.heldout_pass(case)[1])
     cats.remove(model)
     before = model.generation_config
     length, context = options.speed_length, options.speed_prompt_tokens + options.speed_length

@@ -12,6 +12,7 @@ from torch import Tensor
 import cats
 from cats.calibration import Thresholds
 from cats.devices import execution_device
+from cats.sparsity import overall_sparsity
 from experiments.e08_criteria.cases import SAVED
 from experiments.e08_criteria.heldout import losses_and_skipped
 from experiments.e09_quantization.formats import PLAIN, Format, QuantizedLinears, format_of
@@ -109,7 +110,7 @@ def measure(subject: QuantizedSubject, case: Case, plain: Samples | None, dense:
     measurement = Measurement(0.0, results, losses, subject.config.options.length)
     samples = measurement.samples()
     stored, unquantised = (sum(of.values()) for of in (subject.linears.stored, subject.linears.plain_bytes))
-    sparsity = mean(skipped.values()) if skipped else None
+    sparsity = overall_sparsity(subject.model, skipped) if skipped else None
     memory = stored / unquantised
     against = measurement.scores(dense or samples)
     rows: list[Row] = [

@@ -9,6 +9,7 @@ import torch
 
 import cats
 from cats.evaluation import TaskResult, block_losses
+from cats.sparsity import overall_sparsity
 from experiments.framework.samples import flags, numbers, paired
 from experiments.framework.subject import Subject, mean
 from experiments.framework.tables import Row, pack_flags, pack_numbers
@@ -38,7 +39,7 @@ class Measurement:
     """One model on all tasks and on held-out text.
 
     Attributes:
-        sparsity: mean over layers of what is skipped on held-out text.
+        sparsity: what all layers together skip on held-out text.
         results: of each task.
         losses: of each block of text, nats per token.
         tokens_per_block: how many tokens a block has.
@@ -84,7 +85,7 @@ def measure_as_is(subject: Subject, model: torch.nn.Module | None = None) -> Mea
     """
     model = model or subject.model
     torch.manual_seed(subject.config.seed)  # of criteria that draw at random
-    sparsity = mean(cats.measure_sparsity(model, subject.heldout).values())
+    sparsity = overall_sparsity(model, cats.measure_sparsity(model, subject.heldout))
     results = subject.evaluate(model)
     losses = block_losses(model, subject.heldout)
     if not math.isfinite(mean(losses)):
