@@ -174,8 +174,8 @@ class SparseForward:
                 return None
             weights.append(weight)
         given = as_given(weights)
-        for weight in given:
-            if weight.device != device or weight.dtype != x.dtype or not weight.is_contiguous():
+        for one in given:
+            if one.device != device or one.dtype != x.dtype or not one.is_contiguous():
                 return None
         return given
 

@@ -188,9 +188,9 @@ def run_case(shape: str, dtype: torch.dtype, position: int, bandwidth: float, ro
     results = []
     for key in works:
         timing = timings[str(key)]
-        times = (1e3 * t for t in (timing.p20_ms, timing.p50_ms, timing.p80_ms))
+        p20, p50, p80 = (1e3 * t for t in (timing.p20_ms, timing.p50_ms, timing.p80_ms))
         name = str(dtype).removeprefix("torch.")
-        results.append(Result(shape, name, position, *key, *times, bytes_read / bandwidth / 1e3, errors[key]))
+        results.append(Result(shape, name, position, *key, p20, p50, p80, bytes_read / bandwidth / 1e3, errors[key]))
     return results
 
 
