@@ -9,6 +9,7 @@ import pytest
 import torch
 from cats_kernels import dispatch, path_of, sparse_gated_mlp, sparse_gated_mlp_reference
 from cats_kernels.problem import TOLERANCE, Problem, inputs, oracle, relative_error, weights
+from cats_kernels.reference import multiplies_bfloat16
 
 
 @pytest.fixture
@@ -128,7 +129,8 @@ def test_triton_is_chosen_on_cuda():
         (1, torch.float32, "auto", "sparse kernel"),
         (64, torch.float32, "auto", "sparse kernel"),
         (65, torch.float32, "cpu", "dense masked"),
-        (10**6, torch.bfloat16, "auto", "sparse kernel"),
+        (2, torch.bfloat16, "auto", "sparse kernel"),
+        (10**6, torch.bfloat16, "auto", "dense masked" if multiplies_bfloat16() else "sparse kernel"),
         (1, torch.float16, "auto", "dense masked"),
         (1, torch.float32, "reference", "dense masked"),
     ],
