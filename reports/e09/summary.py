@@ -79,10 +79,11 @@ def memory(run: Run) -> dict[str, float]:
         for _, part in own.groupby(["machine", "shape", "dtype"], sort=False):
             stored = part.drop_duplicates("format").set_index("format")["bytes_stored"]
             if PLAIN in stored:
-                made |= (stored / stored[PLAIN]).to_dict()
+                made |= {str(name): float(share) for name, share in (stored / stored[PLAIN]).items()}
     quality = run.table(QuantizationRow)
     if quality is not None:
-        made |= quality.drop_duplicates("format").set_index("format")["mlp_memory"].to_dict()
+        of_format = quality.drop_duplicates("format").set_index("format")["mlp_memory"]
+        made |= {str(name): float(share) for name, share in of_format.items()}
     return made
 
 
