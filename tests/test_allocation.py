@@ -87,7 +87,7 @@ def uneven() -> nn.Module:
 
 @pytest.mark.parametrize("target", [0.2, 0.5, 0.8])
 def test_the_whole_is_on_target_and_costs_less_than_uniform(uneven: nn.Module, batches: list, target: float) -> None:
-    made = cats.calibrate(uneven, batches, target, criterion="auto")
+    made = cats.calibrate(uneven, batches, target, criterion="auto", allocation="output")
     mlps = cats.gated_mlps(uneven)
     sizes = {path: mlp.gate_proj.out_features for path, mlp in mlps.items()}
     total = sum(sizes.values())
@@ -190,7 +190,7 @@ def test_nothing_is_left_on_the_model(llama: nn.Module, batches: list) -> None:
 
 
 def test_levels_are_in_the_file_where_they_differ_alone(tmp_path, uneven: nn.Module, batches: list) -> None:
-    made = cats.calibrate(uneven, batches, [0.3, 0.6], criterion="auto")
+    made = cats.calibrate(uneven, batches, [0.3, 0.6], criterion="auto", allocation="output")
     made[0.3].save(tmp_path / "t.json")
     loaded = cats.Thresholds.load(tmp_path / "t.json")
     assert loaded == made[0.3] and loaded.levels == made[0.3].levels and loaded != made[0.6]

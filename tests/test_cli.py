@@ -69,7 +69,7 @@ def test_sparsity_prints_every_layer_and_their_mean(model: str, thresholds: str,
 def test_levels_of_auto_are_shown_beside_what_is_skipped(model: str, text: str, tmp_path: Path, capsys) -> None:
     path = tmp_path / "auto.json"
     words = ["calibrate", model, "--text", text, "--tokens", "600", "--criterion", "auto", "--output", str(path)]
-    assert main(words) == 0
+    assert main([*words, "--allocation", "output"]) == 0
     said = r"\nsparsity allocated between layers: 0\.\d\d to 0\.\d\d, 0\.5 of all weights"
     assert re.search(said, capsys.readouterr().out)
     assert main(["sparsity", model, "--thresholds", str(path), "--text", text, "--tokens", "600"]) == 0

@@ -84,7 +84,7 @@ def test_each_layer_gets_its_best_candidate(lopsided: nn.Module, batches: list) 
 def test_a_mixed_artifact_runs_in_every_kernel_and_from_its_file(
     tmp_path, lopsided: nn.Module, batches: list, operator_calls: list
 ) -> None:
-    thresholds = cats.calibrate(lopsided, batches, 0.5, criterion="auto")
+    thresholds = cats.calibrate(lopsided, batches, 0.5, criterion="auto", allocation="output")
     thresholds.save(tmp_path / "auto.json")
     loaded = cats.Thresholds.load(tmp_path / "auto.json")
     assert loaded == thresholds and loaded.decider == "mixed" and set(loaded.levels) == set(cats.gated_mlps(lopsided))
