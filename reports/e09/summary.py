@@ -79,11 +79,13 @@ def memory(run: Run) -> dict[str, float]:
         for _, part in own.groupby(["machine", "shape", "dtype"], sort=False):
             stored = part.drop_duplicates("format").set_index("format")["bytes_stored"]
             if PLAIN in stored:
-                made |= {str(name): float(share) for name, share in (stored / stored[PLAIN]).items()}
+                made |= {
+                    str(name): float(share) for name, share in zip(stored.index, stored / stored[PLAIN], strict=True)
+                }
     quality = run.table(QuantizationRow)
     if quality is not None:
         of_format = quality.drop_duplicates("format").set_index("format")["mlp_memory"]
-        made |= {str(name): float(share) for name, share in of_format.items()}
+        made |= {str(name): float(share) for name, share in zip(of_format.index, of_format, strict=True)}
     return made
 
 
