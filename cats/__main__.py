@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     by_criterion.add_argument("--criterion", default="cats", help=f"{', '.join(criteria.names())} (default cats)")
     by_criterion.add_argument(
         "--allocation",
-        help="of auto: output (default), by what each layer costs the output, or uniform, the same in all",
+        help="of auto: uniform (default), the same in all layers, or output, by what each layer costs the output",
     )
     by_criterion.add_argument("--sparsity", type=float, default=0.5, help="fraction to skip, in [0, 1) (default 0.5)")
 

@@ -313,7 +313,7 @@ def calibrate(
         criterion: name of a criterion (`cats.criteria.names`), or several.
         allocation: how the target is shared among the layers: ``uniform``, the same in all, or of auto also ``output``,
             more in layers whose output suffers less (`Thresholds.levels` tells how much); None for the criterion's own,
-            which is ``output`` for auto.
+            ``uniform`` for all.
 
     Returns:
         Thresholds; a dict from target to Thresholds when several targets were asked for; and a dict from criterion to

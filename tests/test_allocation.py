@@ -209,7 +209,7 @@ def test_levels_are_in_the_file_where_they_differ_alone(tmp_path, uneven: nn.Mod
 def test_unknown_allocations_are_refused(uneven: nn.Module, batches: list) -> None:
     with pytest.raises(ValueError, match="criterion 'cats' has no allocation 'output': allowed are uniform"):
         cats.calibrate(uneven, batches, 0.5, allocation="output")
-    with pytest.raises(ValueError, match="criterion 'auto' has no allocation 'best': allowed are output, uniform"):
+    with pytest.raises(ValueError, match="criterion 'auto' has no allocation 'best': allowed are uniform, output"):
         cats.calibrate(uneven, batches, 0.5, criterion="auto", allocation="best")
     same = cats.calibrate(uneven, batches, 0.5, allocation="uniform")
     assert same == cats.calibrate(uneven, batches, 0.5) and math.isclose(same.level_of("any"), 0.5)

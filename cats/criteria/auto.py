@@ -25,7 +25,7 @@ class Auto(Criterion):
     decider = "mixed"
     scored = False
     searches = True
-    allocations = ("output", "uniform")
+    allocations = ("uniform", "output")
 
     def search(self, model: nn.Module, batches: Sequence[Any], targets: Sequence[float], allocation: str) -> Searched:
         from cats.search import search

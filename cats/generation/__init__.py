@@ -61,7 +61,7 @@ def generate(
             token.
         streamer: one of transformers' streamers, or a function that is called with every token, int64 (batch,) on the
             host.
-        loop: "auto" (on a GPU "graph", or "graph-tuned" for one sequence of a dense model; on a CPU "eager"), "eager"
+        loop: "auto" (on a GPU "graph-tuned" for one sequence and "graph" for several; on a CPU "eager"), "eager"
             (nothing is compiled), "captured" (a CUDA graph of what runs uncompiled), "graph" (compiled, then captured),
             "graph-tuned" (compiled with tuning: a minute more for a 7B model), or "transformers" (``model.generate``).
         cache_tokens: tokens that the cache holds from the start, at least; a cache that is full is replaced by one of
@@ -78,7 +78,7 @@ def generate(
     itself = inner(model)
     reason = obstacle(itself) or wrapper_obstacle(model)
     if loop == "auto" and reason is None:
-        loop = default_loop(ids.device, len(ids), _is_sparse(itself))
+        loop = default_loop(ids.device, len(ids))
     elif loop not in ("auto", "transformers"):
         check_loop(loop, ids.device)
     stop, pad = _special_tokens(itself, eos_token_id, pad_token_id)
@@ -101,11 +101,6 @@ def release(model: nn.Module) -> None:
     itself = inner(model)
     decoder_of(itself).release()
     separate(itself)
-
-
-def _is_sparse(model: nn.Module) -> bool:
-    """Whether MLPs of the model go to the sparse kernel."""
-    return any(getattr(module.__dict__.get("cats_state"), "sparse", False) for module in model.modules())
 
 
 def _check_input(model: Any, ids: Any, mask: Any, new_tokens: int) -> tuple[Tensor, Tensor | None]:

@@ -36,21 +36,20 @@ LOOPS = {
 }
 
 
-def default_loop(device: torch.device, batch: int, sparse: bool) -> str:
+def default_loop(device: torch.device, batch: int) -> str:
     """The fastest loop once it is compiled; a CPU is as fast without compiling.
 
-    Tuning takes twice as long to compile and serves products of one row. On an H100 (Llama2-7B's shape, bfloat16, one
-    sequence, 256 tokens) it made the dense model 7 % faster (184.9 tokens/s, 172.8 without), but CATS at 50 %, whose
-    MLPs are kernels already, 1 % slower (216.7 and 218.3).
+    Tuning takes twice as long to compile and serves products of one row. On an H100 (the shapes of Llama2-7B and
+    Mistral-7B, bfloat16, one sequence, 256 tokens) it made the dense model 7 and 8 % faster, and CATS at 50 %, whose
+    MLPs are kernels already, 5 % (e06, results/h100).
 
     Args:
         device: of the model.
         batch: sequences.
-        sparse: whether MLPs of the model go to the sparse kernel.
     """
     if device.type != "cuda":
         return "eager"
-    return "graph-tuned" if batch == 1 and not sparse else "graph"
+    return "graph-tuned" if batch == 1 else "graph"
 
 
 def check_loop(name: str, device: torch.device) -> None:

@@ -33,8 +33,8 @@ PROTOCOL = (
 NOTE = (
     "CATS keeps the neurons whose gate activation is large; CHESS weighs it by the typical size of what it "
     "multiplies, gate-norm by the norm of the neuron's row of the down projection as well; up and up-norm do the same "
-    "with the other product, which then decides; auto chooses the side, the weights and the level of each layer "
-    "on calibration text, so that all of them together skip the target. TEAL and WINA skip inputs of the linear layers "
+    "with the other product, which then decides; auto chooses the side and the weights of each layer "
+    "on calibration text. TEAL and WINA skip inputs of the linear layers "
     "that are small (WINA: times the norm of their column). "
     "ReLUfication puts ReLU in place of the activation. Oracle keeps the neurons that add most to the output, random "
     f"any. This project's kernels serve {', '.join(map(title, WITH_KERNEL))}; the others run as masks."

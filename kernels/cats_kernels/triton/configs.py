@@ -34,7 +34,7 @@ CONFIGS: dict[tuple[int, int], Config] = {
     (2, 1): Config(2, 1, warps=4, programs=2, gate_stages=4, stages=4),
     (2, 2): Config(4, 2, warps=4, programs=1, gate_stages=4, stages=4),
     (2, 8): TENSOR_CORES,
-    (4, 1): Config(1, 2, warps=8, programs=1, gate_stages=6, stages=3, parts=8),
+    (4, 1): Config(1, 2, warps=8, programs=1, gate_stages=6, stages=3, early=True),
     (4, 2): Config(1, 1, warps=4, programs=1, gate_stages=6, stages=5, parts=8),
     (4, 4): Config(2, 1, warps=8, programs=1, gate_stages=4, stages=4),
     (4, 8): replace(TENSOR_CORES, columns=64, down_block=256, dependent=False),
@@ -58,6 +58,8 @@ def choose_config(element_size: int, rows: int, d: int, arch: int = 90) -> Confi
         return CONFIGS[element_size, 8]
     if d < 1024:
         config = NARROW
+    if arch < 90:  # without dependent launch there is nothing to begin early, and it takes shared memory
+        config = replace(config, early=False)
     # d = 5120 is padded to 8192, where two rows in three stages of float32 are 262 KB
     one = replace(config, programs=1)
     smaller = (config, one, replace(one, gate_tile=1, tile=1), replace(config, gate_stages=1, stages=1, programs=2))
