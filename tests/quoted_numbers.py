@@ -18,7 +18,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments.framework.tables import CriterionRow, CriterionSpeedRow, LatencyRow, ThroughputRow, ZeroShotRow
+from experiments.framework.tables import (
+    CriterionRow,
+    CriterionSpeedRow,
+    LatencyRow,
+    QuantizationSpeedRow,
+    QuantizationThroughputRow,
+    ThroughputRow,
+    ZeroShotRow,
+)
 from reports.core.load import Run, load_run, paper_table
 from reports.core.section import discover, row_types
 from reports.e08.tables import text_rows
@@ -68,6 +76,28 @@ def mlp(run: str, column: str = "speedup", pick: str = "", **where: object) -> f
 def generation(run: str, column: str = "speedup", **where: object) -> float:
     """e06, Figure 4's rows: ``speedup``, ``tokens_per_second``, ``dense_tokens_per_second``."""
     return one(figure_4(generation_speedups(run_at(run).tables[ThroughputRow.table])), column, **where)
+
+
+def quantized_generation(run: str, format: str, variant: str) -> float:
+    """e09: median tokens per second of a format."""
+    table = run_at(run).tables[QuantizationThroughputRow.table]
+    rows = table[(table["format"] == format) & (table["variant"] == variant)]
+    if rows.empty:
+        raise ValueError(f"no row has {format}, {variant}")
+    return float(rows["tokens_per_second"].median())
+
+
+def quantized_mlp(run: str, format: str, sparsity_target: float, over: str) -> float:
+    """e09: speed-up of our kernel over the fastest dense of the same bits (``over="dense"``), or over itself on bfloat16
+    weights at the same sparsity (``over="bfloat16"``)."""
+    table = run_at(run).tables[QuantizationSpeedRow.table]
+    ours = table[(table["implementation"] == "cats") & np.isclose(table["sparsity_target"], sparsity_target)]
+    if over == "bfloat16":
+        other = one(ours, "p50_ms", format="none")
+    else:
+        bits = one(ours, "bits", format=format)
+        other = float(table.loc[(table["bits"] == bits) & (table["implementation"] != "cats"), "p50_ms"].min())
+    return other / one(ours, "p50_ms", format=format)
 
 
 def accuracy(run: str, variant: str) -> float:
@@ -126,7 +156,7 @@ def value_of(entry: dict[str, object]) -> float:
 
 KNOWN = (
     mlp, generation, accuracy, accuracy_change, perplexity, perplexity_ratio, perplexity_increase, criterion_increase,
-    criterion_speed, paper,
+    criterion_speed, paper, quantized_generation, quantized_mlp,
 )  # fmt: skip
 
 
