@@ -291,14 +291,14 @@ def test_every_experiment_of_every_profile_states_its_cost(name, tmp_path):
     for experiment in EXPERIMENTS.keys() & profile.keys():
         config = make_config(experiment, name, profile, tmp_path)
         cost = importlib.import_module(EXPERIMENTS[experiment]).cost(config)
-        work = (cost.flops, cost.bytes_read, cost.fixed_seconds)
+        work = (cost.work.operations, cost.bytes_read, cost.fixed_seconds)
         assert all(math.isfinite(part) for part in work) and sum(work) > 0
         assert cost.memory + cost.fixed_memory > 0 and cost.uses_models == (experiment != "e05")
 
 
 def test_cost_counts_what_is_run(world, tmp_path):
-    """e02, by hand: 6 evaluations of 2 x 80 scored continuations of 60 tokens, each with two passes over held-out text;
-    calibration twice."""
+    """e02, by hand: 6 evaluations of 2 tasks of 20 items of 2 inputs of 50 tokens, each with two passes over held-out
+    text; calibration twice."""
     cost = e02_zero_shot.cost(config_of(world, "e02", tmp_path, levels=[0.5, 0.7, 0.9]))
-    tokens = 6 * (2 * 80 * 60 + 2 * 32 * 4) + 2 * 32 * (8 + 4)
-    assert cost.flops == 2 * tokens
+    tokens = 6 * (2 * 20 * 2 * 50 + 2 * 32 * 4) + 2 * 32 * 8
+    assert cost.work.operations == 2 * tokens and cost.work.items == 6 * 2 * 20

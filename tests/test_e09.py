@@ -188,4 +188,4 @@ def test_wrong_options_are_refused_and_the_cost_is_finite(world, tmp_path):
     with pytest.raises(ValueError, match=r"e09\.criterion must be"):
         config_of(world, "e09", tmp_path, criterion="teal")
     cost = e09_quantization.cost(config_of(world, "e09", tmp_path, shapes=["Mistral-7B"]))
-    assert cost.flops > 0 and all(map(math.isfinite, (cost.memory, cost.fixed_memory, cost.fixed_seconds)))
+    assert cost.work.operations > 0 and all(map(math.isfinite, (cost.memory, cost.fixed_memory, cost.fixed_seconds)))
