@@ -129,7 +129,7 @@ def test_triton_is_chosen_on_cuda():
         (1, torch.float32, "auto", "sparse kernel"),
         (64, torch.float32, "auto", "sparse kernel"),
         (65, torch.float32, "cpu", "dense masked"),
-        (2, torch.bfloat16, "auto", "sparse kernel"),
+        (8, torch.bfloat16, "auto", "sparse kernel"),
         (10**6, torch.bfloat16, "auto", "dense masked" if multiplies_bfloat16() else "sparse kernel"),
         (1, torch.float16, "auto", "dense masked"),
         (1, torch.float32, "reference", "dense masked"),

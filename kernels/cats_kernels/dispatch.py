@@ -30,7 +30,7 @@ SPARSE, DENSE_MASKED = "sparse kernel", "dense masked"
 
 SPARSE_ROWS: dict[tuple[str, torch.dtype], float] = {
     ("cpu", torch.float32): 64,
-    ("cpu", torch.bfloat16): 2 if multiplies_bfloat16() else math.inf,
+    ("cpu", torch.bfloat16): 8 if multiplies_bfloat16() else math.inf,
     ("triton", torch.float32): 8,
     ("triton", torch.float16): 4,
     ("triton", torch.bfloat16): 4,
@@ -38,12 +38,13 @@ SPARSE_ROWS: dict[tuple[str, torch.dtype], float] = {
 """(backend, dtype) -> most rows of x for which its sparse kernel is the faster path; what is missing it does not take.
 
 CPU, on two AVX2 cores (d=4096, m=14336, about 50 % sparsity): float32 takes 360 ms here and 388 ms dense at 64 rows,
-100 and 234 at 16, 55 and 215 at 8. bfloat16 has no such number: without bfloat16 arithmetic the dense path takes 2.3 to
-2.7 times as long at 8 to 32 rows alike. With it (two cores, AMX, d=1536, m=8960, in a large cache, no neuron dropped)
-the kernel takes 4.9, 8.5, 14 and 115 ms at 2, 4, 8 and 64 rows, the dense masked path 4.7, 5.1, 5.0 and 7.0. Triton, on
-an H200 (Mistral-7B): a neuron's rows are read if any row of x keeps it, so at 50 % sparsity a batch of 4 reads 94 % of
-them and a batch of 8 all. The sparse kernels were 1.06x dense at 4 rows and 50 % in bfloat16, but
-0.99x at 8 rows, where the dense masked path was 1.04x; in float32 1.8x."""
+100 and 234 at 16, 55 and 215 at 8. bfloat16 has no such number: without bfloat16 arithmetic the dense path takes 2.3
+to 2.7 times as long at 8 to 32 rows alike. With it (two cores, AMX, d=1536, m=8960, in a large cache, no neuron
+dropped) the kernel takes 4.9, 8.5, 14 and 115 ms at 2, 4, 8 and 64 rows, the dense masked path 4.7, 5.1, 5.0 and
+7.0; calls of up to 8 rows are repeated without a look at their arguments, and stay with the kernel. Triton, on an
+H200 (Mistral-7B): a neuron's rows are read if any row of x keeps it, so at 50 % sparsity a batch of 4 reads 94 % of
+them and a batch of 8 all. The sparse kernels were 1.06x dense at 4 rows and 50 % in bfloat16, but 0.99x at 8 rows,
+where the dense masked path was 1.04x; in float32 1.8x."""
 
 QUANTIZED_ROWS: dict[tuple[str, torch.dtype], float] = {
     ("cpu", torch.float32): 32,
