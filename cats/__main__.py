@@ -26,6 +26,7 @@ from transformers import TextStreamer
 
 import cats
 from cats import criteria
+from cats.calibration import allocation_of
 from cats.devices import resolve_device
 from cats.files import check_output
 from cats.generation import LOOPS as LOOP_NAMES
@@ -146,6 +147,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
     """Write thresholds for a model."""
     check_sparsity(arguments.sparsity)
     criterion = criteria.get(arguments.criterion)
+    allocation_of(criterion, arguments.allocation)
     check_output(arguments.output)  # said before the work, not after it
     model, tokenizer = load(arguments)
     batches = token_batches(model, tokenizer, sample_text(arguments.text, heldout=False), arguments.tokens)
@@ -240,7 +242,7 @@ def bench(arguments: argparse.Namespace) -> None:
     if arguments.new_tokens < 2 or arguments.rounds < 1:
         raise ValueError("--new-tokens must be at least 2 and --rounds at least 1")
     check_sparsity(arguments.sparsity)
-    criteria.get(arguments.criterion)
+    allocation_of(criteria.get(arguments.criterion), arguments.allocation)
     thresholds = Thresholds.load(arguments.thresholds) if arguments.thresholds else None
     model, tokenizer = load(arguments)
     if tokenizer is None:
