@@ -28,6 +28,7 @@ from transformers import TextStreamer
 
 import cats
 from cats import criteria
+from cats.calibration import allocation_of
 from cats.checks import KERNELS, PREFILLS
 from cats.devices import resolve_device
 from cats.files import check_output
@@ -38,12 +39,8 @@ from cats.sparsity import overall_sparsity
 from cats.thresholds import Thresholds, check_sparsity
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line's grammar."""
-    root = argparse.ArgumentParser(
-        prog="cats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = root.add_subparsers(dest="command", required=True)
+def model_options() -> argparse.ArgumentParser:
+    """Options of every command: which model, where, in what format."""
     on_model = argparse.ArgumentParser(add_help=False)
     on_model.add_argument(
         "model", metavar="MODEL", help="hub id, model directory, GGUF file, pocket, or shape:NAME (bench)"
@@ -60,6 +57,16 @@ def parser() -> argparse.ArgumentParser:
     on_model.add_argument(
         "--packed", action="store_true", help="keep the MLPs' Q8_0 or Q4_0 weights of a GGUF file as they are"
     )
+    return on_model
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    root = argparse.ArgumentParser(
+        prog="cats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = root.add_subparsers(dest="command", required=True)
+    on_model = model_options()
     on_text = argparse.ArgumentParser(add_help=False)
     on_text.add_argument(
         "--text", nargs="+", type=Path, metavar="FILE", help="UTF-8 text (default: Python's own documentation)"
@@ -172,6 +179,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
     """Write thresholds for a model."""
     check_sparsity(arguments.sparsity)
     criterion = criteria.get(arguments.criterion)
+    allocation_of(criterion, arguments.allocation)
     check_output(arguments.output)  # said before the work, not after it
     model, tokenizer = load(arguments)
     batches = token_batches(model, tokenizer, sample_text(arguments.text, heldout=False), arguments.tokens)
@@ -266,7 +274,7 @@ def bench(arguments: argparse.Namespace) -> None:
     if arguments.new_tokens < 2 or arguments.rounds < 1:
         raise ValueError("--new-tokens must be at least 2 and --rounds at least 1")
     check_sparsity(arguments.sparsity)
-    criteria.get(arguments.criterion)
+    allocation_of(criteria.get(arguments.criterion), arguments.allocation)
     thresholds = Thresholds.load(arguments.thresholds) if arguments.thresholds else None
     model, tokenizer = load(arguments)
     if tokenizer is None:

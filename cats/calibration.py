@@ -162,7 +162,8 @@ def _sites_of(criterion: Criterion, sites: Iterable[str] | None) -> tuple[str, .
     return sites
 
 
-def _allocation_of(criterion: Criterion, allocation: str | None) -> str:
+def allocation_of(criterion: Criterion, allocation: str | None) -> str:
+    """``allocation``, or the criterion's own. Raises ValueError naming those that it has."""
     if allocation is not None and allocation not in criterion.allocations:
         allowed = ", ".join(criterion.allocations)
         raise ValueError(f"criterion {criterion.name!r} has no allocation {allocation!r}: allowed are {allowed}")
@@ -332,7 +333,7 @@ def calibrate(
     if not criteria:
         raise ValueError("no criterion given: criterion must be a name or a sequence of names")
     sites_of = {c.name: _sites_of(c, sites) for c in criteria}
-    allocations = {c.name: _allocation_of(c, allocation) for c in criteria}
+    allocations = {c.name: allocation_of(c, allocation) for c in criteria}
     if any(c.searches for c in criteria):
         batches = list(batches)
     plain = [c for c in criteria if not c.searches]
