@@ -88,8 +88,8 @@ def quantized_generation(run: str, format: str, variant: str) -> float:
 
 
 def quantized_mlp(run: str, format: str, sparsity_target: float, over: str) -> float:
-    """e09: speed-up of our kernel over the fastest dense of the same bits (``over="dense"``), or over itself on bfloat16
-    weights at the same sparsity (``over="bfloat16"``)."""
+    """e09: speed-up of our kernel over the fastest dense of the same bits (``over="dense"``), or over itself on
+    bfloat16 weights at the same sparsity (``over="bfloat16"``)."""
     table = run_at(run).tables[QuantizationSpeedRow.table]
     ours = table[(table["implementation"] == "cats") & np.isclose(table["sparsity_target"], sparsity_target)]
     if over == "bfloat16":

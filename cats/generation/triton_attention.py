@@ -33,7 +33,7 @@ def choose_attention_config(group: int, d: int, element_size: int) -> AttentionC
     fits its registers, and 16 to 32 KB of a program's keys and values are on their way."""
     lanes = lanes_of(d, element_size, 4)
     if group > 4:
-        return AttentionConfig(tile=64 if element_size == 2 else 16, dot=True)
+        return AttentionConfig(tile=64, dot=True) if element_size == 2 else AttentionConfig(tile=32, dot=True, warps=8)
     return AttentionConfig(tile=lanes * (4 if group == 1 else 2))
 
 
