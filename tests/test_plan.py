@@ -35,7 +35,15 @@ XEON = Machine(308e9, 22.7e9, 4e-4)
 H100 = Machine(989e12, 0.4 * 3.35e12, 1e-3)
 ALONE = {
     "cpu/pocket": ("cpu", XEON, ("e01", "e02", "e03", "e04", "e05", "e06", "e07", "e08", "e09")),
-    "h100/paper": ("cuda", H100, ("e05", "e06")),
+    "h100/paper": ("cuda", H100, ("e05",)),
+    "h100/mistral-7b-generation": ("cuda", H100, ("e06",)),
+    "h100/llama2-7b-generation": ("cuda", H100, ("e06",)),
+    "h100/mistral-7b-generation-tuned": ("cuda", H100, ("e06",)),
+    "h100/llama2-7b-generation-tuned": ("cuda", H100, ("e06",)),
+    "h100/qwen2.5-coder-1.5b-instruct-generation": ("cuda", H100, ("e06",)),
+    "h100/gemma-3-270m-generation": ("cuda", H100, ("e06",)),
+    "h100/mistral-7b-quantized-generation": ("cuda", H100, ("e09",)),
+    "h100/mistral-7b-quantized-mlp": ("cuda", H100, ("e09",)),
     "h100/gemma-3-270m-speed": ("cuda", H100, ("e08",)),
     "h100/qwen2.5-coder-0.5b-instruct-speed": ("cuda", H100, ("e08",)),
     "h100/qwen2.5-coder-1.5b-instruct-speed": ("cuda", H100, ("e08",)),

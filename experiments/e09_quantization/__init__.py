@@ -20,6 +20,7 @@ from functools import partial
 from typing import Annotated
 
 from experiments.e05_mlp_latency import SHAPES
+from experiments.e06_throughput import COMPILE_SECONDS, KERNEL_SECONDS
 from experiments.e09_quantization import generation, speed
 from experiments.e09_quantization.formats import NAMES, PLAIN
 from experiments.e09_quantization.generation import Generation
@@ -34,6 +35,8 @@ from experiments.framework.timing import FLUSH_BYTES
 from experiments.framework.zero_shot import Samples
 
 DTYPES = ("float32", "float16", "bfloat16")
+READ_TO_ROUND = 30e3
+"""Rounding a weight to a format on the host, in bytes that a GPU reads meanwhile."""
 
 
 def neuron_criteria() -> tuple[str, ...]:
@@ -128,14 +131,17 @@ def cost(config: Config[Options]) -> Cost:
             fixed = max(fixed, 8 * weights)  # float32 and float64 for the reference, and copies
             calls = (len(options.formats) + 1) * (len(options.sparsities) + 3) * (options.warmups + options.rounds)
             work = calls * (0.5 * weights + FLUSH_BYTES) / 20e9
-            seconds += 20.0 * (len(options.formats) + 1) if on_gpu else work + 10.0  # to compile
+            seconds += 8.0 * (len(options.formats) + 1) if on_gpu else work + 10.0  # to compile
     generated = options.generation
     tokens = generated.prompts * sum(max(lengths) for lengths in generated.lengths.values())
     turns = generated.repeats * (1 + len(generated.sparsities)) * (1 + len(generated.formats))
+    compiled = sum(COMPILE_SECONDS[loop] for loop in generated.lengths) * (1 + len(generated.sparsities)) * on_gpu
+    seconds += len(config.models) * (1 + len(generated.formats)) * (compiled + KERNEL_SECONDS * bool(generated.lengths))
+    rounding = READ_TO_ROUND * len(generated.formats) * bool(generated.lengths) * on_gpu
     uses = options.quality or bool(generated.lengths)
     return Cost(
         through,
-        bytes_read=tokens * turns * BYTES.get(config.dtype, 2),
+        bytes_read=tokens * turns * BYTES.get(config.dtype, 2) + rounding,
         memory=1.5 * memory_per_parameter([config.dtype]) if uses else 0.0,
         fixed_memory=fixed,
         fixed_seconds=seconds,
