@@ -84,7 +84,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self._make_parts(1)[0]
         pieces = []
-        for first, last in row_chunks(*weight.shape):
+        for first, last in row_chunks(*weight.shape, weight.device):
             part = dequantize(weight.rows(first, last), x.dtype)
             pieces.append(x[..., first:last] @ part if self.transposed else F.linear(x, part))
         y = sum(pieces[1:], pieces[0]) if self.transposed else torch.cat(pieces, -1)

@@ -1,5 +1,7 @@
 """A format of quantised weights that no kernel takes is computed by the reference, until a kernel says that it does."""
 
+import itertools
+
 import pytest
 import torch
 from cats_kernels import dispatch, quantized, sparse_gated_mlp
@@ -27,3 +29,11 @@ def test_what_the_kernels_take() -> None:
     assert dispatch.kernels_take("cpu", *row) and dispatch.kernels_take("triton", *row)
     mixed = (row[0], *grouped[1:])
     assert dispatch.kernels_take("cpu", *mixed) and not dispatch.kernels_take("triton", *mixed)
+
+
+def test_a_gpu_takes_larger_pieces() -> None:
+    """Each piece is some ten launches there."""
+    for device, count in (("cpu", 224), ("cuda", 7)):
+        pieces = list(quantized.row_chunks(14336, 4096, torch.device(device)))
+        assert len(pieces) == count and pieces[0][0] == 0 and pieces[-1][1] == 14336
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(pieces))
