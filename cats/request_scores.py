@@ -39,9 +39,15 @@ class Input:
 
 
 def inputs_of(requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], positions: int) -> list[Input]:
-    """The different inputs of requests (texts, context ids, continuation ids), longest first."""
+    """The different inputs of requests (texts, context ids, continuation ids), longest first.
+
+    Raises:
+        ValueError: a continuation is empty, or longer than the model's positions.
+    """
     shared: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
     for number, (_, context, continuation) in enumerate(requests):
+        if not 1 <= len(continuation) <= positions:
+            raise ValueError(f"a continuation has {len(continuation)} tokens, and the model {positions} positions")
         ids = tuple([*context, *continuation][-(positions + 1) :][:-1])
         shared.setdefault(ids, []).append((number, tuple(continuation)))
     made = [Input(ids, tuple(served)) for ids, served in shared.items()]
@@ -79,12 +85,14 @@ def output_matrix(model: nn.Module) -> nn.Module | None:
 
 
 @contextmanager
-def only_positions(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Let ``head`` see hidden states (sequences, tokens, width) as (positions, width), at these rows and columns."""
+def only_positions(head: nn.Module, rows: Tensor, columns: Tensor, length: int) -> Iterator[None]:
+    """Let ``head`` see hidden states (sequences, tokens, width) as (positions, width), at these rows and columns of
+    ``length`` tokens; peft's virtual tokens come before them."""
 
     def choose(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *others = arguments
-        return (hidden[rows.to(hidden.device), columns.to(hidden.device)], *others)
+        virtual = hidden.shape[1] - length
+        return (hidden[rows.to(hidden.device), columns.to(hidden.device) + virtual], *others)
 
     handle = head.register_forward_pre_hook(choose)
     try:
@@ -106,7 +114,7 @@ def score_batch(call: Callable[[Tensor], Tensor], head: nn.Module, batch: Sequen
     ids = torch.tensor([[*one.ids, *[0] * (width - len(one.ids))] for one in batch], device=device)
     places = [(row, column) for row, one in enumerate(batch) for column in _scored_columns(one)]
     rows, columns = torch.tensor(places, device=device).unbind(1)
-    with only_positions(head, rows, columns):
+    with only_positions(head, rows, columns, width):
         logits = torch.log_softmax(call(ids), dim=-1)  # (positions, vocabulary), in the model's dtype as lm-eval's
     first, wanted, lengths = 0, [], []  # position and token of each continuation's tokens
     for one in batch:

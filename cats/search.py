@@ -20,7 +20,7 @@ from cats.calibration import column_norms
 from cats.criteria.base import Searched
 from cats.equation import GatedMLP, gate_and_up, inner_activation
 from cats.histogram import Histogram
-from cats.observe import Batches, observe
+from cats.observe import Batches, model_inputs, observe
 from cats.sensitivity import Output, scores_with
 from cats.structure import eval_mode, gated_mlps, parts_of
 from cats.thresholds import Value
@@ -166,9 +166,9 @@ def _tokens(batches: Iterable[Any]) -> int:
     """Real tokens, or what is as good for spreading a sample: `observe` refuses what these are not."""
     total = 0
     for batch in batches:
-        given = batch if isinstance(batch, Tensor) else batch.get("attention_mask", batch["input_ids"])
-        values = torch.as_tensor(given)
-        total += int(values.sum()) if given is not batch and "attention_mask" in batch else values.numel()
+        inputs = model_inputs(batch, torch.device("cpu"), None)
+        mask = inputs.get("attention_mask")
+        total += inputs["input_ids"].numel() if mask is None else int(mask.sum())
     return total
 
 

@@ -496,3 +496,22 @@ def test_settings_of_a_step_are_all_in_its_key() -> None:
 )
 def test_the_loop_that_auto_takes(device: str, batch: int, expected: str) -> None:
     assert loops.default_loop(torch.device(device), batch) == expected
+
+
+@pytest.mark.parametrize("loop", ["eager", "captured"])
+def test_layers_that_leave_rotary_embedding_out(loop: str) -> None:
+    """SmolLM3 does so in some layers: blocks of one class that compute different things."""
+    model = tiny_model("SmolLM3", num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0], pad_token_id=0)
+    ids = torch.randint(1, 50, (1, 9), generator=torch.Generator().manual_seed(5))
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert torch.equal(cats.generate(model, ids, 8, loop=loop, eos_token_id=[]), expected)
+
+
+@pytest.mark.parametrize("loop", ["eager", "captured"])
+def test_inference_mode_leaves_nothing_behind(loop: str) -> None:
+    model, ids = tiny_model(), torch.randint(1, 50, (1, 4), generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        first = cats.generate(model, ids.clone(), 4, loop=loop)
+    assert torch.equal(cats.generate(model, ids, 4, loop=loop), first)
+    model(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

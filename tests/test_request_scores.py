@@ -111,7 +111,7 @@ def test_the_output_matrix_sees_the_chosen_positions_and_is_left_as_it_was(model
     ids = torch.randint(1, 101, (2, 8))
     whole = model(ids).logits
     head = output_matrix(model)
-    with only_positions(head, torch.tensor([0, 1, 1]), torch.tensor([7, 0, 3])):
+    with only_positions(head, torch.tensor([0, 1, 1]), torch.tensor([7, 0, 3]), 8):
         some = model(ids).logits
     assert torch.allclose(some, whole[[0, 1, 1], [7, 0, 3]], atol=1e-6)
     assert torch.equal(model(ids).logits, whole)
@@ -122,3 +122,19 @@ def test_a_model_whose_logits_cannot_be_chosen_has_none():
     assert output_matrix(torch.compile(LlamaForCausalLM(LlamaConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=10
     )), backend="eager")) is None  # fmt: skip
+
+
+def test_virtual_tokens_come_before_the_positions():
+    """As peft's prompt tuning puts them there."""
+    head, seen = nn.Linear(1, 1), torch.arange(10.0).reshape(1, 10, 1)
+    taken = []
+    head.register_forward_hook(lambda _module, arguments, _output: taken.append(arguments[0]))
+    with only_positions(head, torch.tensor([0, 0]), torch.tensor([2, 6]), 7):
+        head(seen)
+    assert taken[0].flatten().tolist() == [5.0, 9.0]
+
+
+@pytest.mark.parametrize("length", [0, POSITIONS + 1])
+def test_a_continuation_that_no_position_can_score_is_refused(length: int):
+    with pytest.raises(ValueError, match=f"a continuation has {length} tokens, and the model {POSITIONS} positions"):
+        inputs_of([(("a", "b"), [1], [2] * length)], POSITIONS)

@@ -126,3 +126,8 @@ def test_the_sample_is_spread_over_all_real_tokens(llama: nn.Module) -> None:
         assert x.shape[0] == 32 and torch.allclose(part[path], x[::4], atol=1e-5)
     with pytest.raises(ValueError, match="no tokens"):
         cats.calibrate(llama, [], criterion="auto")
+
+
+def test_a_batch_that_is_none_is_refused_as_by_other_criteria(lopsided: nn.Module) -> None:
+    with pytest.raises(TypeError, match="a batch must be a tensor of token ids or a mapping with input_ids, not list"):
+        cats.calibrate(lopsided, [[1, 2, 3]], 0.5, criterion="auto")

@@ -51,6 +51,22 @@ def test_a_checkpoint_in_parts(folder: Path) -> None:
     assert same(load_model(str(folder), bits=8)[0], wanted)
 
 
+def test_an_index_left_behind_is_not_followed(folder: Path) -> None:
+    """transformers takes the whole file first."""
+    wanted, _ = load_model(str(folder))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "gone"}}))
+    cats.quantize(wanted, 8)
+    assert same(load_model(str(folder), bits=8)[0], wanted)
+
+
+def test_weights_of_other_shapes_than_the_configuration_gives_are_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 2 * config["intermediate_size"]}))
+    for options in ({}, {"bits": 8}):
+        with pytest.raises(ValueError, match="shape"):
+            load_model(str(folder), **options)
+
+
 def test_what_transformers_must_convert_is_loaded_whole(folder: Path) -> None:
     """A checkpoint of the model without its head has other names."""
     with safe_open(folder / "model.safetensors", "pt") as file:

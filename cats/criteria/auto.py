@@ -1,10 +1,11 @@
-"""auto: for each layer the side, the weights and the level with the least error of the outputs, at the same bytes.
+"""auto: for each layer the side and the weights with the least error of the outputs, at the same bytes.
 
 Which product decides best, and with what weights, differs between models and between the layers of one. `cats.search`
 tries, on a sample of calibration tokens, the gate and the up product, each with the plain value, with the root mean
 square of the other product, and with that and the norm of the down projection's row. Layers differ as much in how much
-they can skip: by the same errors `cats.allocation` gives each a level of its own, so that all MLPs together skip the
-target; ``allocation="uniform"`` gives each the target. Ours; TEAL (arXiv 2408.14690) allocates within a block.
+they can skip: with ``allocation="output"`` `cats.allocation` gives each a level of its own, by these errors scaled with
+what the model's output suffers, so that all MLPs together skip the target. Ours; TEAL (arXiv 2408.14690) allocates within
+a block.
 """
 
 from __future__ import annotations

@@ -194,13 +194,25 @@ def decode_blocks(model: Any, fused: bool = True, kernel: bool | None = None) ->
             continue
         if not _candidate(module, kernel):
             return {}
-        kind = (type(module), *(module._modules[name].weight.shape for name in PROJECTIONS))
+        kind = _kind(module)
         if kind not in seen:
             seen[kind] = _agrees(module, config) and (not kernel or kernel_agrees(module))
         if not seen[kind]:
             return {}
         blocks[module] = DecodeBlock(module, _window(config, module), fused, kernel)
     return blocks if len(blocks) == config.num_hidden_layers else {}
+
+
+def _kind(attention: Any) -> tuple[Any, ...]:
+    """What blocks that compute alike have in common: class, shapes, parts, and settings such as whether a layer rotates
+    (SmolLM3 leaves rotary embedding out in every fourth)."""
+    settings = {
+        name: value
+        for name, value in vars(attention).items()
+        if isinstance(value, bool | int | float | str | None) and name != "layer_idx"
+    }
+    shapes = (attention._modules[name].weight.shape for name in PROJECTIONS)
+    return (type(attention), *shapes, frozenset(attention._modules), frozenset(settings.items()))
 
 
 def _window(config: Any, attention: Any) -> int:

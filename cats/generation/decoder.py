@@ -125,25 +125,31 @@ class Decoder:
             on_step: called with n when the n-th token has been enqueued; on a GPU it may not be there yet.
         """
         limit = torch._dynamo.config.patch(recompile_limit=VARIANTS, fail_on_recompile_limit_hit=True)
-        with self.lock, torch.no_grad(), limit:
+        # tensors made in inference mode could never be written or trained outside of it
+        with torch.inference_mode(False), self.lock, torch.no_grad(), limit:
+            ids, mask = (one.clone() if one is not None and one.is_inference() else one for one in (ids, mask))
+            assert ids is not None
             return _Call(self, model, ids, mask, new_tokens, settings).run(on_tokens, on_step)
 
     def release(self) -> None:
         """Free the cache and the graph; what was compiled stays."""
         with self.lock:
+            self.refused.clear()
             self.cache = self.shape = self.blocks_for = self.ready_for = self.graph = self.mask = None
             self.token = self.tokens = self.noise = None
             self.blocks = {}
 
 
 _DECODERS: "WeakKeyDictionary[nn.Module, Decoder]" = WeakKeyDictionary()
+_MAKING = threading.Lock()
 
 
 def decoder_of(model: nn.Module) -> Decoder:
     """The decoder that goes with ``model``, which lives as long as the model does."""
-    if model not in _DECODERS:
-        _DECODERS[model] = Decoder()
-    return _DECODERS[model]
+    with _MAKING:
+        if model not in _DECODERS:
+            _DECODERS[model] = Decoder()
+        return _DECODERS[model]
 
 
 class _Call:

@@ -25,6 +25,7 @@ def joinable(attention: Any) -> bool:
     return all(map(_plain_linear, linears)) and len({linear.bias is None for linear in linears}) == 1
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def join(attention: Any) -> tuple[Tensor, Tensor | None]:
     """One weight and one bias of which the three projections' own become views: the same values, no more memory."""
@@ -58,6 +59,7 @@ def _already_joined(parts: list[Tensor]) -> Tensor | None:
     return base.data.as_strided((rows, *base.shape[1:]), base.stride(), base.storage_offset())
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def separate(model: nn.Module) -> None:
     """Give each projection that is a view of a joined one storage of its own again."""

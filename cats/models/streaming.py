@@ -73,19 +73,22 @@ class Checkpoint:
 
     Attributes:
         files: name of a tensor to the file that has it.
+        shapes: name of a tensor to its shape.
     """
 
     def __init__(self, where: str, device: torch.device) -> None:
         self.device = device
-        index = cached_file(where, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-        if index is None:
-            paths = [cached_file(where, SAFE_WEIGHTS_NAME)]
+        whole = cached_file(where, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)  # as transformers
+        if whole is None:
+            paths = get_checkpoint_shard_files(where, cached_file(where, SAFE_WEIGHTS_INDEX_NAME))[0]
         else:
-            paths = get_checkpoint_shard_files(where, index)[0]
+            paths = [whole]
         self.files: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
             with safe_open(path, "pt") as file:
                 self.files |= dict.fromkeys(file.keys(), path)
+                self.shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def plain(self, name: str, dtype: torch.dtype) -> Tensor:
         """A tensor. Files are opened anew for each: what was read of an open one counts as memory of the process."""
@@ -103,6 +106,8 @@ class Checkpoint:
         if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
             return False
         state = model.state_dict(keep_vars=True)
+        if any(name in self.shapes and self.shapes[name] != tuple(tensor.shape) for name, tensor in state.items()):
+            return False
         known = {id(tensor) for name, tensor in state.items() if name in self.files}
         return known == {id(tensor) for tensor in state.values()}
 

@@ -4,7 +4,7 @@ Purpose: weight quantisation is what most people run, and sparsity has to come o
 tasks) of a model whose MLPs are rounded to each format, dense and with one criterion at each level, thresholds
 calibrated on the quantised model; whether the two damages add up is a question that the report answers. Speed: one MLP
 block of the true shapes at batch 1, cold cache, this project's kernels on each format beside torch's own dense
-kernels for it and its dense products, everything checked against a float64 reference and timed in the same
+kernels for it and its dense products, all but the unquantised dense ones checked against float64, and timed in the same
 interleaved rounds, with the bytes that must be read at the measured bandwidth as the bound. Generation: tokens per
 second and memory of whole models in e06's loops, dense and sparse in every format.
 Cost: quality, a pass over the held-out text (and the tasks) per format and level, and a calibration per format; speed,

@@ -27,8 +27,8 @@ ZERO_NIBBLE = 8
 CHUNK = 2**18
 """Weights at a time while quantising, so that float32 copies of a large weight never exist whole."""
 GPU_CHUNK = 2**23
-"""On a GPU, where each piece is some ten launches: in pieces of 2**18 a prompt took 3.5 s on an H100 (Mistral-7B's shape),
-nearly all of it launches."""
+"""On a GPU, where each piece is some ten launches: in pieces of 2**18 a prompt took 3.5 s on an H100, nearly all of it
+launches (Mistral-7B's shape)."""
 
 
 @dataclass(frozen=True, eq=False)
