@@ -4,8 +4,8 @@ Which product decides best, and with what weights, differs between models and be
 tries, on a sample of calibration tokens, the gate and the up product, each with the plain value, with the root mean
 square of the other product, and with that and the norm of the down projection's row. Layers differ as much in how much
 they can skip: with ``allocation="output"`` `cats.allocation` gives each a level of its own, by these errors scaled with
-what the model's output suffers, so that all MLPs together skip the target. Ours; TEAL (arXiv 2408.14690) allocates within
-a block.
+what the model's output suffers, so that all MLPs together skip the target. Ours; TEAL (arXiv 2408.14690) allocates
+within a block.
 """
 
 from __future__ import annotations
