@@ -63,7 +63,7 @@ def test_weights_of_other_shapes_than_the_configuration_gives_are_refused(folder
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 2 * config["intermediate_size"]}))
     for options in ({}, {"bits": 8}):
-        with pytest.raises(OSError, match="has weights of other shapes than its config.json gives"):
+        with pytest.raises(OSError, match=r"has weights of other shapes than its config\.json gives"):
             load_model(str(folder), **options)
 
 

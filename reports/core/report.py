@@ -13,7 +13,7 @@ from reports.core import style
 from reports.core.appendix import appendix, recorded
 from reports.core.document import Block, Heading, Layout, Picture, Table, Text, escape
 from reports.core.load import Run, command
-from reports.core.merge import models, of_model, together
+from reports.core.merge import grouped, joined, models, of_model, together
 from reports.core.protocol import protocol
 from reports.core.provenance import machine, provenance_line, run_line, source
 from reports.core.section import Drawing, Section
@@ -62,11 +62,13 @@ class Part:
         run: the tables.
         suffix: of the names of its figures' files.
         label: before its captions; empty where there is nothing to tell apart.
+        members: the runs that it is made of.
     """
 
     run: Run
     suffix: str
     label: str
+    members: tuple[Run, ...] = ()
 
 
 def build(runs: list[Run], sections: list[Section], judged: pd.DataFrame, folder: Path) -> Report:
@@ -101,13 +103,27 @@ def parts(section: Section, runs: list[Run]) -> list[Part]:
     """What a section shows one after the other."""
     if section.by_run:
         measured = [run for run in runs if any(row_type.table in run.tables for row_type in section.tables)]
+        by_machine: dict[str, list[Run]] = {}
+        for run in measured:
+            by_machine.setdefault(machine(run), []).append(run)
         several = len(runs) > 1
-        return [Part(run, f"_{_slug(run.label)}" * several, escape(run.label) * several) for run in measured]
+        return [
+            _part(members, section, several) for own in by_machine.values() for members in grouped(own, section.tables)
+        ]
     groups = together(runs, section.tables)
     return [
         Part(run, f"_{number}" * (number > 1), escape(run.label) * (len(groups) > 1))
         for number, run in enumerate(groups, 1)
     ]
+
+
+def _part(members: list[Run], section: Section, several: bool) -> Part:
+    """Runs of one machine that contradict each other nowhere, as one."""
+    labels = [run.label for run in members]
+    label = labels[0] if len(labels) == 1 else f"{labels[0].split()[0]}, {len(labels)} runs"
+    return Part(
+        joined(members, section.tables), f"_{_slug(labels[0])}" * several, escape(label) * several, tuple(members)
+    )
 
 
 def _slug(text: str) -> str:
@@ -161,7 +177,7 @@ def _section(section: Section, runs: list[Run], folder: Path) -> tuple[list[Bloc
     for part in parts(section, runs):
         if section.by_run:
             blocks += [Heading(2, f"{part.label}: {escape(machine(part.run))}")] if several else []
-            blocks += _sources(section, [part.run], False)
+            blocks += _sources(section, list(part.members), len(part.members) > 1)
         for drawing in section.figures:
             (more if drawing.secondary else blocks).extend(_pictures(drawing, part, folder))
         blocks += section.contents(part.run)
