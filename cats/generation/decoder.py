@@ -127,8 +127,8 @@ class Decoder:
         limit = torch._dynamo.config.patch(recompile_limit=VARIANTS, fail_on_recompile_limit_hit=True)
         # tensors made in inference mode could never be written or trained outside of it
         with torch.inference_mode(False), self.lock, torch.no_grad(), limit:
-            ids, mask = (one.clone() if one is not None and one.is_inference() else one for one in (ids, mask))
-            assert ids is not None
+            ids = ids.clone() if ids.is_inference() else ids
+            mask = mask.clone() if mask is not None and mask.is_inference() else mask
             return _Call(self, model, ids, mask, new_tokens, settings).run(on_tokens, on_step)
 
     def release(self) -> None:

@@ -64,7 +64,7 @@ class Tensors:
                 value = value - 1  # a file holds what multiplies, transformers how much that is above 1
             return value.to(self.device, dtype)
         value = torch.empty(info.shape, dtype=dtype, device=self.device)
-        for first, last in row_chunks(*info.shape):
+        for first, last in row_chunks(info.shape[0], info.shape[1]):
             value[first:last] = torch.from_numpy(self._values(stored, first, last))
         return self._halves(stored, value)
 
