@@ -36,6 +36,7 @@ from cats.generation import LOOPS as LOOP_NAMES
 from cats.models import DTYPES, load_model
 from cats.quantization import GROUP_SIZE
 from cats.sparsity import overall_sparsity
+from cats.texts import beginning
 from cats.thresholds import Thresholds, check_sparsity
 
 
@@ -149,8 +150,7 @@ def token_batches(model: Any, tokenizer: Any, text: str, tokens: int, length: in
     blocks = ids["input_ids"].long()[:, :tokens].split(length, dim=1)
     if not blocks or not blocks[0].numel():
         raise ValueError("the text is empty: give --text files with something to read")
-    begin = tokenizer("")["input_ids"][:1]
-    if begin and begin == [tokenizer.bos_token_id]:
+    if begin := beginning(tokenizer):
         for block in blocks:
             block[:, 0] = begin[0]
     return list(blocks)

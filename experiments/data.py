@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cats.hub import reachable
 from cats.task_data import TEXT, cache_of, check_folder, folder_hashes
+from cats.texts import beginning
 from experiments.framework.config import Config
 
 PURPOSES = ("train", "heldout")
@@ -115,16 +116,14 @@ def blocks(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, count: 
     """The first ``count`` blocks of ``length`` token ids from documents joined end to end; int64 (count, length).
 
     A document begins with the token that the tokenizer puts before texts, if any, and ends with the end-of-text one.
-    Such a token also takes the place of each block's first: models that were trained with it read a block without it
-    badly (gemma-3-270m at a perplexity of 52 rather than 16), and whatever is measured on top is then mostly chance.
+    Such a token also takes the place of each block's first, see `cats.texts.beginning`.
 
     Raises:
         ValueError: the documents are too few.
     """
     ids = torch.empty(count * length, dtype=torch.int64)  # a list of the paper profile's 42 M ids would need 1.7 GB
     filled = 0
-    begin = tokenizer("")["input_ids"][:1]
-    begin = begin if begin == [tokenizer.bos_token_id] else []
+    begin = beginning(tokenizer)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     for document in documents:
         found = tokenizer(document, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]

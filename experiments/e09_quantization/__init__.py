@@ -35,8 +35,6 @@ from experiments.framework.timing import FLUSH_BYTES
 from experiments.framework.zero_shot import Samples
 
 DTYPES = ("float32", "float16", "bfloat16")
-READ_TO_ROUND = 30e3
-"""Rounding a weight to a format on the host, in bytes that a GPU reads meanwhile."""
 
 
 def neuron_criteria() -> tuple[str, ...]:
@@ -137,11 +135,10 @@ def cost(config: Config[Options]) -> Cost:
     turns = generated.repeats * (1 + len(generated.sparsities)) * (1 + len(generated.formats))
     compiled = sum(COMPILE_SECONDS[loop] for loop in generated.lengths) * (1 + len(generated.sparsities)) * on_gpu
     seconds += len(config.models) * (1 + len(generated.formats)) * (compiled + KERNEL_SECONDS * bool(generated.lengths))
-    rounding = READ_TO_ROUND * len(generated.formats) * bool(generated.lengths) * on_gpu
     uses = options.quality or bool(generated.lengths)
     return Cost(
         through,
-        bytes_read=tokens * turns * BYTES.get(config.dtype, 2) + rounding,
+        bytes_read=tokens * turns * BYTES.get(config.dtype, 2),
         memory=1.5 * memory_per_parameter([config.dtype]) if uses else 0.0,
         fixed_memory=fixed,
         fixed_seconds=seconds,
