@@ -176,7 +176,8 @@ def quantization_speed() -> pd.DataFrame:
         ("int4-128", 4, 128, "cats", 0.5, 0.04),
         ("int8-128", 8, 128, "torch", 0.0, None),
     ):
-        measured = (None,) * 9 if ms is None else (ms, ms, ms, 40, 10**8, 2 * 10**8, 3000.0, 0.9 * ms, 0.9)
+        stored = 2 * 10**8 if bits is None else 53_200_000
+        measured = (None,) * 9 if ms is None else (ms, ms, ms, 40, 10**8, stored, 3000.0, 0.9 * ms, 0.9)
         rows.append(QuantizationSpeedRow(
             "Imaginary GPU", "mlp", "Mistral-7B", 4096, 14336, "bfloat16", None, name, bits, group, implementation,
             "dense" if implementation == "torch" else "sparse kernel", target, target, 7168, *measured,

@@ -76,7 +76,7 @@ def test_generation_is_compared_with_dense_of_the_same_format_and_with_unquantis
     assert "gpt-fast" in set(shown["Variant"]) and "loop graph-tuned, 256 tokens" in generation.title(bench)
     figure = generation.generation_figure(run)
     assert figure is not None and len(figure.axes[0].patches) == 4
-    assert any("not measured" in text.get_text() for text in figure.axes[0].texts)
+    assert "not measured" in figure.axes[0].get_xlabel()
 
 
 def test_figures_and_what_was_not_measured() -> None:
@@ -110,6 +110,6 @@ def test_speed_memory_and_quality_stand_side_by_side() -> None:
     assert shown["Weights"].iloc[-1] == "bitsandbytes: not measured"
     figure = summary.summary_figure(run)
     assert figure is not None and figure.axes[0].get_title().startswith("a/model; Mistral-7B, bfloat16")
-    assert any("not measured" in text.get_text() for text in figure.axes[0].texts)
+    assert "not measured" in figure.axes[0].get_xlabel()
     alone = made.loaded(e09_speed=tables["e09_speed"])
     assert summary.summary_figure(alone) is None and summary.summary_table(alone).empty
