@@ -130,6 +130,11 @@ def criterion_increase(run: str, variant: str, scope: str = "mlp") -> float:
     return 100 * one(text_rows(run_at(run).tables[CriterionRow.table]), "increase", variant=variant, scope=scope)
 
 
+def answers(run: str, variant: str, column: str = "value", prompt: str = "masked") -> float:
+    """e08: exact matches of generated answers, as a fraction."""
+    return one(run_at(run).tables[CriterionRow.table], column, variant=variant, prompt=prompt, metric="exact_match")
+
+
 def criterion_speed(run: str, variant: str, what: str = "token", machine: str = "") -> float:
     """e08: speed-up over dense of the whole token, or of the MLPs."""
     speed = fastest(run_at(run).tables[CriterionSpeedRow.table])
@@ -156,7 +161,7 @@ def value_of(entry: dict[str, object]) -> float:
 
 KNOWN = (
     mlp, generation, accuracy, accuracy_change, perplexity, perplexity_ratio, perplexity_increase, criterion_increase,
-    criterion_speed, paper, quantized_generation, quantized_mlp,
+    answers, criterion_speed, paper, quantized_generation, quantized_mlp,
 )  # fmt: skip
 
 

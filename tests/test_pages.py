@@ -27,7 +27,7 @@ def test_the_committed_arbiter_is_what_the_command_writes() -> None:
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     """A copy of the committed results that e08 wrote."""
-    for name in ("h200/gemma-3-270m", "cpu/pocket"):
+    for name in ("h100/gemma-3-270m", "cpu/pocket"):
         shutil.copytree(ROOT / "results" / name, tmp_path / "results" / name)
     return tmp_path / "results"
 

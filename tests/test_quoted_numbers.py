@@ -73,4 +73,4 @@ def test_an_unknown_measure_is_refused() -> None:
     with pytest.raises(ValueError, match=r"of must be one of mlp, .*, not speed"):
         quoted.value_of({"of": "speed"})
     with pytest.raises(ValueError, match="0 rows have"):
-        quoted.value_of({"of": "accuracy", "run": "h200/gemma-3-270m", "variant": "cats-51"})
+        quoted.value_of({"of": "accuracy", "run": "h100/gemma-3-270m", "variant": "cats-51"})
