@@ -270,8 +270,8 @@ def findings(models: list[Model]) -> list[str]:
         "that numbers of different papers at “40 %” may both be right."
     )
     said.append(
-        "The paper's CATS-90 on Llama2-7B and the averages that R-Sparse and LaRoSA print at “40 %” are the same k, "
-        "and agree with each other; they do not contradict the paper."
+        "The paper's CATS-90 on Llama2-7B and the averages that R-Sparse and LaRoSA print at “40 %” are of the "
+        "same k; their tasks differ, so neither agreement nor contradiction follows."
     )
     return said
 

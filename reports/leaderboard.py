@@ -128,6 +128,7 @@ def _source(run: Run) -> dict[str, str]:
     return {
         "Run": escape(run.label),
         "Measured": escape(str(entry.get("started", "unknown"))[:10]),
+        "Commit": escape(commit(entry)),
         "Command": f"`{command}`" if command else "unknown",
     }
 

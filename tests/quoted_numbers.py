@@ -22,6 +22,7 @@ from experiments.framework.tables import (
     CriterionRow,
     CriterionSpeedRow,
     LatencyRow,
+    QuantizationRow,
     QuantizationSpeedRow,
     QuantizationThroughputRow,
     ThroughputRow,
@@ -88,15 +89,15 @@ def quantized_generation(run: str, format: str, variant: str) -> float:
 
 
 def quantized_mlp(run: str, format: str, sparsity_target: float, over: str) -> float:
-    """e09: speed-up of our kernel over the fastest dense of the same bits (``over="dense"``), or over itself on
-    bfloat16 weights at the same sparsity (``over="bfloat16"``)."""
+    """e09: speed-up of our kernel over the fastest dense of the same bits (``over="dense"``; of the same format where
+    that is ``none``), or over itself on bfloat16 weights at the same sparsity (``over="bfloat16"``)."""
     table = run_at(run).tables[QuantizationSpeedRow.table]
     ours = table[(table["implementation"] == "cats") & np.isclose(table["sparsity_target"], sparsity_target)]
     if over == "bfloat16":
         other = one(ours, "p50_ms", format="none")
     else:
-        bits = one(ours, "bits", format=format)
-        other = float(table.loc[(table["bits"] == bits) & (table["implementation"] != "cats"), "p50_ms"].min())
+        alike = table["format"] == "none" if format == "none" else table["bits"] == one(ours, "bits", format=format)
+        other = float(table.loc[alike & (table["implementation"] != "cats"), "p50_ms"].min())
     return other / one(ours, "p50_ms", format=format)
 
 
@@ -135,6 +136,27 @@ def answers(run: str, variant: str, column: str = "value", prompt: str = "masked
     return one(run_at(run).tables[CriterionRow.table], column, variant=variant, prompt=prompt, metric="exact_match")
 
 
+def criterion_sparsity(run: str, variant: str) -> float:
+    """e08: fraction of the neurons that was skipped on held-out text."""
+    table = run_at(run).tables[CriterionRow.table]
+    return one(
+        table,
+        "sparsity_measured",
+        variant=variant,
+        scope="mlp",
+        metric="perplexity",
+        prompt="masked",
+        task="heldout_text",
+    )
+
+
+def quantized_increase(run: str, model: str, format: str, variant: str = "dense") -> float:
+    """e09: increase of perplexity over dense, unquantised weights, in percent."""
+    table = run_at(run).tables[QuantizationRow.table]
+    difference = one(table, "difference", model=model, format=format, variant=variant, metric="perplexity")
+    return 100 * math.expm1(difference)
+
+
 def criterion_speed(run: str, variant: str, what: str = "token", machine: str = "") -> float:
     """e08: speed-up over dense of the whole token, or of the MLPs."""
     speed = fastest(run_at(run).tables[CriterionSpeedRow.table])
@@ -161,7 +183,7 @@ def value_of(entry: dict[str, object]) -> float:
 
 KNOWN = (
     mlp, generation, accuracy, accuracy_change, perplexity, perplexity_ratio, perplexity_increase, criterion_increase,
-    answers, criterion_speed, paper, quantized_generation, quantized_mlp,
+    answers, criterion_sparsity, quantized_increase, criterion_speed, paper, quantized_generation, quantized_mlp,
 )  # fmt: skip
 
 

@@ -123,7 +123,7 @@ def test_c2_pairs_over_the_items_that_were_kept(value: float, nested: str, noisy
     table = accuracy(cats_50=value)
     for samples, expected in ((made.items(table), nested), (differing(table), noisy)):
         finding = only(e02.c2_near_base(made.loaded(e02_zero_shot=table, e02_items=samples)))
-        assert finding.verdict == expected and "paired over items" in finding.uncertainty
+        assert finding.verdict == expected and "paired over 4000 items" in finding.uncertainty
         assert "table's" not in finding.uncertainty
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from reports.core.load import paper_table
+from reports.core.load import Run, paper_table
 from reports.core.verdicts import (
     CPU,
     FAILS,
@@ -65,6 +68,32 @@ def test_c7_pairs_the_rounds() -> None:
     """Rounds drift by 30 % together: that is in no ratio; noise of their own is."""
     assert c7(timed(1.45, 1.75), noise=0.01).verdict == HOLDS
     assert c7(timed(1.45, 1.75), noise=0.5).verdict == UNDECIDED
+
+
+@pytest.mark.parametrize("half, more", [(1.42, 1.75), (1.39, 1.75), (1.45, 1.73)])
+def test_c7_within_two_percent_of_a_bar_is_undecided_however_small_the_error(half: float, more: float) -> None:
+    assert c7(timed(half, more), noise=1e-4).verdict == UNDECIDED
+
+
+@pytest.mark.parametrize("part, expected", [(0.8, UNDECIDED), (1.2, HOLDS)])
+@pytest.mark.parametrize("experiment", ["e05", "e09"])
+def test_c7_counts_a_faster_dense_of_another_run_on_such_a_card(part: float, expected: str, experiment: str) -> None:
+    table = timed(1.45, 1.75)
+    run = made.loaded(e05_mlp_latency=table, e05_rounds=made.rounds(table, 0.001))
+    dense = table[table["implementation"] == "dense-compiled"]
+    dense = dense.assign(p50_ms=dense["p50_ms"] * part)
+    if experiment == "e05":
+        other = Run("another", Path(), {"e05_mlp_latency": dense})
+    else:
+        other = Run(
+            "another", Path(), {"e09_speed": dense.assign(implementation="compiled", format="none", what="mlp")}
+        )
+    findings = e05.c7_kernel_speed(replace(run, beside=(other,)))
+    assert {finding.verdict for finding in findings} == {expected}
+    if expected == UNDECIDED:
+        assert "in another" in findings[0].reason and "1.16x, 1.40x over that" in findings[0].reason
+    elsewhere = replace(other, tables={name: t.assign(machine="another card") for name, t in other.tables.items()})
+    assert e05.c7_kernel_speed(replace(run, beside=(elsewhere,)))[0].verdict == HOLDS
 
 
 def test_c7_without_the_sparsities_or_with_failures_is_not_tested() -> None:

@@ -50,7 +50,7 @@ def test_a_third_partys_run_adds_rows(results: Path, capsys: pytest.CaptureFixtu
         "1.20x token, NVIDIA Imaginary; 1.10x MLPs, Imaginary CPU",
         "NVIDIA Imaginary", "0123456789, clean", "[their machine/a-model](their%20machine/a-model)",
     ]  # fmt: skip
-    assert rows[-1] == ["their machine/a-model", "2001-01-08", "`run e08`"]
+    assert rows[-1] == ["their machine/a-model", "2001-01-08", "0123456789, clean", "`run e08`"]
     assert all(line in after for line in before.splitlines() if not line.startswith("|:"))
 
 

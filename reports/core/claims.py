@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -60,6 +60,7 @@ def rule_text(rule: Rule) -> str:
 
 def judge(runs: list[Run], sections: list[Section]) -> pd.DataFrame:
     """claims.csv: a row per claim, run, model and condition; one that no run measured has one row with the command."""
+    runs = [replace(run, beside=tuple(other for other in runs if other is not run)) for run in runs]
     rows = []
     for claim in CLAIMS:
         of_claim = []

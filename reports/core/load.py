@@ -30,7 +30,8 @@ _TRUE, _FALSE = {"true", "1", "1.0", "yes"}, {"false", "0", "0.0", "no", ""}
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory: its tables (samples too) by name, and the reason for each table that is not among them."""
+    """One run directory: its tables (samples too) by name, and the reason for each table that is not among them;
+    ``beside``: the other runs of a report."""
 
     label: str
     path: Path
@@ -38,6 +39,7 @@ class Run:
     problems: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
     unclaimed: tuple[str, ...] = ()
+    beside: tuple[Run, ...] = field(default=(), repr=False, compare=False)
 
     def table(self, row_type: type[Row]) -> pd.DataFrame | None:
         """The table of one row type, or None when it is missing or broken (`problems` says which)."""

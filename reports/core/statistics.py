@@ -40,6 +40,14 @@ class Estimate:
         """Minus the number."""
         return Estimate(-self.value, -self.high, -self.low, self.how)
 
+    def scaled(self, by: float) -> Estimate:
+        """The same times ``by``, which is positive."""
+        return Estimate(self.value * by, self.low * by, self.high * by, self.how)
+
+    def widened(self, by: float) -> Estimate:
+        """The same with an interval that is longer by ``by`` at each end."""
+        return Estimate(self.value, self.low - by, self.high + by, self.how)
+
     def exponential(self) -> Estimate:
         """e to the number: from a log ratio to a ratio."""
         return Estimate(math.exp(self.value), math.exp(self.low), math.exp(self.high), self.how)
@@ -101,7 +109,8 @@ def paired_difference(first: Mapping[str, np.ndarray], second: Mapping[str, np.n
     value = float(np.mean([one.mean() for one in differences.values()]))
     low, high = np.quantile(draws, [0.025, 0.975])
     unseen = 3 / (len(differences) * min(map(len, differences.values())))
-    return Estimate(value, min(low, value - unseen), max(high, value + unseen), "paired over items")
+    how = f"paired over {sum(map(len, differences.values()))} items"
+    return Estimate(value, min(low, value - unseen), max(high, value + unseen), how)
 
 
 def paired_ratio(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:

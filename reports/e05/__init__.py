@@ -112,7 +112,7 @@ def latency_table(run: Run) -> pd.DataFrame:
                 ratio = kept.ratio(str(at["baseline"]), 0.0, OURS, at["sparsity_target"])
                 interval = f" ({style.times_range(ratio.low, ratio.high)})" if ratio.known else ""
                 cells["CATS, ms"] = _median(kept.of(OURS, at["sparsity_target"]), at["p50_ms"])
-                cells["Over dense"] = f"{style.times(at['speedup'])}{interval}"
+                cells["Over dense"] = f"{style.times(ratio.value if ratio.known else at['speedup'])}{interval}"
                 cells["Over torch"] = style.times(at["over_torch"])
                 cells["Over 0 %"] = style.times(at["over_own"])
                 cells["At the bound"] = style.times(at["reachable"])

@@ -45,6 +45,8 @@ def c3_beats_relufication(run: Run) -> list[Finding]:
         verdict, reason = decide(leads.items())
         ours = ", ".join(f"{variant_name(level)} {number(at[level].value)}" for level in LEVELS)
         ours += f" / {number(relu.value)} (ReLUfication, {percent(relu.sparsity, 0)} sparse)"
+        if matched := at.get("cats-matched"):
+            ours += f"; CATS at ReLUfication's sparsity {number(matched.value)}"
         worst = min(leads, key=lambda name: leads[name].value)
         uncertainty = f"smallest lead {worst}'s: {points_interval(leads[worst])}"
         findings.append(Finding(model, column_of(model), verdict, ours, uncertainty, reason))

@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from experiments.framework.tables import LatencyRow, LatencySample
+from experiments.framework.tables import LatencyRow, LatencySample, QuantizationSpeedRow
 from reports.core.load import Run, paper_table
 from reports.core.provenance import processor
 from reports.core.statistics import Estimate
-from reports.core.style import dtype_name, times, times_range
+from reports.core.style import dtype_name, number, times, times_range
 from reports.core.verdicts import UNDECIDED, Finding, decide, untested
 from reports.measures.latency import COMPILED, OURS, TORCH, Rounds, batch_one, kernel_speedups, near, rounds
 
@@ -21,13 +21,16 @@ FLOATS = ("float32", "bfloat16", "float16")  # quantised weights are no conditio
 PAPER_SHAPES = ("Mistral-7B", "Llama2-7B")
 PAPER_KERNELS = ("fused-mask", "fused-compact", "gather")
 AS_FAST = 1.05  # ours over the authors' own time, at most
+ONE_PROCESS = 0.02  # of a bar: two processes that time the same calls on one card differ by this much
 
 
 def c7_kernel_speed(run: Run) -> list[Finding]:
     """Holds here if dense time over CATS time at batch 1 is at least 1.40 at 50 % sparsity and 1.70 at 70 %, dense
     being the fastest of torch's own MLP and the compiled one; medians of ratios paired by round.
 
-    Undecided where the compiled one was not timed, or rounds were not kept. Beside it stand the ratio over torch's own,
+    Undecided where the compiled one was not timed, or rounds were not kept; within 2 % of a bar, since all rounds are
+    of one process; and where another run shown has a faster dense on such a card that would change the verdict, since
+    inductor's tuning does not find the same program each time. Beside it stand the ratio over torch's own,
     as the paper measured it, and over our kernel at 0 % sparsity, which is the gain of sparsity alone.
     """
     findings = []
@@ -41,19 +44,60 @@ def c7_kernel_speed(run: Run) -> list[Finding]:
         kept = rounds(run.table(LatencySample), known[0])
         baseline = str(known[0]["baseline"])
         ratios = [kept.ratio(baseline, 0.0, OURS, row["sparsity_target"]) for row in known]
-        margins = [
-            (f"{100 * target:.0f} %", ratio.shifted(-bar)) for (target, bar), ratio in zip(BARS, ratios, strict=True)
-        ]
-        verdict, reason = decide(margins)
-        ours = "; ".join(_three_ratios(row, target, baseline) for row, (target, _) in zip(known, BARS, strict=True))
+        verdict, reason = decide(_margins(ratios))
+        ours = "; ".join(
+            _three_ratios(row, ratio, target, baseline)
+            for row, ratio, (target, _) in zip(known, ratios, BARS, strict=True)
+        )
         ends = [f"{times_range(one.low, one.high)} {one.how}" for one in ratios if one.known]
         finding = Finding(shape, str(named["column"]), verdict, ours, "; ".join(ends), reason, str(named["condition"]))
         if not all(one.known for one in ratios):
             finding = replace(finding, reason="no rounds were kept: error unknown")
         if COMPILED not in set(part["implementation"]):
             finding = finding.because(UNDECIDED, _why_not_compiled(run, machine, shape, dtype))
-        findings.append(finding)
+        here = float(known[0]["dense_ms"])
+        elsewhere = faster_dense(run, machine, shape, dtype, here)
+        findings.append(_against(elsewhere, here, ratios, finding) if elsewhere else finding)
     return findings
+
+
+def _margins(ratios: list[Estimate]) -> list[tuple[str, Estimate]]:
+    """(level, distance to its bar), with what differs between processes added to the interval."""
+    return [
+        (f"{100 * target:.0f} %", ratio.shifted(-bar).widened(ONE_PROCESS * bar))
+        for (target, bar), ratio in zip(BARS, ratios, strict=True)
+    ]
+
+
+def _against(elsewhere: tuple[str, float], here: float, ratios: list[Estimate], finding: Finding) -> Finding:
+    """The finding, undecided if the faster dense of another run would change its verdict."""
+    label, took = elsewhere
+    scaled = [ratio.scaled(took / here) for ratio in ratios]
+    if decide(_margins(scaled))[0] == finding.verdict:
+        return finding
+    over = ", ".join(times(ratio.value) for ratio in scaled)
+    why = f"dense took {number(took, 3)} ms in {label}, {number(here, 3)} here: {over} over that"
+    return finding.because(UNDECIDED, why)
+
+
+def faster_dense(run: Run, machine: str, shape: str, dtype: str, here: float) -> tuple[str, float] | None:
+    """The fastest dense MLP of the other runs shown, at one row on the same kind of machine: (run, ms); None where none
+    is faster than ``here``."""
+    times_of: dict[str, list[float]] = {}
+    for other in run.beside:
+        for row_type, names, kept in (
+            (LatencyRow, (TORCH, COMPILED), {"rows": 1}),
+            (QuantizationSpeedRow, ("torch", "compiled"), {"format": "none", "what": "mlp"}),
+        ):
+            table = other.table(row_type)
+            if table is None:
+                continue
+            wanted = table["implementation"].isin(names) & (table["error"].str.strip() == "")
+            for column, value in {"machine": machine, "shape": shape, "dtype": dtype, **kept}.items():
+                wanted &= table[column] == value
+            times_of.setdefault(other.label, []).extend(table.loc[wanted, "p50_ms"].dropna())
+    fastest = min(((min(found), label) for label, found in times_of.items() if found), default=None)
+    return (fastest[1], fastest[0]) if fastest and fastest[0] < here else None
 
 
 def _groups(run: Run) -> list[tuple[tuple[str, str, str], pd.DataFrame]]:
@@ -68,10 +112,10 @@ def _groups(run: Run) -> list[tuple[tuple[str, str, str], pd.DataFrame]]:
     return [((str(machine), str(shape), str(dtype)), part) for (machine, shape, dtype), part in groups]
 
 
-def _three_ratios(row: pd.Series, target: float, baseline: str) -> str:
+def _three_ratios(row: pd.Series, ratio: Estimate, target: float, baseline: str) -> str:
     """`at 50 %: 1.35x over the compiled MLP, 1.57x over torch's, 1.37x over our kernel at 0 %`."""
     over = {TORCH: "torch's MLP", COMPILED: "the compiled MLP"}
-    said = [f"{times(row['speedup'])} over {over[baseline]}"]
+    said = [f"{times(ratio.value if ratio.known else row['speedup'])} over {over[baseline]}"]
     if baseline != TORCH and math.isfinite(row["over_torch"]):
         said.append(f"{times(row['over_torch'])} over torch's")
     if math.isfinite(row["over_own"]):
