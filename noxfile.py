@@ -139,9 +139,11 @@ def pretrain(s: nox.Session) -> None:
     run(s, "-m", "experiments.pocket.pretrain", *s.posargs)
 
 
-KERNEL_TESTS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*kernel*.py"))
-KERNEL_TESTS += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_triton*.py"))
-KERNEL_TESTS += [
-    f"tests/test_{name}.py" for name in ("reference", "operator", "operator_recorded", "problem", "cpu_threads")
-]
+KERNEL_FILES = (
+    "*kernel*", "triton*", "quantized_cpu*", "quantized_formats", "decode_attention", "repeated*", "reference",
+    "operator*", "problem", "cpu_threads",
+)  # fmt: skip
+KERNEL_TESTS = sorted(
+    {str(path.relative_to(ROOT)) for name in KERNEL_FILES for path in ROOT.glob(f"tests/test_{name}.py")}
+)
 BENCHES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/bench_*.py"))

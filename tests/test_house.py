@@ -68,6 +68,24 @@ def test_no_function_is_too_long(package: str) -> None:
     assert long == []
 
 
+def test_the_session_kernels_runs_all_tests_of_the_kernels_alone() -> None:
+    """Those of the operator's package that need neither the method nor the experiments."""
+    (patterns,) = [
+        ast.literal_eval(node.value)
+        for node in ast.parse((ROOT / "noxfile.py").read_text()).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "KERNEL_FILES"
+    ]
+    run = {path for pattern in patterns for path in (ROOT / "tests").glob(f"test_{pattern}.py")}
+    alone = {path for path in (ROOT / "tests").glob("test_*.py") if packages_of(path) == {"cats_kernels"}}
+    assert len(alone) > 10 and alone <= run
+
+
+def packages_of(path: Path) -> set[str]:
+    """Packages of the project that a module imports at its top."""
+    lines = re.findall(r"^(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return set(lines) & {"cats", "cats_kernels", "experiments", "reports"}
+
+
 def words(paths: list[Path]) -> Counter[str]:
     """How often each word stands in these files."""
     return Counter(word for path in paths for word in re.findall(r"\w+", path.read_text(encoding="utf-8")))
