@@ -20,6 +20,7 @@ nox.options.sessions = ["lint", "tests"]
 ROOT = Path(__file__).parent
 VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
 PROJECT = ("-e", ".[experiments,gguf,reports]", "--group", "tests")
+PATIENCE = 30.0  # seconds in which a command may end by itself after Ctrl-C
 session = nox.session(venv_backend="none")  # nox would make one environment per session: gigabytes and minutes each
 
 
@@ -80,8 +81,12 @@ def fingerprint(*packages: str) -> str:
 
 
 def run(s: nox.Session, *command: str) -> None:
-    """Run ``python *command`` in the shared environment, with the project installed."""
-    s.run(environment(s, VERSION, *PROJECT), *command, external=True)
+    """Run ``python *command`` in the shared environment, with the project installed.
+
+    After Ctrl-C it may end by itself and say what is kept; nox would kill it after half a second.
+    """
+    python = environment(s, VERSION, *PROJECT)
+    s.run(python, *command, external=True, interrupt_timeout=PATIENCE, terminate_timeout=PATIENCE)
 
 
 @session

@@ -68,24 +68,6 @@ def test_no_function_is_too_long(package: str) -> None:
     assert long == []
 
 
-def test_the_session_kernels_runs_all_tests_of_the_kernels_alone() -> None:
-    """Those of the operator's package that need neither the method nor the experiments."""
-    (patterns,) = [
-        ast.literal_eval(node.value)
-        for node in ast.parse((ROOT / "noxfile.py").read_text()).body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "KERNEL_FILES"
-    ]
-    run = {path for pattern in patterns for path in (ROOT / "tests").glob(f"test_{pattern}.py")}
-    alone = {path for path in (ROOT / "tests").glob("test_*.py") if packages_of(path) == {"cats_kernels"}}
-    assert len(alone) > 10 and alone <= run
-
-
-def packages_of(path: Path) -> set[str]:
-    """Packages of the project that a module imports at its top."""
-    lines = re.findall(r"^(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return set(lines) & {"cats", "cats_kernels", "experiments", "reports"}
-
-
 def words(paths: list[Path]) -> Counter[str]:
     """How often each word stands in these files."""
     return Counter(word for path in paths for word in re.findall(r"\w+", path.read_text(encoding="utf-8")))
@@ -108,11 +90,17 @@ def names_of(path: Path) -> Iterator[str]:
             yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
+def files_of(folder: str) -> list[Path]:
+    """Its files at any depth, without what Python, numba and pip leave there."""
+    left = re.compile(r"__pycache__|.*\.egg-info")
+    paths = [path for path in (ROOT / folder).rglob("*") if path.is_file()]
+    return [path for path in paths if not any(left.fullmatch(part) for part in path.relative_to(ROOT).parts)]
+
+
 def test_every_file_is_used() -> None:
     """Named in another file, or found by the pattern of its name."""
     discovered = re.compile(r"__(init|main)__|conftest|test_\w+|bench_\w+|from_\w+|e\d\d\w*")
-    folders = [ROOT / folder for folder in (*PACKAGES, "tests", "examples", "docs")]
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    files = [path for folder in (*PACKAGES, "tests", "examples", "docs") for path in files_of(folder)]
     text = [path for path in [*files, *ROOT.glob("*.*"), *ROOT.glob("results/*.md")] if path.suffix in TEXT]
     mentions: dict[str, set[Path]] = {}
     for path in text:
@@ -124,16 +112,14 @@ def test_every_file_is_used() -> None:
         if not discovered.fullmatch(path.stem)
         and path.parent != ROOT / "cats" / "criteria"
         and not any(name != path for name in mentions.get(path.stem, ()))
-        and ".egg-info" not in path.parent.name
     ]
     assert unused == []
 
 
 def folders() -> set[str]:
     """Every folder of the packages that holds a file, as docs/ARCHITECTURE.md writes it; ``eNN`` there means many."""
-    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file()]
-    parents = {path.relative_to(ROOT).parent for path in files if path.suffix != ".pyc"}
-    return {f"{folder.as_posix()}/" for folder in parents if not re.match(r"e\d\d|.*\.egg-info", folder.name)}
+    parents = {path.relative_to(ROOT).parent for package in PACKAGES for path in files_of(package)}
+    return {f"{folder.as_posix()}/" for folder in parents if not re.match(r"e\d\d", folder.name)}
 
 
 def named_in(page: str) -> set[str]:
