@@ -92,6 +92,14 @@ def test_the_session_kernels_runs_all_tests_of_the_kernels_alone(noxfile: Any) -
     assert len(alone) > 10 and alone <= set(s.commands[-1])
 
 
+def test_the_session_bench_says_what_its_ratios_are(noxfile: Any) -> None:
+    s = Session()
+    noxfile.bench(s)
+    assert {f"tests/{path.name}" for path in (ROOT / "tests").glob("bench_*.py")} <= set(s.commands[-1])
+    words = " ".join(s.lines)
+    assert all(f"{ratio}/0.5" in words for ratio in ("bound", "dense", "self"))
+
+
 def packages_of(path: Path) -> set[str]:
     """Packages of the project that a module imports at its top."""
     lines = re.findall(r"^(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
