@@ -50,6 +50,7 @@ def test_as_fast_as_promised(benchmark, bits):
     measure_once = partial(ratios, *SHAPES["mistral-7b"], bits)
     measured = benchmark.pedantic(best_of, args=(measure_once, FLOORS[bits]), rounds=1)
     benchmark.extra_info.update(measured)
+    print(f"int{bits}", {name: round(value, 2) for name, value in measured.items()})
     assert too_slow(measured, FLOORS[bits]) == []
 
 

@@ -156,8 +156,9 @@ def test_lm_eval_scores_a_task_as_a_plain_loop_does(folder: Path) -> None:
                 first = result.task == "pocket_docstring"
                 before, after = (choice, row["prompt"]) if first else (row["prompt"], choice)
                 blanks = len(before) - len(before.rstrip())
-                start = len(tokenizer(before[: len(before) - blanks])["input_ids"])
-                ids = torch.tensor([tokenizer(before + after)["input_ids"]])
+                given = tokenizer(before[: len(before) - blanks])["input_ids"]
+                start = len(given)  # where a token spans the border (".__"), lm-eval scores what follows after these
+                ids = torch.tensor([given + tokenizer(before + after)["input_ids"][start:]])
                 with torch.no_grad():
                     logprobs = model(ids).logits.double().log_softmax(-1)
                 scores.append(float(logprobs[0, start - 1 : -1].gather(1, ids[0, start:, None]).sum()))

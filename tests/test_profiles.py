@@ -85,9 +85,20 @@ def test_a_bad_value_is_refused_before_any_experiment(assignment: str, tmp_path:
 def test_the_pocket_plan_asks_for_no_gpu(tmp_path: Path, capsys) -> None:
     """Two layers of the 7B shapes run, not all: 33.7 GB of float32 are not needed."""
     assert main(["reproduce", "--plan", "--device", "cpu", "--output", str(tmp_path / "out")]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("e06")]
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("e06")]
     memory = re.search(r"([\d.]+) GiB", line)
     assert memory is not None and float(memory.group(1)) < 6 and "GPU" not in line
+    (here, there), each = in_minutes(out, r"^in all.*$")[0], in_minutes(out, r"^e\d\d.*$")
+    assert len(each) == 9
+    for total, parts in zip((here, there), zip(*each, strict=True), strict=True):
+        assert total == pytest.approx(sum(parts), rel=0.06, abs=1)  # each is rounded
+
+
+def in_minutes(text: str, lines: str) -> list[list[float]]:
+    """Durations in each line of ``text`` that matches."""
+    durations = [re.findall(r"([\d.]+) (min|h)\b", line) for line in re.findall(lines, text, re.MULTILINE)]
+    return [[float(number) * (60 if unit == "h" else 1) for number, unit in line] for line in durations]
 
 
 def test_unknown_experiments_are_refused_with_the_known_ones(tmp_path: Path, capsys) -> None:

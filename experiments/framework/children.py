@@ -17,6 +17,8 @@ from experiments.framework.workers import DISTRIBUTED
 
 COMMAND = "CATS_COMMAND"
 """Variable with the command line that the user typed, for the provenance of the children."""
+PATIENCE = 3, 20
+"""Seconds in which a child may end by itself after Ctrl-C, and after SIGTERM."""
 
 
 def command(config: Config, arguments: Sequence[str], processes: int) -> list[str]:
@@ -62,7 +64,7 @@ def run_child(words: Sequence[str], log: Path, typed: str = "") -> int:
 def _stop(child: subprocess.Popen[bytes]) -> None:
     """End a child: Ctrl-C in a terminal has reached it too, but a signal to this process alone has not."""
     # SIGTERM, which ends a run as Ctrl-C does: a job started in the background ignores SIGINT, and so do its children
-    for patience, then in ((3, signal.SIGTERM), (20, signal.SIGKILL)):
+    for patience, then in zip(PATIENCE, (signal.SIGTERM, signal.SIGKILL), strict=True):
         try:
             child.communicate(timeout=patience)  # reads on, so that it cannot hang writing to a full pipe
             return

@@ -104,11 +104,13 @@ def print_plan(configs: Sequence[Config]) -> int:
         sizes = ["read as it is used" if need.name in corpora else _size(need.download) for need in data]
         cells = [(need.name, size, need.access) for need, size in zip(data, sizes, strict=True)]
         _print_table(("data set", "download", "access"), cells)
-    lines = [experiment_cells(config, cost, models) for config, cost in pairs]
+    lines, hours = zip(*(experiment_cells(config, cost, models) for config, cost in pairs), strict=True)
     _print_table(("experiment", "models", "memory", "time here", "time on one H200", "machine"), lines)
     total = sum(n.download for n in models.values()) + sum(n.download for n in data if n.name not in corpora)
     print(f"downloads {_size(total)}; free disk {_size(shutil.disk_usage(_existing(configs[0].output)).free)}")
-    print("times are estimates for an idle machine; finished units are kept, so a run may be split")
+    here, there = (_duration(sum(column)) for column in zip(*hours, strict=True))
+    print(f"in all {here} here, {there} on one H200; finished units are kept, so a run may be split")
+    print("times here are estimates from the speed measured just now, which other work on the machine lowers")
     problems = [need for need in [*models.values(), *data] if need.problem]
     if not online:
         unknown = ", ".join(need.name for need in problems if need.problem == UNCHECKED)
@@ -188,23 +190,25 @@ def repository_need(name: str, kind: str, online: bool) -> Need:
     return need
 
 
-def experiment_cells(config: Config, cost: Cost, models: dict[str, Need]) -> tuple[str, ...]:
-    """One line of the table of experiments."""
+def experiment_cells(
+    config: Config, cost: Cost, models: dict[str, Need]
+) -> tuple[tuple[str, ...], tuple[float, float]]:
+    """One line of the table of experiments, and its hours here and on one H200 (NaN where that is not known)."""
     names = config.models if cost.uses_models else []
     sizes = [run_parameters(name, cost.layers, models[name]) for name in names]
     if not all(sizes):
-        return config.experiment, str(len(sizes)), "?", "?", "?", "?"
+        return (config.experiment, str(len(sizes)), "?", "?", "?", "?"), (math.nan, math.nan)
     device = config.device if config.device != "sharded" else resolve_device("auto")
     memory = memory_of(cost, max(sizes, default=0), max((vocabulary_of(name) for name in names), default=0))
     dtype = config.dtype if config.dtype != "auto" else "bfloat16"
     depths = [depth_of(name, cost.layers) for name in names]
     seconds = start_seconds(config, cost, list(zip(names, sizes, strict=True)))
-    hours = [
+    here, there = (
         (seconds + model_seconds(machine, cost, list(zip(sizes, depths, strict=True)))) / 3600
         for machine in (speed(device, dtype), h200(dtype))
-    ]
-    cells = config.experiment, str(len(sizes)), _size(memory), *map(_duration, hours)
-    return *cells, machine_for(device, memory, hours[0])
+    )
+    cells = config.experiment, str(len(sizes)), _size(memory), _duration(here), _duration(there)
+    return (*cells, machine_for(device, memory, here)), (here, there)
 
 
 def memory_of(cost: Cost, parameters: int, vocabulary: int) -> float:
@@ -286,7 +290,7 @@ def speed(device: str, dtype: str) -> Machine:
     return Machine(flops, bandwidth, LAYER["cuda" if device.startswith("cuda") else "cpu"])
 
 
-def _fastest(call: Callable[[], object], device: str, rounds: int = 3) -> float:
+def _fastest(call: Callable[[], object], device: str, rounds: int = 20) -> float:
     times = []
     for _ in range(rounds):
         begin = time.perf_counter()

@@ -15,7 +15,6 @@ from reports.core.statistics import Estimate
 
 HOLDS, FAILS, UNDECIDED, NOT_TESTED = "holds here", "does not hold here", "undecided", "not tested"
 ON_POCKET = {HOLDS: "holds on the pocket model", FAILS: "does not hold on the pocket model"}
-VERDICTS = (HOLDS, FAILS, *ON_POCKET.values(), UNDECIDED, NOT_TESTED)
 
 REAL, POCKET, GPU, CPU = "real models", "pocket model", "GPU", "CPU"
 COLUMNS = (REAL, POCKET, GPU, CPU)

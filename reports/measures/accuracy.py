@@ -28,7 +28,6 @@ from reports.core.verdicts import Finding, untested
 ORDER = ("dense", "cats-50", "cats-70", "cats-90", "cats-matched", "relufication")
 TARGETS = {"cats-50": 0.5, "cats-70": 0.7, "cats-90": 0.9}
 LEVELS = tuple(TARGETS)
-CRITERIA = {"dense": "dense", "relufication": "relufication"}  # of the variants that the claims name; else cats
 
 
 def variants(table: pd.DataFrame) -> list[str]:
