@@ -150,6 +150,15 @@ def _quantized(backend: str) -> Callable[..., Tensor]:
     return sparse_gated_mlp_quantized
 
 
+@cache
+def _quantized_dense(backend: str) -> Callable[..., Tensor]:
+    if backend == "cpu":
+        from cats_kernels.cpu.many_rows import quantized_mlp_many_rows
+
+        return quantized_mlp_many_rows
+    return quantized_mlp_reference
+
+
 def resolve(backend: str, x: Tensor) -> str:
     """The backend for ``x``; the environment variable CATS_BACKEND replaces "auto"."""
     if backend == "auto":
@@ -191,13 +200,12 @@ def compute_quantized(
 ) -> Tensor:
     """`compute` on quantised weights."""
     arguments = (x, gate_weight, up_weight, down_weight_t, threshold, activation, decider)
-    if (
-        backend == "reference"
-        or x.shape[0] > QUANTIZED_ROWS[backend, x.dtype]
-        or not kernels_take(backend, gate_weight, up_weight, down_weight_t)
-    ):
+    if backend == "reference":
         return quantized_mlp_reference(*arguments)
-    return _quantized(backend)(*arguments)
+    few = x.shape[0] <= QUANTIZED_ROWS[backend, x.dtype]
+    if few and kernels_take(backend, gate_weight, up_weight, down_weight_t):
+        return _quantized(backend)(*arguments)
+    return _quantized_dense(backend)(*arguments)
 
 
 def kernels_take(backend: str, *weights: QuantizedWeight) -> bool:
