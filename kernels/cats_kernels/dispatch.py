@@ -163,11 +163,14 @@ def _quantized_dense(backend: str) -> Callable[..., Tensor]:
     return quantized_mlp_reference
 
 
+def asked_for(backend: str) -> str:
+    """The backend's name, or for "auto" what the environment variable CATS_BACKEND says in its place now."""
+    return os.environ.get("CATS_BACKEND", "auto") if backend == "auto" else backend
+
+
 def resolve(backend: str, x: Tensor) -> str:
     """The backend for ``x``; the environment variable CATS_BACKEND replaces "auto"."""
-    if backend == "auto":
-        backend = os.environ.get("CATS_BACKEND", "auto")
-    return choose_backend(backend, x.device.type, x.dtype)
+    return choose_backend(asked_for(backend), x.device.type, x.dtype)
 
 
 def compute(
@@ -241,8 +244,6 @@ def path_of(
         ValueError, RuntimeError: as the call would.
     """
     check_decider(decider)
-    if backend == "auto":
-        backend = os.environ.get("CATS_BACKEND", "auto")
-    chosen = choose_backend(backend, torch.device(device).type, dtype)
+    chosen = choose_backend(asked_for(backend), torch.device(device).type, dtype)
     table = QUANTIZED_ROWS if quantized else SPARSE_ROWS
     return SPARSE if rows <= table.get((chosen, dtype), 0) else DENSE_MASKED

@@ -85,7 +85,8 @@ def nibble_values(context: Any) -> Any:
     return FLOATS(), generate
 
 
-def _look_up(builder: Any, table: Any, address: Any, k: Any, shift: int) -> Any:
+def _look_up(builder: Any, arguments: Any, shift: int) -> Any:
+    table, address, k = arguments
     place = builder.bitcast(pointer_to(builder, I8, address, k), ir.VectorType(I8, LANES).as_pointer())
     values = builder.zext(builder.load(place, align=1), HALVES.backend)
     values = builder.lshr(values, ir.Constant(HALVES.backend, [shift] * LANES))
@@ -99,7 +100,7 @@ def of_low_nibbles(context: Any, table: Any, address: Any, k: Any) -> Any:
     """What a table of 16 numbers has for bits 0 to 3 of bytes [k, k + LANES) at ``address``; `BY_TABLE` only."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _look_up(builder, *arguments, 0)
+        return _look_up(builder, arguments, 0)
 
     return HALVES(HALVES, types.int64, types.int64), generate
 
@@ -109,6 +110,6 @@ def of_high_nibbles(context: Any, table: Any, address: Any, k: Any) -> Any:
     """The same for bits 4 to 7."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _look_up(builder, *arguments, 4)
+        return _look_up(builder, arguments, 4)
 
     return HALVES(HALVES, types.int64, types.int64), generate
