@@ -43,8 +43,8 @@ def quantized_mlp_many_rows(
         sums = torch.zeros(rows.shape, dtype=torch.float32)
         for first in range(0, m, step):
             last = min(m, first + step)
-            own = [weight.rows(first, last) for weight in (gate_weight, up_weight, down_weight_t)]
-            sums += piece(*own, thresholds[first:last])
+            gate, up, down_t = (weight.rows(first, last) for weight in (gate_weight, up_weight, down_weight_t))
+            sums += piece(gate, up, down_t, thresholds[first:last])
         out.copy_(sums)
     return y
 
