@@ -190,8 +190,10 @@ def test_a_model_spread_over_devices(llama: nn.Module, batches: list, monkeypatc
     llama.add_module("elsewhere", Elsewhere())
     assert Output(llama, batches).divergence(skips) == pytest.approx(expected)
     assert kept and not any(isinstance(positions, torch.Tensor) for positions in kept)
-    llama.to("meta")
-    assert all(positions.device.type == "cpu" for _, positions in sample_rows(llama, batches, 40))
+    monkeypatch.setattr(sensitivity, "execution_device", lambda _model: torch.device("meta"))
+    monkeypatch.setattr(sensitivity, "model_inputs", lambda ids, device, _vocabulary: {"input_ids": ids.to(device)})
+    ((inputs, positions),) = sample_rows(llama, [torch.zeros(1, 20, dtype=torch.int64)], 40)
+    assert inputs["input_ids"].device.type == "meta" and positions.device.type == "cpu"
 
 
 def test_a_layer_that_matters_more_costs_more(llama: nn.Module, batches: list) -> None:
