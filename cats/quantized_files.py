@@ -35,9 +35,10 @@ def save_quantized(model: PreTrainedModel, path: str | Path) -> None:
     """Write a model that `cats.quantize` has quantised, whole or not at all; thresholds are not part of it.
 
     Raises:
-        ValueError: it is not quantised.
+        ValueError: it is not quantised, or its other weights are of several dtypes, which a file could not be read to.
         OSError: ``path`` cannot be written.
     """
+    _check_dtypes(model)
     layers = {}
     for name, mlp in gated_mlps(model).items():
         if not is_quantized(mlp):
@@ -99,6 +100,18 @@ class _File:
 
 def _text(error: Exception) -> str:
     return f"its metadata lack {error.args[0]}" if isinstance(error, KeyError) else str(error)
+
+
+def _check_dtypes(model: PreTrainedModel) -> None:
+    """Refuse weights of another dtype than the model of this configuration has in the dtype of this one."""
+    with torch.device("meta"):
+        expected = empty_model(model.config, model.dtype).state_dict()
+    for name, tensor in model.state_dict().items():
+        if name in expected and tensor.dtype != expected[name].dtype:
+            raise ValueError(
+                f"{name} is {tensor.dtype} in a model of {model.dtype}; only weights of one dtype can be saved: cast "
+                f"them first, as model.to({model.dtype}) does"
+            )
 
 
 def _without_ties(model: nn.Module) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from cats.structure import gated_mlps, parts_of
 from cats.thresholds import Value
 
 TOKENS = 1024
-"""Of the text that the model runs on, whole rows spread evenly over it."""
+"""Of the text that the model runs on, rows spread evenly over it."""
 POSITIONS = 512
 """Among them, evenly spread, where distributions are compared."""
 SCORED_TOKENS = 4096
@@ -53,7 +53,8 @@ class Output:
 
     def _logits(self, skips: Skips) -> Iterator[Tensor]:
         """Logits (positions, vocabulary) of each row."""
-        keeps = keeps_logits(self._model)
+        # of a model spread over devices only its last one could be indexed, and accelerate moves arguments to the first
+        keeps = keeps_logits(self._model) and len({weight.device for weight in self._model.parameters()}) < 2
         with torch.no_grad(), eval_mode(self._model), _skipping(self._model, skips):
             for inputs, positions in self._rows:
                 options: dict[str, Any] = {"logits_to_keep": positions} if keeps else {}
@@ -94,9 +95,23 @@ def sample_rows(model: nn.Module, batches: Sequence[Any], most: int) -> list[tup
             real = ids[inputs["attention_mask"][index].bool()] if "attention_mask" in inputs else ids
             if len(real):
                 rows.append(real[None, :most])
-    chosen = rows[:: -(-sum(row.numel() for row in rows) // most)]
+    chosen = spread_over(rows, most)
     step = -(-sum(row.numel() for row in chosen) // POSITIONS)
-    return [({"input_ids": row}, torch.arange(0, row.numel(), step, device=device)) for row in chosen]
+    return [({"input_ids": row}, torch.arange(0, row.numel(), step)) for row in chosen]  # to index on any device
+
+
+def spread_over(rows: Sequence[Tensor], most: int) -> list[Tensor]:
+    """Those of some rows (1, length) that make up ``most`` of their tokens, or as many as there are, evenly spread over
+    the tokens of all; the last one perhaps cut."""
+    total = sum(row.numel() for row in rows)
+    chosen: list[Tensor] = []
+    passed = taken = 0
+    for row in rows:
+        if taken < most and taken * total <= passed * most:
+            chosen.append(row[:, : most - taken])
+            taken += chosen[-1].numel()
+        passed += row.numel()
+    return chosen
 
 
 @contextmanager

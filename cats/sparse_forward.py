@@ -14,6 +14,7 @@ from typing import Any
 import cats_kernels
 import torch
 from cats_kernels import repeated
+from cats_kernels.dispatch import asked_for
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -74,6 +75,7 @@ class Known:
         weights: (name of a linear layer, the facts of its weight) of each one.
         threshold: facts of the deciding product's threshold.
         dtype, device: of x.
+        chosen: what `cats_kernels.dispatch.asked_for` said of the kernel.
         calls: shape of x to what repeats the call, None where nothing does.
     """
 
@@ -82,6 +84,7 @@ class Known:
     threshold: repeated.Facts
     dtype: torch.dtype
     device: torch.device
+    chosen: str
     calls: dict[torch.Size, repeated.Repeat | None] = field(default_factory=dict, compare=False)
 
 
@@ -211,7 +214,7 @@ class SparseForward:
             if type(weight) is not nn.Parameter or repeated.facts(weight) != facts:
                 return None
             held.append(weight)
-        if cats_kernels.sparse_gated_mlp is not known.operator:
+        if cats_kernels.sparse_gated_mlp is not known.operator or asked_for(self.cats_state.kernel) != known.chosen:
             return None
         return call(x, *as_given(held[1:])) if repeated.takes_weights(call) else call(x)
 
@@ -229,7 +232,7 @@ class SparseForward:
         ):
             return
         same = tuple((name, repeated.facts(weight)) for name, weight in parameters)
-        known = Known(OPERATOR, same, repeated.facts(threshold), x.dtype, x.device)
+        known = Known(OPERATOR, same, repeated.facts(threshold), x.dtype, x.device, asked_for(state.kernel))
         if state.known == known:
             known = state.known
         if x.shape not in known.calls:

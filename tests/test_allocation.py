@@ -149,6 +149,53 @@ def test_rows_for_the_output_are_spread_over_the_text(llama: nn.Module, monkeypa
     assert padded[0]["input_ids"].tolist() == [text[0, 12:].tolist()]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_rows_of_any_length_are_taken_by_their_tokens(llama: nn.Module, order: int) -> None:
+    """Every n-th row was taken before: of these 40 or 400 tokens where 100 were asked for."""
+    lengths = [20, 100, 20, 20, 100, 20, 20, 100, 20, 20, 100, 20, 20, 100, 20][::order]
+    texts = [torch.full((1, length), i) for i, length in enumerate(lengths)]
+    rows = [row["input_ids"] for row, _ in sample_rows(llama, texts, 180)]
+    assert 150 <= sum(row.numel() for row in rows) <= 180
+    assert rows[0][0, 0] == 0 and rows[-1][0, 0] >= 9
+    everything = [row["input_ids"] for row, _ in sample_rows(llama, texts, 10**4)]
+    assert [row.numel() for row in everything] == lengths
+
+
+class Elsewhere(nn.Module):
+    """Some of a model, on another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, device="meta"))
+
+
+def test_a_model_spread_over_devices(llama: nn.Module, batches: list, monkeypatch) -> None:
+    """Positions are on the CPU, from where tensors of any device are indexed; and the model, which would index with
+    them on its last device what accelerate had moved to its first one, gives all logits."""
+    skips = {path: ("gate", 0.3) for path in cats.gated_mlps(llama)}
+    expected = Output(llama, batches).divergence(skips)
+    kept, forward = [], llama.forward
+    monkeypatch.setattr(
+        llama,
+        "forward",
+        lambda *args, logits_to_keep=0, **options: (
+            kept.append(logits_to_keep),
+            forward(*args, logits_to_keep=logits_to_keep, **options),
+        )[1],
+    )
+    monkeypatch.setattr(sensitivity, "keeps_logits", lambda _model: True)
+    assert Output(llama, batches).divergence(skips) == pytest.approx(expected)
+    assert all(isinstance(positions, torch.Tensor) for positions in kept)
+    kept.clear()
+    llama.add_module("elsewhere", Elsewhere())
+    assert Output(llama, batches).divergence(skips) == pytest.approx(expected)
+    assert kept and not any(isinstance(positions, torch.Tensor) for positions in kept)
+    monkeypatch.setattr(sensitivity, "execution_device", lambda _model: torch.device("meta"))
+    monkeypatch.setattr(sensitivity, "model_inputs", lambda ids, device, _vocabulary: {"input_ids": ids.to(device)})
+    ((inputs, positions),) = sample_rows(llama, [torch.zeros(1, 20, dtype=torch.int64)], 40)
+    assert inputs["input_ids"].device.type == "meta" and positions.device.type == "cpu"
+
+
 def test_a_layer_that_matters_more_costs_more(llama: nn.Module, batches: list) -> None:
     """The scale of each MLP's errors, from the output itself."""
     paths = list(cats.gated_mlps(llama))

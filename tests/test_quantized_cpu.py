@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from cats_kernels import QuantizedWeight, dequantize, quantize, sparse_gated_mlp
-from cats_kernels.cpu import kernels
+from cats_kernels import QuantizedWeight, dequantize, quantize, quantized, sparse_gated_mlp
+from cats_kernels.cpu import kernels, many_rows
+from cats_kernels.cpu.dequantise import dequantise_into
+from cats_kernels.cpu.many_rows import quantized_mlp_many_rows
 from cats_kernels.cpu.quantized_launch import sparse_gated_mlp_quantized_cpu
 from cats_kernels.dispatch import DENSE_MASKED, QUANTIZED_ROWS, SPARSE, compute_quantized, path_of
 from cats_kernels.problem import TOLERANCE, oracle, relative_error
@@ -112,7 +114,7 @@ def test_ties_are_kept(form, decider, rows):
     tie = np.float32(kernels.activate(np.float32(4), False) if decider == "gate" else 4)
     gate, up = (deciding, other) if decider == "gate" else (other, deciding)
     for number, kept in ((tie, True), (np.nextafter(tie, np.float32(math.inf)), False)):
-        for path in PATHS.values():
+        for path in (*PATHS.values(), quantized_mlp_many_rows):
             y = path(x, gate, up, other, torch.tensor([number, math.inf]), "silu", decider)
             assert bool((y != 0).any()) == kept
 
@@ -166,9 +168,127 @@ def test_rows_decide_the_path(monkeypatch):
         made = QuantizedProblem(40, 20, most + 1, 4, 32, dtype=dtype)
         arguments = made.quantized_arguments(0.1)
         monkeypatch.setattr("cats_kernels.cpu.quantized_launch.run_packed", None)
-        assert torch.equal(compute_quantized("cpu", *arguments), quantized_mlp_reference(*arguments))
+        assert torch.equal(compute_quantized("cpu", *arguments), quantized_mlp_many_rows(*arguments))
+        assert torch.equal(compute_quantized("reference", *arguments), quantized_mlp_reference(*arguments))
         monkeypatch.undo()
     assert path_of(1, torch.float64, "cpu", quantized=True) == DENSE_MASKED
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# many rows
+
+
+@pytest.fixture
+def bfloat16_products(monkeypatch):
+    """As on a processor with instructions for them."""
+    monkeypatch.setattr(many_rows, "multiplies_bfloat16", lambda: True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    d=st.integers(20, 300),
+    m=st.integers(20, 300),
+    rows=st.integers(3, 70),
+    sparsity=st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
+    form=st.sampled_from(FORMATS),
+    symmetric=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    activation=st.sampled_from(["silu", "gelu_tanh"]),
+    kind=st.sampled_from(["number", "one", "vector"]),
+    decider=st.sampled_from(["gate", "up"]),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_of_many_rows(d, m, rows, sparsity, form, symmetric, dtype, activation, kind, decider, seed):
+    """(With less than 20 columns a sum of neurons may cancel so that what is rounded before it shows.)"""
+    made = QuantizedProblem(
+        d, m, rows, *form, symmetric=symmetric, dtype=dtype, seed=seed, activation=activation, decider=decider
+    )
+    threshold = threshold_of_kind(made, kind, sparsity)
+    y = quantized_mlp_many_rows(*made.quantized_arguments(threshold))
+    assert y.shape == made.x.shape and y.dtype == dtype
+    assert made.error(y, threshold) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("form", [*FORMATS, (4, 16)])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_dequantised_as_by_torch(form, symmetric, scale_dtype, dtype, monkeypatch):
+    monkeypatch.setattr(quantized, "GROUP_SIZES", (*GROUP_SIZES, 16))
+    for d in (1, 33, 256, 700):
+        weight = quantize(torch.randn(40, d), *form, symmetric, scale_dtype)
+        weight.scales[3] = torch.tensor(2.0**-10).to(scale_dtype)  # small numbers too
+        out = torch.full((40, d), math.nan, dtype=dtype)
+        dequantise_into(weight.rows(2, 37), out[:35])
+        expected = dequantize(weight.rows(2, 37), dtype)
+        assert torch.equal(out[:35], expected) or not symmetric  # whose sum is rounded once here and twice there
+        assert torch.allclose(
+            out[:35].float(), expected.float(), rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+        )
+        assert out[35:].isnan().all()
+
+
+def test_what_is_not_finite_is_dequantised_to_the_same():
+    weight = quantize(torch.randn(3, 64), 4, 32)
+    weight.scales[0], weight.scales[1] = math.nan, math.inf
+    out = torch.empty(3, 64, dtype=torch.bfloat16)
+    dequantise_into(weight, out)
+    assert same_pattern(out, dequantize(weight, torch.bfloat16)) and out[0].isnan().all()
+
+
+@pytest.mark.parametrize("form", [(8, None), (4, 32), (4, 128)])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("decider", ["gate", "up"])
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.9])
+def test_the_mask_is_that_of_float32(form, symmetric, activation, decider, sparsity, bfloat16_products, monkeypatch):
+    """For thresholds as close to some products as float32 allows; rounded to bfloat16 others would be dropped."""
+    options = {"dtype": torch.bfloat16, "activation": activation, "decider": decider}
+    made, hidden = QuantizedProblem(384, 1000, 40, *form, symmetric=symmetric, **options), []
+    compute = many_rows.neurons
+    monkeypatch.setattr(many_rows, "neurons", lambda *a: hidden.append(compute(*a)) or hidden[-1])
+    for threshold in (made.threshold(sparsity), made.thresholds(sparsity)):
+        hidden.clear()
+        y = quantized_mlp_many_rows(*made.quantized_arguments(threshold))
+        assert torch.equal(torch.cat(hidden, 1) != 0, made.kept(threshold))
+        assert made.error(y, threshold) < TOLERANCE[torch.bfloat16]
+        made.gate, made.up = made.gate.bfloat16(), made.up.bfloat16()
+        limit = torch.as_tensor(threshold)
+        assert not torch.equal(made.rounded_magnitude() >= limit, made.kept(threshold))
+        made.gate, made.up = (dequantize(weight) for weight in made.weights[:2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("decider", ["gate", "up"])
+@pytest.mark.parametrize("values", [[math.nan], [math.inf], [-math.inf], [math.inf, -math.inf], [3e38]])
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+def test_nan_and_infinity_in_one_of_many_rows(dtype, decider, values, threshold, bfloat16_products):
+    made = QuantizedProblem(40, 50, 12, 4, 32, dtype=dtype, decider=decider)
+    healthy = quantized_mlp_many_rows(*made.quantized_arguments(threshold))
+    made.x[3, : len(values)] = torch.tensor(values)
+    y = quantized_mlp_many_rows(*made.quantized_arguments(threshold))
+    assert same_pattern(y, quantized_mlp_reference(*made.quantized_arguments(threshold)))
+    others = torch.arange(12) != 3
+    assert torch.equal(y[others], healthy[others]) and not y[3].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_take_little_memory(dtype, bfloat16_products, monkeypatch):
+    """In pieces of few rows and few weights the result is the same."""
+    made = QuantizedProblem(96, 500, 50, 4, 32, dtype=dtype)
+    threshold, sizes = made.thresholds(0.5), []
+    whole = quantized_mlp_many_rows(*made.quantized_arguments(threshold))
+    write = many_rows.dequantise_into
+    monkeypatch.setattr(many_rows, "dequantise_into", lambda w, out: (sizes.append(out.numel()), write(w, out))[1])
+    monkeypatch.setattr(many_rows, "WEIGHTS", 96 * 70)
+    monkeypatch.setattr(many_rows, "ROWS", 16)
+    pieces = quantized_mlp_many_rows(*made.quantized_arguments(threshold))
+    assert relative_error(pieces, whole.double()) < TOLERANCE[dtype]
+    assert made.error(pieces, threshold) < TOLERANCE[dtype]
+    assert max(sizes) == 96 * 70 and len(sizes) == 3 * 8 * 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -70,6 +70,19 @@ def test_only_quantised_models_are_written(tmp_path):
         cats.save_quantized(model, tmp_path)
 
 
+def test_weights_of_several_dtypes_are_refused(tmp_path):
+    model = tiny_model().to(torch.bfloat16)
+    cats.quantize(model, 8)
+    model.model.norm.float()
+    with pytest.raises(
+        ValueError, match=r"model.norm.weight is torch.float32 in a model of torch.bfloat16; only weights"
+    ):
+        cats.save_quantized(model, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+    cats.save_quantized(model.to(torch.bfloat16), tmp_path / "model.safetensors")
+    assert cats.load_quantized(tmp_path / "model.safetensors").model.norm.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("keep", [0, 5, 1000, -1])
 def test_truncated_files(keep, file):
     file.write_bytes(file.read_bytes()[:keep])

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import peft
 import pytest
 import torch
-from cats_kernels import operator, repeated, sparse_gated_mlp
+from cats_kernels import dispatch, operator, repeated, sparse_gated_mlp
 from cats_kernels.problem import Problem
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -171,6 +171,27 @@ def test_another_apply_is_noticed(criterion: str, batches: list):
     assert torch.equal(first_block(model)(row()), first_block(fresh)(row()))
     cats.remove(model)
     assert torch.equal(first_block(model)(row()), first_block(tiny_model())(row()))
+
+
+@torch.no_grad()
+def test_another_backend_in_the_environment_is_noticed(batches: list, slow_calls: list, monkeypatch):
+    block, other = first_block(patched(batches)), []
+    slow_calls.clear()
+    expected = block(row())
+    assert slow_calls == []
+    reference = dispatch.sparse_gated_mlp_reference
+    monkeypatch.setattr(dispatch, "sparse_gated_mlp_reference", lambda *a: other.append(1) or reference(*a))
+    for backend, calls in (("reference", 1), ("cpu", 1), ("reference", 2)):
+        monkeypatch.setenv("CATS_BACKEND", backend)
+        assert torch.allclose(block(row()), expected, atol=1e-6) and len(other) == calls
+    monkeypatch.delenv("CATS_BACKEND")
+    assert torch.equal(block(row()), expected) and len(other) == 2
+    named = first_block(patched(batches))
+    named.cats_state.kernel, named.cats_state.known = "cpu", None  # which nothing in the environment replaces
+    named(row())
+    slow_calls.clear()
+    monkeypatch.setenv("CATS_BACKEND", "reference")
+    assert torch.equal(named(row()), expected) and slow_calls == [] and len(other) == 2
 
 
 class Names(TorchFunctionMode):

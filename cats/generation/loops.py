@@ -7,6 +7,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from cats_kernels.dispatch import asked_for
 from torch import Tensor, nn
 
 from cats.generation.cache import DecodeCache
@@ -119,7 +120,8 @@ def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 def fingerprint(model: nn.Module) -> list[Any]:
     """All that a captured step depends on: modules, where their tensors lie, hooks, simple attributes, thresholds."""
-    marks: list[Any] = [getattr(getattr(model, "config", None), "_attn_implementation", None), hooks_of(model)]
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    marks: list[Any] = [attention, hooks_of(model), asked_for("auto")]
     for module in model.modules():
         attributes = module.__dict__
         tensors = (*module._parameters.values(), *module._buffers.values())

@@ -47,13 +47,17 @@ them and a batch of 8 all. The sparse kernels were 1.06x dense at 4 rows and 50 
 where the dense masked path was 1.04x; in float32 1.8x."""
 
 QUANTIZED_ROWS: dict[tuple[str, torch.dtype], float] = {
-    ("cpu", torch.float32): 32,
-    ("cpu", torch.bfloat16): 32,
+    ("cpu", torch.float32): 8,
+    ("cpu", torch.bfloat16): 2 if multiplies_bfloat16() else 8,
     ("triton", torch.float32): 8,
     ("triton", torch.float16): 8,
     ("triton", torch.bfloat16): 8,
 }
-"""The same for quantised weights, whose dense path dequantises them first, some neurons at a time."""
+"""The same for quantised weights, whose dense path dequantises them first, some neurons at a time.
+
+CPU, one core with AMX (d=1536, m=8960, int4 in groups of 128, about half of the neurons dropped): bfloat16 takes 27, 32
+and 40 ms in the kernel at 2, 4 and 8 rows, and 20, 25 and 24 ms dequantised; float32 27, 32, 40 and 162 ms at 2, 4, 8
+and 32 rows, and 29, 27, 32 and 54 ms."""
 
 KERNEL_GROUP_SIZES: dict[str, tuple[int, ...]] = {"cpu": (32, 64, 128, 256), "triton": (32, 64, 128, 256)}
 """Columns of a group that a backend's kernels on quantised weights take, beside whole rows; others are dequantised."""
@@ -150,11 +154,23 @@ def _quantized(backend: str) -> Callable[..., Tensor]:
     return sparse_gated_mlp_quantized
 
 
+@cache
+def _quantized_dense(backend: str) -> Callable[..., Tensor]:
+    if backend == "cpu":
+        from cats_kernels.cpu.many_rows import quantized_mlp_many_rows
+
+        return quantized_mlp_many_rows
+    return quantized_mlp_reference
+
+
+def asked_for(backend: str) -> str:
+    """The backend's name, or for "auto" what the environment variable CATS_BACKEND says in its place now."""
+    return os.environ.get("CATS_BACKEND", "auto") if backend == "auto" else backend
+
+
 def resolve(backend: str, x: Tensor) -> str:
     """The backend for ``x``; the environment variable CATS_BACKEND replaces "auto"."""
-    if backend == "auto":
-        backend = os.environ.get("CATS_BACKEND", "auto")
-    return choose_backend(backend, x.device.type, x.dtype)
+    return choose_backend(asked_for(backend), x.device.type, x.dtype)
 
 
 def compute(
@@ -191,13 +207,12 @@ def compute_quantized(
 ) -> Tensor:
     """`compute` on quantised weights."""
     arguments = (x, gate_weight, up_weight, down_weight_t, threshold, activation, decider)
-    if (
-        backend == "reference"
-        or x.shape[0] > QUANTIZED_ROWS[backend, x.dtype]
-        or not kernels_take(backend, gate_weight, up_weight, down_weight_t)
-    ):
+    if backend == "reference":
         return quantized_mlp_reference(*arguments)
-    return _quantized(backend)(*arguments)
+    few = x.shape[0] <= QUANTIZED_ROWS[backend, x.dtype]
+    if few and kernels_take(backend, gate_weight, up_weight, down_weight_t):
+        return _quantized(backend)(*arguments)
+    return _quantized_dense(backend)(*arguments)
 
 
 def kernels_take(backend: str, *weights: QuantizedWeight) -> bool:
@@ -229,8 +244,6 @@ def path_of(
         ValueError, RuntimeError: as the call would.
     """
     check_decider(decider)
-    if backend == "auto":
-        backend = os.environ.get("CATS_BACKEND", "auto")
-    chosen = choose_backend(backend, torch.device(device).type, dtype)
+    chosen = choose_backend(asked_for(backend), torch.device(device).type, dtype)
     table = QUANTIZED_ROWS if quantized else SPARSE_ROWS
     return SPARSE if rows <= table.get((chosen, dtype), 0) else DENSE_MASKED

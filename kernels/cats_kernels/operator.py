@@ -57,7 +57,8 @@ def sparse_gated_mlp(
             kernels read on that device, without a synchronisation (so a NaN in it is not refused: its neuron is kept).
         activation: "silu" or "gelu_tanh".
         backend: "auto" (triton on CUDA; cpu for float32 and bfloat16 on the CPU; else reference), "reference", "cpu"
-            or "triton". The environment variable CATS_BACKEND replaces "auto".
+            or "triton". The environment variable CATS_BACKEND, read in every call, replaces "auto" (but not in a CUDA
+            graph that was captured before).
         decider: "gate" or "up": the product that is compared with the threshold.
 
     Returns:

@@ -8,7 +8,6 @@ keeps the `facts` of its tensors and what `repeat` returns, and calls that as lo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
 from cats_kernels.calls import recording
-from cats_kernels.dispatch import SPARSE_ROWS, repeat_by, repeat_dense_by, resolve
+from cats_kernels.dispatch import SPARSE_ROWS, asked_for, repeat_by, repeat_dense_by, resolve
 from cats_kernels.thresholds import Threshold
 from cats_kernels.weights import MAX_ROWS
 
@@ -98,7 +97,7 @@ def compute_kept(
     options = activation, backend, decider
     if x.numel() > MAX_ROWS * x.shape[-1] or not x.is_contiguous():
         return compute(x, *tensors, *options)
-    key = x.shape, x.dtype, x.device, *map(facts, tensors), *options, os.environ.get("CATS_BACKEND")
+    key = x.shape, x.dtype, x.device, *map(facts, tensors), *options, asked_for(backend)
     known = KEPT.get(key)
     y = None
     if known is not None:

@@ -7,29 +7,25 @@ All three call one compiled function, `join_packed`, which takes blocks of neuro
 # (numba's stubs describe other signatures than those of compiled code)
 from __future__ import annotations
 
-from contextlib import suppress
 from functools import cache
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import carray, prange, types
-from numba.core.ccallback import CFunc
 
 from cats_kernels.cpu import quantized  # noqa: F401  (which says how packed rows are multiplied)
 from cats_kernels.cpu.addressed import pointer
 from cats_kernels.cpu.kernels import (
     BLOCK,
-    FASTMATH,
     Array,
     add_all_partial,
     fetch_add,
-    follow_sources,
     jit,
     take_blocks,
 )
 from cats_kernels.cpu.packed import BFLOAT16, FIELDS, WIDTH, from_numbers, prepare_row, row_floats
-from cats_kernels.cpu.team import open_region
+from cats_kernels.cpu.team import compiled_member, open_region
 from cats_kernels.cpu.vectors import intrinsic
 
 DECIDING, OTHER, DOWN = 0, FIELDS, 2 * FIELDS
@@ -79,11 +75,7 @@ def join_packed(address: Any) -> None:
 @cache
 def member() -> Any:
     """`join_packed` compiled; its ``address`` is what a thread calls."""
-    made = CFunc(join_packed, ((types.voidptr,), types.void), {}, {"fastmath": FASTMATH})
-    with suppress(RuntimeError):  # numba can write no cache
-        made.enable_caching()
-    follow_sources(made).compile()
-    return made
+    return compiled_member(join_packed)
 
 
 @jit(nogil=True)

@@ -98,14 +98,19 @@ def join_bfloat16(address: Any) -> None:
 MEMBERS = {torch.float32: join_float32, torch.bfloat16: join_bfloat16}
 
 
-@cache
-def member(dtype: torch.dtype) -> Any:
-    """The compiled function that a team's threads call, for weights of ``dtype``."""
-    made = CFunc(MEMBERS[dtype], ((types.voidptr,), types.void), {}, {"fastmath": FASTMATH})
+def compiled_member(function: Callable[[Any], None]) -> Any:
+    """A function of an address compiled for a team's threads; its ``address`` is what they call."""
+    made = CFunc(function, ((types.voidptr,), types.void), {}, {"fastmath": FASTMATH})
     with suppress(RuntimeError):  # numba can write no cache
         made.enable_caching()
     follow_sources(made).compile()
     return made
+
+
+@cache
+def member(dtype: torch.dtype) -> Any:
+    """The compiled function that a team's threads call, for weights of ``dtype``."""
+    return compiled_member(MEMBERS[dtype])
 
 
 @jit(nogil=True)
