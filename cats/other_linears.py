@@ -7,11 +7,8 @@ import torch
 from cats_kernels.quantized import check_format, quantize
 from torch import nn
 
-from cats.packed_linear import PackedLinear, unsuited
-from cats.structure import named_modules, other_linears
-
-GPU_DTYPE = torch.bfloat16
-"""Of x, for torch's int4 product on a GPU."""
+from cats.packed_linear import PackedLinear, check_dtype, unsuited
+from cats.structure import named_modules, other_linears, unwrapped
 
 
 def check_others(model: nn.Module, bits: int, group_size: int | None) -> None:
@@ -24,14 +21,19 @@ def check_others(model: nn.Module, bits: int, group_size: int | None) -> None:
     for path, (holder, name) in other_linears(model).items():
         linear: Any = holder._modules[name]
         weight = linear.weight
+        _check_unwatched(path, linear)
         if weight.is_meta:
             raise ValueError(f"{path} has no weight here (it is offloaded, or on the meta device)")
         check_format(bits, linear.in_features if group_size is None else group_size, linear.in_features)
-        if bits == 4 and weight.device.type != "cpu" and weight.dtype != GPU_DTYPE:
-            raise ValueError(
-                f"{path} is {weight.dtype}: torch's int4 product on a GPU takes {GPU_DTYPE} alone, "
-                'so use it, or linears="mlp"'
-            )
+        check_dtype(bits, weight.dtype, weight.device)
+
+
+def _check_unwatched(path: str, linear: Any) -> None:
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._modules or "forward" in linear.__dict__:
+        raise ValueError(
+            f"{path} has a hook or a mask, which would go with the layer that is replaced: remove it first (masks on "
+            "the inputs of attention: cats.remove)"
+        )
 
 
 @torch.no_grad()
@@ -42,7 +44,7 @@ def quantize_others(model: nn.Module, bits: int, group_size: int | None, symmetr
     Raises:
         ValueError: a weight is not finite. The layers before it are then quantised already.
     """
-    left = []
+    left, tied = [], _embedding_is_output(model)
     for path, (holder, name) in other_linears(model).items():
         linear: Any = holder._modules[name]
         if reason := unsuited(linear.out_features, linear.in_features, bits, group_size):
@@ -52,6 +54,8 @@ def quantize_others(model: nn.Module, bits: int, group_size: int | None, symmetr
         if keep:
             made.__dict__["original"] = linear
         setattr(holder, name, made)
+    if tied and not _embedding_is_output(model):
+        _set_tied(model, False)
     if left:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
         warnings.warn(f"linear layers that stay unquantised{more}: {left[0]}", stacklevel=3)
@@ -68,9 +72,41 @@ def pack_linear(path: str, linear: nn.Linear, bits: int, group_size: int | None,
 
 
 def dequantize_others(model: nn.Module) -> int:
-    """Plain layers in their place again, see `cats.dequantize`; how many."""
-    packed = [(h, name) for _, h in named_modules(model) for name, c in h.named_children() if type(c) is PackedLinear]
-    for holder, name in packed:
+    """Plain layers in their place again, see `cats.dequantize`; how many. Raises ValueError for one with a hook."""
+    packed = packed_linears(model)
+    for path, (holder, name) in packed.items():
+        _check_unwatched(path, holder._modules[name])
+    for holder, name in packed.values():
         linear: Any = holder._modules[name]
         setattr(holder, name, linear.dense())
+    if packed and _embedding_is_output(model):
+        _set_tied(model, True)
     return len(packed)
+
+
+def _embedding_is_output(model: nn.Module) -> bool:
+    """Whether the output matrix is the embedding."""
+    inner: Any = unwrapped(model)
+    if not hasattr(inner, "get_output_embeddings"):
+        return False
+    ends = inner.get_input_embeddings(), inner.get_output_embeddings()
+    embedding, output = (getattr(end, "weight", None) for end in ends)
+    return embedding is not None and embedding is output
+
+
+def _set_tied(model: nn.Module, tied: bool) -> None:
+    """Say in the model's configuration whether they are one: transformers ties them wherever it says so."""
+    inner: Any = unwrapped(model)
+    for config in (inner.config, inner.config.get_text_config(decoder=True)):
+        config.tie_word_embeddings = tied
+    inner.all_tied_weights_keys = inner.get_expanded_tied_weights_keys(all_submodels=False)
+
+
+def packed_linears(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Path of each `PackedLinear` to the module that holds it and its name in it."""
+    return {
+        f"{path}.{name}".removeprefix("."): (holder, name)
+        for path, holder in named_modules(model)
+        for name, child in holder.named_children()
+        if type(child) is PackedLinear
+    }

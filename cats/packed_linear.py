@@ -1,9 +1,9 @@
 """A linear layer outside of the gated MLPs with a quantised weight, multiplied by torch's own kernels.
 
-int8 has one scale per row. On a CPU the product is torch's `_weight_int8pack_mm`; on a GPU torch's has no product of one
-row, and torch.compile makes one of plain operations. int4 has groups along the inputs; the product is
-`_weight_int4pack_mm` on a GPU (bfloat16 only) and `_weight_int4pack_mm_for_cpu` on a CPU, each with an order of nibbles
-of its own, which `unpacked` finds by packing the numbers of the nibbles themselves.
+int8 has one scale per row. On a CPU the product is torch's `_weight_int8pack_mm`; on a GPU torch has none for one row
+(1.6 ms where an H100 reads the weights in 0.06), so torch.compile makes one of plain operations. int4 has groups along
+the inputs; the product is `_weight_int4pack_mm` on a GPU (bfloat16 only) and `_weight_int4pack_mm_for_cpu` on a CPU,
+each with an order of nibbles of its own, which `unpacked` finds by packing the numbers of the nibbles themselves.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,6 +19,8 @@ from cats.quantized_linear import QuantizedLinear
 
 INNER_TILES = 8
 """Of `_convert_weight_to_int4pack` on a GPU, each 16 inputs: the most that it takes, and the fastest."""
+GPU_DTYPE = torch.bfloat16
+"""Of x, for torch's int4 product on a GPU."""
 BLOCK = 64
 """Rows that every order of nibbles keeps together; only a last block may have fewer."""
 MULTIPLE_OF_ROWS = 16
@@ -26,9 +28,9 @@ MULTIPLE_OF_ROWS = 16
 MULTIPLE_OF_COLUMNS = {8: 32, 4: 16 * INNER_TILES}
 """What torch's kernels read at a time: for a CPU in int8 (without a check, in bfloat16), for a GPU in int4."""
 MOST_ROWS = {("cpu", 8): 64, ("cpu", 4): 512, ("cuda", 8): 0, ("cuda", 4): 256}
-"""Rows of x up to which torch's kernel is used, by bits; for more the weight is dequantised piece by piece. On two cores
-(4096 x 4096, bfloat16) torch's int4 takes 0.6 ms for one row and 56 for 64, dequantising about 700; int8 0.8, 56 and 83
-for 64. On a GPU torch's int4 reads the weight once per 16 rows."""
+"""Rows of x up to which torch's kernel is used, by bits; for more the weight is dequantised piece by piece. On two
+cores (4096 x 4096, bfloat16) torch's int4 takes 0.6 ms for one row and 56 for 64, dequantising about 700; int8 0.8, 56
+and 83 for 64. On a GPU torch's int4 reads the weight once per 16 rows."""
 MOST_ROWS_WIDE = {8: 2, 4: 16}
 """The same in float32 on a CPU, where torch's kernels are plain loops: 44 ms for one row in int4, 20 in int8."""
 
@@ -45,10 +47,19 @@ def unsuited(out_features: int, in_features: int, bits: int, group_size: int | N
     return None
 
 
+def check_dtype(bits: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError where torch has no product of such bits for activations of this dtype."""
+    if bits == 4 and device.type != "cpu" and dtype != GPU_DTYPE:
+        raise ValueError(
+            f'the model is {dtype}: torch\'s int4 product on a GPU takes {GPU_DTYPE} alone, for linears="all"'
+        )
+
+
 class PackedLinear(nn.Module):
     """``x W^T + b`` with W quantised, in place of `nn.Linear`; for inference.
 
-    A cast (``model.to(torch.float32)``) rounds the scales to the new dtype; a move to another kind of device packs anew.
+    A cast (``model.to(torch.float32)``) rounds the scales to the new dtype; a move to another kind of device packs them
+    anew.
 
     Attributes:
         packed: int8 (out_features, in_features), or nibbles as torch's int4 product on this device takes them.
@@ -73,6 +84,7 @@ class PackedLinear(nn.Module):
             raise ValueError("int8 weights of such a layer must be symmetric, with one scale per row")
         if reason := unsuited(*weight.shape, self.bits, self.group_size):
             raise ValueError(f"the layer cannot be quantised: {reason}")
+        check_dtype(self.bits, dtype, weight.device)
         self._take(weight, dtype)
         self.register_parameter("bias", bias)
         self.__dict__["original"] = None
@@ -149,9 +161,12 @@ def _product_8(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     if x.device.type == "cpu":
         made: Tensor = torch.ops.aten._weight_int8pack_mm(x, packed, scales)
         return made
-    if len(x) == 1:  # compiled: one kernel that reads int8
-        return ((packed.to(x.dtype) * x).sum(-1, dtype=torch.float32) * scales).to(x.dtype)[None]
-    return F.linear(x, packed.to(x.dtype)) * scales
+    return _one_row_of_8_bits(x, packed, scales) if len(x) == 1 else F.linear(x, packed.to(x.dtype)) * scales
+
+
+def _one_row_of_8_bits(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    """Of plain operations, which compiled are one kernel that reads int8."""
+    return ((packed.to(x.dtype) * x).sum(-1, dtype=torch.float32) * scales).to(x.dtype)[None]
 
 
 def _product_4(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
