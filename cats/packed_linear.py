@@ -229,6 +229,7 @@ def _nibbles(data: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _places(rows: int, d: int, device: torch.device) -> Tensor:
     """int64 (rows * d,): where the nibbles of a block lie once they are packed. What is packed are four bits at a time
     of each nibble's own number."""
