@@ -8,7 +8,8 @@ cats bench MODEL --thresholds thresholds.json                     # tokens per s
 
 MODEL is a hub id (owner/name), a directory written by save_pretrained, a GGUF file, `pocket` (shipped with this
 package), or for bench also shape:mistral-7b and the like (random weights). With --bits 8 or --bits 4 every command
-works on quantised MLPs; give the same options to `calibrate` as to what uses its thresholds.
+works on quantised MLPs, with --linears all on quantised attention and output matrix too; give the same options to
+`calibrate` as to what uses its thresholds.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from cats.devices import resolve_device
 from cats.files import check_output
 from cats.generation import LOOPS as LOOP_NAMES
 from cats.models import DTYPES, load_model
-from cats.quantization import GROUP_SIZE
+from cats.quantization import GROUP_SIZE, LINEARS
 from cats.sparsity import overall_sparsity
 from cats.texts import beginning
 from cats.thresholds import Thresholds, check_sparsity
@@ -54,6 +55,11 @@ def model_options() -> argparse.ArgumentParser:
     sizes = ["row", *map(str, GROUP_SIZES)]
     on_model.add_argument(
         "--group-size", choices=sizes, help=f"weights that share a scale, with --bits (default {GROUP_SIZE})"
+    )
+    on_model.add_argument(
+        "--linears",
+        choices=LINEARS,
+        help="with --bits: all is attention and the output matrix too (default mlp)",
     )
     on_model.add_argument(
         "--packed", action="store_true", help="keep the MLPs' Q8_0 or Q4_0 weights of a GGUF file as they are"
@@ -166,10 +172,13 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     bits, group_size = arguments.bits, arguments.group_size or str(GROUP_SIZE)
     if bits is None and arguments.group_size is not None:
         raise ValueError("--group-size is for quantised weights: give --bits 8 or --bits 4 too")
+    if bits is None and arguments.linears is not None:
+        raise ValueError("--linears is for quantised weights: give --bits 8 or --bits 4 too")
     if bits == 4 and group_size == "row":
         raise ValueError("--group-size row is for --bits 8: give 32, 64, 128 or 256")
     device, size = resolve_device(arguments.device), None if group_size == "row" else int(group_size)
-    model, tokenizer = load_model(arguments.model, arguments.dtype, device, None, 0, arguments.packed, bits, size)
+    packed, linears = arguments.packed, arguments.linears or "mlp"
+    model, tokenizer = load_model(arguments.model, arguments.dtype, device, None, 0, packed, bits, size, linears)
     if tokenizer is None and arguments.command != "bench":
         raise ValueError(f"{arguments.model} has random weights and no tokenizer: only `cats bench` can use it")
     return model, tokenizer

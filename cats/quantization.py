@@ -1,11 +1,12 @@
 """Quantise the gated MLPs of a model in place, weight-only, and undo it.
 
-    cats.quantize(model, bits=4, group_size=128)    # before or after cats.apply
+    cats.quantize(model, bits=4, group_size=128)    # before or after cats.apply; linears="all" for every linear layer
     thresholds = cats.calibrate(model, batches, 0.5)    # what the quantised model needs
     cats.dequantize(model)
 
-Only the linear layers of the gated MLPs are quantised, layer by layer: what is replaced is freed before the next one is
-read, unless it is kept. The others (attention, the output matrix) are left as they are; torchao quantises those.
+Layer by layer: what is replaced is freed before the next one is read, unless it is kept. The linear layers of the gated
+MLPs are read by this project's kernels; the others (attention, the output matrix), which stay as they are unless they
+are asked for, by torch's.
 """
 
 from typing import Any
@@ -17,10 +18,13 @@ from torch import nn
 
 from cats.equation import activation_of
 from cats.kernel_choice import kernel_activation, refresh_kernels, suspend_kernels
+from cats.other_linears import check_others, dequantize_others, quantize_others
 from cats.quantized_linear import QuantizedLinear
 from cats.sparse_forward import QuantizedState, original_class, set_class, sparse_class
 from cats.structure import GatedMLP, gated_mlps, parts_of
 
+LINEARS = ("mlp", "all")
+"""Which linear layers are quantised: those of the gated MLPs, or every one."""
 GROUP_SIZE = 128
 """Columns that share a scale unless another number is asked for. A few weights of a row are often twenty times as large
 as the others: one scale for the whole row cost gemma-3-270m 0.9 % of perplexity in int8, groups of 128 cost 0.1 %."""
@@ -34,8 +38,9 @@ def quantize(
     symmetric: bool = True,
     keep: bool = False,
     scale_dtype: torch.dtype | None = None,
+    linears: str = "mlp",
 ) -> None:
-    """Quantise every linear layer of the gated MLPs of ``model`` in place, rounding to nearest.
+    """Quantise the linear layers of ``model`` in place, rounding to nearest.
 
     Thresholds should be calibrated on the quantised model. It is for inference: no gradient reaches quantised weights.
 
@@ -47,13 +52,21 @@ def quantize(
         symmetric: without zero points.
         keep: keep the original layers in memory, so that `dequantize` restores them bit for bit.
         scale_dtype: of scales and zero points; None: the dtype of the weights.
+        linears: "mlp": those of the gated MLPs alone; "all": attention projections and the output matrix too, which
+            torch's own kernels multiply. In int8 those have one symmetric scale per row whatever the group size, their
+            scales have the dtype of the weights, and on a GPU int4 needs a bfloat16 model. A layer of a shape that
+            torch's kernels do not take stays as it is, with a warning. Where the output matrix is the embedding, the
+            embedding stays unquantised and the output matrix becomes a matrix of its own: memory grows by that.
 
     Raises:
         ValueError: no gated MLP, a format that does not exist, or a linear layer that is not torch's own `nn.Linear`
             (adapters, other quantisation) or whose weight is not there (offloaded) or not finite. The layers before it
             are then quantised already; `dequantize` takes them back.
     """
+    check_linears(linears)
     mlps = gated_mlps(model)
+    if linears == "all":
+        check_others(model, bits, group_size)
     for name, mlp in mlps.items():
         for part in parts_of(mlp).linears:
             _check_linear(f"{name}.{part}", mlp, part, bits, group_size)
@@ -65,6 +78,14 @@ def quantize(
             mark_quantized(mlp)
         finally:
             refresh_kernels(mlp)
+    if linears == "all":
+        quantize_others(model, bits, group_size, symmetric, keep)
+
+
+def check_linears(linears: str) -> None:
+    """Raise ValueError unless it is one of `LINEARS`."""
+    if linears not in LINEARS:
+        raise ValueError(f'linears is {linears!r}; allowed: "mlp" or "all"')
 
 
 @torch.no_grad()
@@ -73,10 +94,11 @@ def dequantize(model: nn.Module) -> None:
     the dtype in which the model computes.
 
     Raises:
-        ValueError: no gated MLP of ``model`` is quantised.
+        ValueError: no linear layer of ``model`` is quantised.
     """
+    others = dequantize_others(model)
     mlps = {name: mlp for name, mlp in gated_mlps(model).items() if is_quantized(mlp)}
-    if not mlps:
+    if not mlps and not others:
         raise ValueError(f"{type(model).__name__} has no quantised MLP: cats.quantize makes them")
     for mlp in mlps.values():
         suspend_kernels(mlp)

@@ -1,4 +1,4 @@
-"""A model with quantised MLPs in one safetensors file: `save_quantized` and `load_quantized`.
+"""A model with quantised linear layers in one safetensors file: `save_quantized` and `load_quantized`.
 
 The file holds every weight of the model once, and in its metadata a format tag, the model's configuration, and the
 format of each quantised layer. Loading makes the model's modules without their weights and fills them from the file
@@ -20,12 +20,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from cats.files import check_output
+from cats.other_linears import packed_linears
+from cats.packed_linear import PackedLinear
 from cats.quantization import is_quantized, mark_quantized
-from cats.quantized_linear import QuantizedLinear
+from cats.quantized_linear import TENSORS, QuantizedLinear
 from cats.skeleton import empty_model, fill
-from cats.structure import gated_mlps, parts_of
+from cats.structure import gated_mlps, mlp_linears, parts_of
 
 FORMAT = "cats-quantized-1"
+"""Of a file in which the linear layers of the gated MLPs are quantised, and no others."""
+FORMAT_OF_ALL = "cats-quantized-2"
+"""Of one in which others are, too."""
 FAR = 4
 """times as many numbers as the file has for a tensor are more than any packing explains."""
 KEYS = {"bits": int, "group_size": int, "symmetric": bool, "transposed": bool}
@@ -47,8 +52,12 @@ def save_quantized(model: PreTrainedModel, path: str | Path) -> None:
             linear: Any = mlp._modules[part]
             values = (linear.bits, linear.group_size, linear.zeros is None, linear.transposed)
             layers[f"{name}.{part}"] = dict(zip(KEYS, values, strict=True))
+    tensors = _without_ties(model)
+    others = packed_linears(model)
+    for place, (holder, part) in others.items():
+        layers[place] = _unpack(place, holder._modules[part], tensors)
     metadata = {
-        "format": FORMAT,
+        "format": FORMAT_OF_ALL if others else FORMAT,
         "config": model.config.to_json_string(use_diff=False),
         "dtype": str(model.dtype).removeprefix("torch."),
         "layers": json.dumps(layers),
@@ -56,7 +65,15 @@ def save_quantized(model: PreTrainedModel, path: str | Path) -> None:
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         metadata["generation"] = generation.to_json_string()
-    _save_atomically(_without_ties(model), Path(path), metadata)
+    _save_atomically(tensors, Path(path), metadata)
+
+
+def _unpack(path: str, linear: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Put the tensors of a `PackedLinear` among ``tensors`` as files have them; its format."""
+    weight = linear.quantized
+    del tensors[f"{path}.packed"]
+    tensors |= {f"{path}.{n}": t.contiguous() for n, t in zip(TENSORS, weight.tensors, strict=True) if t is not None}
+    return dict(zip(KEYS, (weight.bits, weight.group_size, weight.zeros is None, False), strict=True))
 
 
 def load_quantized(path: str | Path, device: str | torch.device = "cpu") -> PreTrainedModel:
@@ -145,16 +162,17 @@ def _save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str,
 
 def _load(file: _File) -> PreTrainedModel:
     metadata = file.metadata
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f'its metadata have no "format" of "{FORMAT}"')
+    if metadata.get("format") not in (FORMAT, FORMAT_OF_ALL):
+        raise ValueError(f'its metadata have no "format" of "{FORMAT}" or "{FORMAT_OF_ALL}"')
     config, dtype = _config(json.loads(metadata["config"]), file), _dtype(metadata["dtype"])
     layers = _layers(json.loads(metadata["layers"]))
     _check_sizes(config, layers, file)
     model = empty_model(config, dtype)
+    of_mlps = set(mlp_linears(model))
     for path, form in layers.items():
-        _fill_layer(model, path, form, file)
+        _fill_layer(model, path, form, file, path in of_mlps)
     _fill(model, file)
-    for name in {path.rpartition(".")[0]: None for path in layers}:
+    for name in {path.rpartition(".")[0]: None for path in layers if path in of_mlps}:
         mark_quantized(model.get_submodule(name))
     if "generation" in metadata:
         model.generation_config = GenerationConfig.from_dict(json.loads(metadata["generation"]))
@@ -202,12 +220,12 @@ def _check_sizes(config: PretrainedConfig, layers: dict[str, dict[str, Any]], fi
             raise ValueError(f"{name} is {shape} in it, too small for the {needed} of the model's configuration")
 
 
-def _fill_layer(model: nn.Module, path: str, form: dict[str, Any], file: _File) -> None:
-    """Put a `QuantizedLinear` of the file's tensors in the place of an empty linear layer."""
+def _fill_layer(model: nn.Module, path: str, form: dict[str, Any], file: _File, of_mlp: bool) -> None:
+    """Put a quantised layer of the file's tensors in the place of an empty linear layer."""
     block, _, part = path.rpartition(".")
     try:
-        mlp: Any = model.get_submodule(block)
-        linear: Any = mlp._modules[part]
+        holder: Any = model.get_submodule(block)
+        linear: Any = holder._modules[part]
     except (AttributeError, KeyError):
         raise ValueError(f"the model of its configuration has no {path}") from None
     if type(linear) is not nn.Linear:
@@ -221,9 +239,15 @@ def _fill_layer(model: nn.Module, path: str, form: dict[str, Any], file: _File) 
             raise ValueError(f"data has {weight.shape[0]} rows; the model's configuration gives {m}.")
         if not all(bool(tensor.isfinite().all()) for tensor in (scales, zeros) if tensor is not None):
             raise ValueError("scales and zeros must be finite.")
+        if of_mlp:
+            made: nn.Module = QuantizedLinear(weight, form["transposed"], linear.weight.dtype, linear.bias)
+        elif form["transposed"]:
+            raise ValueError("only the down projection of a gated MLP may be transposed.")
+        else:
+            made = PackedLinear(weight, linear.weight.dtype, linear.bias)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    setattr(mlp, part, QuantizedLinear(weight, form["transposed"], linear.weight.dtype, linear.bias))
+    setattr(holder, part, made)
 
 
 def _fill(model: Any, file: _File) -> None:

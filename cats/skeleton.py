@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from cats.packed_linear import PackedLinear
 from cats.quantized_linear import QuantizedLinear
 
 
@@ -38,7 +39,7 @@ def _meta_parameters() -> Iterator[None]:
 
 
 def fill(model: Any, take: Callable[[str, Tensor], Tensor], names: Set[str], device: torch.device) -> None:
-    """Give every parameter and saved buffer its value, but for those of `QuantizedLinear`, and move the other buffers.
+    """Give every parameter and saved buffer its value, but for those of quantised layers, and move the other buffers.
 
     Args:
         model: of `empty_model`.
@@ -48,7 +49,8 @@ def fill(model: Any, take: Callable[[str, Tensor], Tensor], names: Set[str], dev
     """
     model.tie_weights()
     state = model.state_dict(keep_vars=True)
-    filled = {id(t) for module in model.modules() if isinstance(module, QuantizedLinear) for t in module.buffers()}
+    quantized = QuantizedLinear | PackedLinear
+    filled = {id(t) for module in model.modules() if isinstance(module, quantized) for t in module.buffers()}
     tied = {id(tensor) for name, tensor in state.items() if name in names}
     for name, tensor in state.items():
         if id(tensor) in filled or (name not in names and id(tensor) in tied):

@@ -127,3 +127,20 @@ def attention_linears(model: nn.Module) -> dict[str, nn.Module]:
         for name, child in block.named_children()
         if isinstance(getattr(child, "in_features", None), int)
     }
+
+
+def other_linears(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Path of each of torch's own linear layers outside of the gated MLPs (attention, the output matrix) to the module
+    that holds it and its name in it.
+
+    Raises:
+        ValueError: as `gated_mlps`.
+    """
+    mlps = set(gated_mlps(model).values())
+    holders = ((path, module) for path, module in named_modules(model) if module not in mlps)
+    return {
+        f"{path}.{name}".removeprefix("."): (module, name)
+        for path, module in holders
+        for name, child in module.named_children()
+        if type(child) is nn.Linear
+    }

@@ -132,12 +132,13 @@ def test_speed_rows_of_a_small_shape(world, tmp_path, monkeypatch):
 
 
 def test_generation_in_every_format(world, tmp_path):
-    generation = {"lengths": {"eager": [3, 4]}, "formats": ["int4-32"], "prompts": 1, "calibration_tokens": 64}
+    generation = {"lengths": {"eager": [3, 4]}, "prompts": 1, "calibration_tokens": 64}
+    generation["formats"] = ["int4-32", "int8-row-all"]
     options = {"quality": False, "generation": {**generation, "prompt_tokens": 8, "repeats": 1}}
     run_experiment(config_of(world, "e09", tmp_path, **options))
     rows = table(tmp_path, "e09_generation")
     keys = {(row["format"], row["variant"], row["generated_tokens"], row["repeat"]) for row in rows}
-    assert len(keys) == len(rows) == 2 * 2 * 2
+    assert len(keys) == len(rows) == 3 * 2 * 2
     for row in rows:
         assert float(row["tokens_per_second"]) > 0 and row["loop"] == "eager"
         assert row["path"] == ("dense" if row["variant"] == "dense" else "sparse kernel")
@@ -148,6 +149,8 @@ def test_generation_in_every_format(world, tmp_path):
     mlps = sum(weight.nbytes for name, weight in model.state_dict().items() if ".mlp." in name)
     # float32 rows of d = 32: 128 bytes, in int4 16 and a scale of 4
     assert size["none"] - size["int4-32"] == mlps * (128 - 20) // 128
+    linears = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert size["none"] - size["int8-row-all"] == sum(w.numel() for w in linears) * (128 - 36) // 32
     with pytest.raises(ValueError, match='the loop "graph" is a CUDA graph'):
         generation_module.check_loops(config_of(world, "e09", tmp_path, generation={"lengths": {"graph": [4]}}))
 
@@ -178,6 +181,9 @@ def test_cases_and_options():
     assert [case.key for case in cases(["int4-64"], "up-norm", [0.5])] == [
         *("none/dense", "none/up-norm-50", "int4-64/dense", "int4-64/up-norm-50"),
     ]
+    every = format_of("int4-128-all")
+    assert (every.bits, every.group_size, every.linears) == (4, 128, "all") and format_of("int4-128").linears == "mlp"
+    assert format_of("int8-row-all").group_size is None and format_of("int8-row-all").linears == "all"
     assert format_of("int8-row").group_size is None and format_of("int8-128").group_size == 128
     assert "teal" not in e09_quantization.neuron_criteria() and "cats" in e09_quantization.neuron_criteria()
 
@@ -185,6 +191,8 @@ def test_cases_and_options():
 def test_wrong_options_are_refused_and_the_cost_is_finite(world, tmp_path):
     with pytest.raises(ValueError, match=r"e09\.formats must be"):
         config_of(world, "e09", tmp_path, formats=["int3-32"])
+    with pytest.raises(ValueError, match=r"e09\.formats must be"):  # of one MLP
+        config_of(world, "e09", tmp_path, formats=["int4-32-all"])
     with pytest.raises(ValueError, match=r"e09\.criterion must be"):
         config_of(world, "e09", tmp_path, criterion="teal")
     cost = e09_quantization.cost(config_of(world, "e09", tmp_path, shapes=["Mistral-7B"]))

@@ -113,3 +113,13 @@ def test_speed_memory_and_quality_stand_side_by_side() -> None:
     assert "not measured" in figure.axes[0].get_xlabel()
     alone = made.loaded(e09_speed=tables["e09_speed"])
     assert summary.summary_figure(alone) is None and summary.summary_table(alone).empty
+
+
+def test_formats_of_all_layers_are_named_and_said() -> None:
+    table = made.quantization_generation()
+    ((bench, part),) = generation.groups(table)[:1]
+    assert "all layers" not in generation.table_caption(bench, part)
+    wider = part.assign(format=part["format"].replace("int4-128", "int4-128-all"))
+    assert "Where it says “all layers”, attention" in generation.table_caption(bench, wider)
+    assert "int4, groups of 128, all layers" in list(generation.generation_table(wider)["Weights"])
+    assert summary.format_name("int8-row-all") == "int8, one scale per row, all layers"

@@ -13,11 +13,10 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cats.generation.cache import DecodeCache
-from cats.generation.projections import PROJECTIONS, join, joinable
+from cats.generation.projections import PROJECTIONS, Joined, floats_of, join, joinable, make_dense
 
 TOLERANCE = 3e-4
 """Of the norm of a block's output in float32, against the block's own forward."""
@@ -113,25 +112,24 @@ class DecodeBlock:
     Attributes:
         window: as in `decode_attention`.
         sizes: of queries, keys and values.
-        weight, bias: of the three projections in one; None where each is called by itself.
+        joined: the three projections in one; None where each is called by itself.
         kernel: whether `decode_attention` is one operator; else it is written out for torch.compile.
     """
 
     def __init__(self, attention: Any, window: int, fused: bool, kernel: bool) -> None:
         self.window, self.kernel = window, kernel
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
+        self.joined: Joined | None = None
         self.sizes = [getattr(attention, name).out_features for name in PROJECTIONS[:3]]
         if fused and joinable(attention):
-            self.weight, self.bias = join(attention)
+            self.joined = join(attention)
 
     def project(self, attention: Any, x: Tensor) -> list[Tensor]:
         """Queries, keys and values before the rotary embedding, as `decode_attention` takes them."""
         norms, d = attention._modules, attention.head_dim
-        if self.weight is None:
+        if self.joined is None:
             projected = [attention._modules[name](x) for name in PROJECTIONS[:3]]
         else:
-            projected = [F.linear(x, self.weight, self.bias)]
+            projected = [self.joined(x)]
         if "q_norm" not in norms:
             return projected
         q, k, v = projected if len(projected) == 3 else projected[0].split(self.sizes, -1)
@@ -211,7 +209,8 @@ def _kind(attention: Any) -> tuple[Any, ...]:
         for name, value in vars(attention).items()
         if isinstance(value, bool | int | float | str | None) and name != "layer_idx"
     }
-    shapes = (attention._modules[name].weight.shape for name in PROJECTIONS)
+    linears = [attention._modules[name] for name in PROJECTIONS]
+    shapes = ((linear.out_features, linear.in_features) for linear in linears)
     return (type(attention), *shapes, frozenset(attention._modules), frozenset(settings.items()))
 
 
@@ -235,7 +234,7 @@ def _candidate(attention: Any, kernel: bool) -> bool:
         and "forward" not in attention.__dict__
         and all(isinstance(getattr(attention._modules[name], "out_features", None), int) for name in PROJECTIONS)
         and (not kernel or (d >= 16 and d & (d - 1) == 0))
-        and attention._modules["q_proj"].weight.dtype in KERNEL_TOLERANCE
+        and floats_of(attention._modules["q_proj"]).dtype in KERNEL_TOLERANCE
     )
 
 
@@ -251,7 +250,7 @@ def _agrees(attention: Any, config: Any) -> bool:
     Both run on a copy in float32: in 16 bits the scores of some models (Qwen2's biases) are too large to compare. Input
     is twice the size that a norm would give it, so that a cap on the scores would show.
     """
-    own = copy.deepcopy(attention).float()
+    own = make_dense(copy.deepcopy(attention)).float()
     device, d = own.q_proj.weight.device, own.head_dim
     block = DecodeBlock(own, 0, fused=False, kernel=False)
     generator = torch.Generator().manual_seed(0)
@@ -288,26 +287,26 @@ def kernel_agrees(attention: Any) -> bool:
     """Whether `decode_attention` computes on this device what it should for heads like those of ``attention``: two
     sequences over several splits of the cache, two tokens one after another.
     """
-    weight, d = attention.q_proj.weight, attention.head_dim
+    like, d = floats_of(attention.q_proj), attention.head_dim
     heads, kv_heads = (attention._modules[name].out_features // d for name in PROJECTIONS[:2])
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(weight.device, weight.dtype)
+        return torch.randn(*shape, generator=generator).to(like)
 
     cache = [random(2, kv_heads, 256, d) for _ in range(2)]
     exact = [tensor.float() for tensor in cache]
-    first = torch.tensor([0, 3], device=weight.device)
-    arrived = torch.zeros(2 * heads, dtype=torch.int32, device=weight.device)
+    first = torch.tensor([0, 3], device=like.device)
+    arrived = torch.zeros(2 * heads, dtype=torch.int32, device=like.device)
     for place in (199, 200):
         joined = random(2, 1, (heads + 2 * kv_heads) * d)
         embeddings = random(2, 1, d).cos(), random(2, 1, d).sin()
-        position = torch.tensor([place], device=weight.device)
+        position = torch.tensor([place], device=like.device)
         out = decode_attention([joined], *embeddings, *cache, position, first, arrived, d**-0.5, 0)
         given = *split_projected([joined], cache[0]), *embeddings
         plain: Any = (*map(Tensor.float, given), *exact, position, first, d**-0.5, 0)
         expected = plain_decode_attention(*plain)
         pairs = ((out, expected), *zip(cache, exact, strict=True))
-        if not all(_near(actual, right, KERNEL_TOLERANCE[weight.dtype]) for actual, right in pairs):
+        if not all(_near(actual, right, KERNEL_TOLERANCE[like.dtype]) for actual, right in pairs):
             return False
     return not bool(arrived.any())

@@ -10,7 +10,7 @@ from cats.models.from_pocket import pocket_path
 from cats.models.from_shape import SHAPES, Shape
 from cats.models.identity import identity
 from cats.models.loader import DTYPES, Loader, Origin, Request, loader_of, loaders
-from cats.quantization import GROUP_SIZE, is_quantized, quantize
+from cats.quantization import GROUP_SIZE, check_linears, is_quantized, quantize
 from cats.structure import gated_mlps
 
 __all__ = [
@@ -47,6 +47,7 @@ def load_model(
     packed: bool = False,
     bits: int | None = None,
     group_size: int | None = GROUP_SIZE,
+    linears: str = "mlp",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a causal language model in evaluation mode, and its tokenizer (None for a ``shape:`` model).
 
@@ -60,7 +61,7 @@ def load_model(
         seed: seed of a shape's random weights.
         packed: of a GGUF file: keep the gated MLPs quantised as they are in it (Q8_0 or Q4_0), as `cats.quantize` would
             have made them, see docs/QUANTIZATION.md. Only the rest is dequantised.
-        bits, group_size: quantise the gated MLPs as `cats.quantize` does, while the weights are read where that can be:
+        bits, group_size, linears: quantise as `cats.quantize` does, while the weights are read where that can be:
             memory then never holds the unquantised model.
 
     Raises:
@@ -76,8 +77,11 @@ def load_model(
         raise ValueError("packed keeps the bits of a file and bits rounds to others: give one of them")
     if packed and not loader.packs:
         raise ValueError(f"{spec} has no quantised weights to keep packed: only GGUF files have; use cats.quantize")
-    request = Request(DTYPES.get(dtype), device, layers, seed, packed, bits, group_size)
+    check_linears(linears)
+    if linears != "mlp" and bits is None:
+        raise ValueError(f'linears="{linears}" says what is quantised: give bits too')
+    request = Request(DTYPES.get(dtype), device, layers, seed, packed, bits, group_size, linears)
     model, tokenizer = loader.load(spec, request)
     if bits is not None and not any(is_quantized(mlp) for mlp in gated_mlps(model).values()):
-        quantize(model, bits, group_size)
+        quantize(model, bits, group_size, linears=linears)
     return model, tokenizer

@@ -134,7 +134,8 @@ def _read_quantized(_spec: str, header: Header, request: Request) -> PreTrainedM
     else:
         tensors = Tensors(header, config, device)
         packed = rounded(tensors.plain, dtype, request.bits, request.group_size)
-        model = quantized_model(config, dtype, device, tensors.names.keys(), tensors.plain, packed)
+        names = tensors.names.keys()
+        model = quantized_model(config, dtype, device, names, tensors.plain, packed, request.others)
     model.generation_config = _generation_config(header)
     return model
 

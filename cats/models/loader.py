@@ -27,7 +27,7 @@ class Request:
         layers: keep only the first so many decoder layers; None: all.
         seed: of random weights.
         packed: keep the weights of gated MLPs as they are quantised in a GGUF file.
-        bits, group_size: quantise the gated MLPs, as in `cats.quantize`; no bits: do not.
+        bits, group_size, linears: quantise, as in `cats.quantize`; no bits: do not.
     """
 
     dtype: torch.dtype | None = None
@@ -37,6 +37,12 @@ class Request:
     packed: bool = False
     bits: int | None = None
     group_size: int | None = GROUP_SIZE
+    linears: str = "mlp"
+
+    @property
+    def others(self) -> tuple[int, int | None] | None:
+        """Bits and group size for the linear layers outside of the gated MLPs; None: they stay as they are."""
+        return (self.bits, self.group_size) if self.bits is not None and self.linears == "all" else None
 
     @property
     def plain(self) -> bool:

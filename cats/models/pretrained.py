@@ -64,7 +64,7 @@ def _load_quantized(where: str, request: Request) -> PreTrainedModel | None:
     dtype = request.dtype or checkpoint.dtype(config)
     packed = rounded(checkpoint.plain, dtype, request.bits, request.group_size)
     device, names = checkpoint.device, checkpoint.files.keys()
-    model = quantized_model(config, dtype, device, names, checkpoint.plain, packed)
+    model = quantized_model(config, dtype, device, names, checkpoint.plain, packed, request.others)
     with suppress(OSError):  # it has none
         model.generation_config = GenerationConfig.from_pretrained(where)
     return model.eval()

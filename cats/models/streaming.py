@@ -11,10 +11,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from cats.other_linears import pack_linear, quantize_others
+from cats.packed_linear import check_dtype, unsuited
 from cats.quantization import mark_quantized
 from cats.quantized_linear import QuantizedLinear
 from cats.skeleton import empty_model, fill
-from cats.structure import gated_mlps, parts_of
+from cats.structure import gated_mlps, other_linears, parts_of
 
 Plain = Callable[[str, torch.dtype], Tensor]
 """(name in the state dict, dtype) to the tensor on the model's device."""
@@ -42,6 +44,7 @@ def quantized_model(
     names: Set[str],
     plain: Plain,
     packed: Callable[[str, bool], QuantizedWeight],
+    others: tuple[int, int | None] | None = None,
 ) -> PreTrainedModel:
     """The model of a configuration, the linear layers of its gated MLPs quantised, filled tensor by tensor.
 
@@ -52,8 +55,11 @@ def quantized_model(
         names: of the tensors that there are.
         plain: reads one of them.
         packed: (name of a linear layer's weight, whether row j must be column j of it) to the quantised weight.
+        others: bits and group size to which the other linear layers are quantised; None: they are not.
     """
     model = empty_model(config, dtype)
+    if others is not None:
+        _quantize_others(model, dtype, device, names, plain, others)
     for path, mlp in gated_mlps(model).items():
         of = parts_of(mlp)
         for part in of.linears:
@@ -65,7 +71,26 @@ def quantized_model(
             setattr(mlp, part, made)
         mark_quantized(mlp)
     fill(model, lambda name, held: plain(name, held.dtype), names, device)
+    if others is not None:  # an output matrix that is the embedding, and what stays as it is
+        quantize_others(model, *others, symmetric=True, keep=False)
     return model
+
+
+def _quantize_others(
+    model: Any, dtype: torch.dtype, device: torch.device, names: Set[str], plain: Plain, others: tuple[int, int | None]
+) -> None:
+    """Quantise the linear layers outside of the gated MLPs of an empty model that have weights of their own."""
+    check_dtype(others[0], dtype, device)
+    for path, (holder, part) in other_linears(model).items():
+        linear: Any = holder._modules[part]
+        name = f"{path}.weight"
+        tied = name not in names or name in model.all_tied_weights_keys
+        if tied or unsuited(linear.out_features, linear.in_features, *others):
+            continue
+        linear.weight = nn.Parameter(plain(name, dtype), requires_grad=False)
+        if linear.bias is not None:
+            linear.bias = nn.Parameter(plain(f"{path}.bias", dtype), requires_grad=False)
+        setattr(holder, part, pack_linear(path, linear, *others, symmetric=True))
 
 
 class Checkpoint:

@@ -1,4 +1,5 @@
-"""Formats of quantised weights by name: ``none``, ``int8-row``, ``int8-128``, ``int4-32`` and so on."""
+"""Formats of quantised weights by name: ``none``, ``int8-row``, ``int8-128``, ``int4-32`` and so on; of whole models
+also ``int4-128-all``, in which attention projections and the output matrix are quantised, too."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +12,21 @@ from cats.structure import mlp_linears, parts_of
 
 NAMES = ("int8-row", *(f"int{bits}-{size}" for bits in (8, 4) for size in GROUP_SIZES))
 PLAIN = "none"
+ALL = "-all"
+NAMES_OF_MODELS = (*NAMES, *(f"{name}{ALL}" for name in NAMES))
 
 
 @dataclass(frozen=True)
 class Format:
-    """Bits and group size; both None: unquantised. A group size of None: one group per row, for 8 bits."""
+    """Bits and group size; both None: unquantised. A group size of None: one group per row, for 8 bits.
+
+    ``linears``: of a model, as in `cats.quantize`.
+    """
 
     name: str
     bits: int | None = None
     group_size: int | None = None
+    linears: str = "mlp"
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -33,11 +40,11 @@ class Format:
 
 
 def format_of(name: str) -> Format:
-    """The format of a name in `NAMES`, or `PLAIN`."""
+    """The format of a name in `NAMES_OF_MODELS`, or `PLAIN`."""
     if name == PLAIN:
         return Format(name)
-    bits, _, size = name.removeprefix("int").partition("-")
-    return Format(name, int(bits), None if size == "row" else int(size))
+    bits, _, size = name.removeprefix("int").removesuffix(ALL).partition("-")
+    return Format(name, int(bits), None if size == "row" else int(size), "all" if name.endswith(ALL) else "mlp")
 
 
 class QuantizedLinears:

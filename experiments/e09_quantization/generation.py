@@ -13,7 +13,7 @@ from experiments.e06_throughput.bench import Bench
 from experiments.e06_throughput.cases import LoopName, Several, cases_of
 from experiments.e06_throughput.cases import Options as ThroughputOptions
 from experiments.e06_throughput.decoding import LOOPS
-from experiments.e09_quantization.formats import NAMES, PLAIN, Format, format_of
+from experiments.e09_quantization.formats import NAMES_OF_MODELS, PLAIN, Format, format_of
 from experiments.framework.config import Config
 from experiments.framework.options import Count, MayBeEmpty, OneOf, Sparsity, Whole
 from experiments.framework.tables import QuantizationThroughputRow, Row, ThroughputRow
@@ -27,13 +27,13 @@ class Generation:
 
     Attributes:
         lengths: loop of e06 to generated tokens.
-        formats: of the MLPs' weights; unquantised is always timed too.
+        formats: of the MLPs' weights, or with "-all" of every linear layer's; unquantised is always timed too.
         sparsities: targets of CATS; dense is always timed too.
         prompts, prompt_tokens, repeats, layers, calibration_tokens, dependent_launch: as in e06.
     """
 
     lengths: Annotated[dict[LoopName, tuple[Several, ...]], MayBeEmpty()] = field(default_factory=dict)
-    formats: tuple[Annotated[str, OneOf(NAMES)], ...] = ("int8-128", "int4-128")
+    formats: tuple[Annotated[str, OneOf(NAMES_OF_MODELS)], ...] = ("int8-128", "int4-128")
     sparsities: tuple[Sparsity, ...] = (0.5,)
     prompts: Count = 2
     prompt_tokens: Count = 32
@@ -68,7 +68,7 @@ def time_format(config: Config[Any], name: str, form: Format) -> list[Row]:
 
     def prepare(model: PreTrainedModel) -> None:
         if form.bits is not None:
-            cats.quantize(model, form.bits, form.group_size)
+            cats.quantize(model, form.bits, form.group_size, linears=form.linears)
         gc.collect()
 
     cases = cases_of(inner.options)

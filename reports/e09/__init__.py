@@ -164,8 +164,7 @@ def contents(run: Run) -> list[Block]:
     table = run.table(QuantizationThroughputRow)
     if table is not None:
         for bench, part in generation.groups(table):
-            caption = f"{escape(generation.title(bench))}: {generation.GENERATION_TABLE.strip()}"
-            blocks.append(Table(generation.generation_table(part), caption))
+            blocks.append(Table(generation.generation_table(part), generation.table_caption(bench, part)))
     if speed is not None or table is not None:
         blocks.append(Text(f"{', '.join(OTHERS)}: {' '.join(UNMEASURED.split())}"))
     return blocks

@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 
 from experiments.framework.tables import QuantizationThroughputRow
 from reports.core import style
+from reports.core.document import escape
 from reports.core.load import Run
 from reports.core.statistics import standard_error
-from reports.e09.names import COLOURS, NOT_MEASURED, OTHERS, format_name
+from reports.e09.names import ALL, COLOURS, NOT_MEASURED, OTHERS, format_name
 from reports.rules.e09 import PLAIN
 
 GENERATION_CAPTION = """
@@ -23,6 +24,8 @@ greedy generation at batch 1, geometric means over prompts and repeats. “Over 
 format, ± one standard error, paired by prompt and repeat. “Over unquantised”: over the unquantised model of the same
 variant, and over the unquantised dense one. “Weights”: all weights of the model as they are stored; “peak”: the largest
 memory in use while generating, over the weights. Only the MLPs are quantised."""
+WITH_ALL_LAYERS = """ Where it says “all layers”, attention projections and the output matrix are, too (in int8 with one
+scale per row)."""
 BENCH = ["machine", "model", "layers", "model_layers", "dtype", "attention", "loop", "generated_tokens"]
 PAIR = ["prompt", "repeat"]
 
@@ -55,6 +58,12 @@ def rates(part: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def table_caption(bench: pd.Series, part: pd.DataFrame) -> str:
+    """What the table of one bench shows."""
+    more = WITH_ALL_LAYERS if part["format"].astype(str).str.endswith(ALL).any() else ""
+    return f"{escape(title(bench))}: {GENERATION_TABLE.strip()}{more}"
 
 
 def generation_table(part: pd.DataFrame) -> pd.DataFrame:

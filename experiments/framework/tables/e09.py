@@ -138,8 +138,9 @@ class QuantizationSpeedSample(Row):
 class QuantizationThroughputRow(Row):
     """One prompt generated to one length by a model whose MLPs are in one format; otherwise as `ThroughputRow`.
 
-    ``format`` as in `QuantizationRow`; ``dtype`` is that of the activations and of all other weights. ``weight_bytes``:
-    all weights of the model as it is stored, scales included.
+    ``format`` as in `QuantizationRow`, with ``-all`` at its end where attention projections and the output matrix are
+    quantised too (in int8 with one scale per row); ``dtype`` is that of the activations and of all other weights.
+    ``weight_bytes``: all weights of the model as it is stored, scales included.
     """
 
     table: ClassVar[str] = "e09_generation"
