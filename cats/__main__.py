@@ -29,7 +29,6 @@ from transformers import TextStreamer
 
 import cats
 from cats import criteria
-from cats.calibration import allocation_of
 from cats.checks import KERNELS, PREFILLS
 from cats.devices import resolve_device
 from cats.files import check_output
@@ -85,10 +84,6 @@ def parser() -> argparse.ArgumentParser:
     patched.add_argument("--prefill", default="sparse", choices=PREFILLS, help="dense leaves prompts unmasked")
     by_criterion = argparse.ArgumentParser(add_help=False)
     by_criterion.add_argument("--criterion", default="cats", help=f"{', '.join(criteria.names())} (default cats)")
-    by_criterion.add_argument(
-        "--allocation",
-        help="of auto: uniform (default), the same in all layers, or output, by what each layer costs the output",
-    )
     by_criterion.add_argument("--sparsity", type=float, default=0.5, help="fraction to skip, in [0, 1) (default 0.5)")
 
     command = commands.add_parser(
@@ -188,22 +183,16 @@ def calibrate(arguments: argparse.Namespace) -> None:
     """Write thresholds for a model."""
     check_sparsity(arguments.sparsity)
     criterion = criteria.get(arguments.criterion)
-    allocation_of(criterion, arguments.allocation)
     check_output(arguments.output)  # said before the work, not after it
     model, tokenizer = load(arguments)
     batches = token_batches(model, tokenizer, sample_text(arguments.text, heldout=False), arguments.tokens)
     bar = tqdm(batches, desc="calibrate")
-    thresholds = cats.calibrate(
-        model, bar, arguments.sparsity, criterion=criterion.name, allocation=arguments.allocation
-    )
+    thresholds = cats.calibrate(model, bar, arguments.sparsity, criterion=criterion.name)
     bar.close()
     thresholds.save(arguments.output)
     source = "the files given" if arguments.text else "Python's documentation (--text FILE reads your own)"
     count, label = sum(map(len, thresholds.sites.values())), criterion.label(thresholds.sparsity)
     print(f"{label}: {count} thresholds from {thresholds.tokens} tokens of {source}: {arguments.output}")
-    if thresholds.levels:
-        low, high = min(thresholds.levels.values()), max(thresholds.levels.values())
-        print(f"sparsity allocated between layers: {low:.2f} to {high:.2f}, {thresholds.sparsity:g} of all weights")
 
 
 def sparsity(arguments: argparse.Namespace) -> None:
@@ -283,7 +272,7 @@ def bench(arguments: argparse.Namespace) -> None:
     if arguments.new_tokens < 2 or arguments.rounds < 1:
         raise ValueError("--new-tokens must be at least 2 and --rounds at least 1")
     check_sparsity(arguments.sparsity)
-    allocation_of(criteria.get(arguments.criterion), arguments.allocation)
+    criteria.get(arguments.criterion)  # said before the work, not after it
     thresholds = Thresholds.load(arguments.thresholds) if arguments.thresholds else None
     model, tokenizer = load(arguments)
     if tokenizer is None:
@@ -291,9 +280,7 @@ def bench(arguments: argparse.Namespace) -> None:
     else:
         batches = token_batches(model, tokenizer, sample_text(None, heldout=False), 2048)
     if thresholds is None:
-        thresholds = cats.calibrate(
-            model, batches, arguments.sparsity, criterion=arguments.criterion, allocation=arguments.allocation
-        )
+        thresholds = cats.calibrate(model, batches, arguments.sparsity, criterion=arguments.criterion)
     kernel, prefill = arguments.kernel, arguments.prefill
     prompt = batches[0][:, :32].to(model.device)
     rates: dict[str, list[float]] = {"dense": [], "cats": []}

@@ -162,14 +162,6 @@ def _sites_of(criterion: Criterion, sites: Iterable[str] | None) -> tuple[str, .
     return sites
 
 
-def allocation_of(criterion: Criterion, allocation: str | None) -> str:
-    """``allocation``, or the criterion's own. Raises ValueError naming those that it has."""
-    if allocation is not None and allocation not in criterion.allocations:
-        allowed = ", ".join(criterion.allocations)
-        raise ValueError(f"criterion {criterion.name!r} has no allocation {allocation!r}: allowed are {allowed}")
-    return allocation or criterion.allocations[0]
-
-
 def _weights(
     model: nn.Module, criterion: Criterion, sites: Iterable[str], statistics: _Statistics
 ) -> dict[tuple[str, str, str], Tensor]:
@@ -251,10 +243,7 @@ def _thresholds(
 
 def _of_search(model: nn.Module, criterion: Criterion, target: float, searched: Searched) -> Thresholds:
     sites: dict[str, Any] = searched.sites[target]
-    levels = searched.levels.get(target, {})
-    return Thresholds(
-        target, model=fingerprint(model), tokens=searched.tokens, criterion=criterion.name, levels=levels, **sites
-    )
+    return Thresholds(target, model=fingerprint(model), tokens=searched.tokens, criterion=criterion.name, **sites)
 
 
 def _parameter(criterion: Criterion, target: float, weights: Tensor | None, histogram: Histogram | None) -> Value:
@@ -268,7 +257,6 @@ def calibrate(
     sparsity: float = 0.5,
     sites: Iterable[str] | None = None,
     criterion: str = "cats",
-    allocation: str | None = None,
 ) -> Thresholds: ...
 @overload
 def calibrate(
@@ -277,7 +265,6 @@ def calibrate(
     sparsity: Sequence[float],
     sites: Iterable[str] | None = None,
     criterion: str = "cats",
-    allocation: str | None = None,
 ) -> dict[float, Thresholds]: ...
 @overload
 def calibrate(
@@ -286,7 +273,6 @@ def calibrate(
     sparsity: Any = 0.5,
     sites: Iterable[str] | None = None,
     criterion: Any = "cats",
-    allocation: str | None = None,
 ) -> Any: ...
 def calibrate(
     model: nn.Module,
@@ -294,7 +280,6 @@ def calibrate(
     sparsity: Any = 0.5,
     sites: Iterable[str] | None = None,
     criterion: Any = "cats",
-    allocation: str | None = None,
 ) -> Any:
     """Thresholds at the ``sparsity``-quantile of a criterion's score per layer over sample text (equation 3).
 
@@ -306,22 +291,18 @@ def calibrate(
         batches: mappings with ``input_ids`` and optionally ``attention_mask`` (padding is left out), as a tokenizer
             returns them, or tensors of ids. Gone through once, however many targets and criteria there are; twice, over
             a copy of the ids, where a criterion weighs its score with a root mean square (chess, gate-norm, up-norm);
-            not at all where none has a score (oracle, random, relufication). One that searches (auto) keeps a sample,
-            and to allocate runs the model on 1024 of the tokens once for every layer.
+            not at all where none has a score (oracle, random, relufication). One that searches (auto) keeps a sample.
         sparsity: the target k in [0, 1), or several.
         sites: where thresholds act: None for the criterion's own; for CATS ``gate``, and for appendix B
             ``attention_input`` and ``mlp_input`` too; for teal and wina ``mlp_linears`` and ``attention_linears``.
         criterion: name of a criterion (`cats.criteria.names`), or several.
-        allocation: how the target is shared among the layers: ``uniform``, the same in all, or of auto also ``output``,
-            more in layers whose output suffers less (`Thresholds.levels` tells how much); None for the criterion's own,
-            ``uniform`` for all.
 
     Returns:
         Thresholds; a dict from target to Thresholds when several targets were asked for; and a dict from criterion to
         these when several criteria were.
 
     Raises:
-        TypeError, ValueError: a target outside [0, 1), an unknown criterion, site or allocation, no gated MLP, NaN
+        TypeError, ValueError: a target outside [0, 1), an unknown criterion or site, no gated MLP, NaN
             activations, and as `cats.observe.observe`.
     """
     targets = list(sparsity) if isinstance(sparsity, Iterable) and not isinstance(sparsity, str) else [sparsity]
@@ -333,14 +314,11 @@ def calibrate(
     if not criteria:
         raise ValueError("no criterion given: criterion must be a name or a sequence of names")
     sites_of = {c.name: _sites_of(c, sites) for c in criteria}
-    allocations = {c.name: allocation_of(c, allocation) for c in criteria}
     if any(c.searches for c in criteria):
         batches = list(batches)
     plain = [c for c in criteria if not c.searches]
     statistics, tokens = _stream(model, batches, plain, sites_of)
-    searched = {
-        c.name: c.search(model, cast(list[Any], batches), targets, allocations[c.name]) for c in criteria if c.searches
-    }
+    searched = {c.name: c.search(model, cast(list[Any], batches), targets) for c in criteria if c.searches}
     tokens = max([tokens, *(result.tokens for result in searched.values())])
     if 0 < tokens < FEW_TOKENS:
         warnings.warn(

@@ -151,11 +151,10 @@ def remove_lora(model: PeftModel) -> PreTrainedModel:
     return model.unload()
 
 
-def recalibrate(model: nn.Module, batches: Batches, sparsity: float, allocation: str | None = None) -> Thresholds:
+def recalibrate(model: nn.Module, batches: Batches, sparsity: float) -> Thresholds:
     """Move the thresholds of a patched model, perhaps inside peft, back onto the target: calibrate again and swap them.
 
-    The sites that have thresholds get new ones, the target is shared among the layers as ``allocation`` says (see
-    `cats.calibrate`), and the kernel stays as it was.
+    The sites that have thresholds get new ones, and the kernel stays as it was.
 
     Fine-tuning shifts the activations under thresholds that stay (the paper's CATS-50 Mistral-7B drifted to 41 %).
     To be called after training, or during it from ``measure`` of `finetune`.
@@ -167,7 +166,7 @@ def recalibrate(model: nn.Module, batches: Batches, sparsity: float, allocation:
         ValueError: the model is not patched by `cats.apply`, and as `cats.calibrate`.
     """
     sites, criterion = sites_in_force(model), criterion_in_force(model)
-    thresholds = calibrate(model, batches, sparsity, sites, criterion, allocation)
+    thresholds = calibrate(model, batches, sparsity, sites, criterion)
     swap_thresholds(model, thresholds)
     return thresholds
 

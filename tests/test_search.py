@@ -60,15 +60,15 @@ def test_candidates_have_the_errors_of_their_formula(llama: nn.Module, batches: 
         assert {(one.side, one.weights) for one in made} == set(plain)
         for one in made:
             assert one.errors[1] == pytest.approx(plain[one.side, one.weights], rel=0.02)
-            assert one.errors[0] < one.errors[1] and one.neurons == 88
+            assert one.errors[0] < one.errors[1]
 
 
 @torch.no_grad()
 def test_each_layer_gets_its_best_candidate(lopsided: nn.Module, batches: list) -> None:
-    made = cats.calibrate(lopsided, batches, [0.4, 0.7], criterion="auto", allocation="uniform")
+    made = cats.calibrate(lopsided, batches, [0.4, 0.7], criterion="auto")
     paths = list(cats.gated_mlps(lopsided))
     for sparsity, thresholds in made.items():
-        assert thresholds.decider == "mixed" and thresholds.sparsity == sparsity and not thresholds.levels
+        assert thresholds.decider == "mixed" and thresholds.sparsity == sparsity
         assert [thresholds.decider_of(path) for path in paths[:2]] == ["gate", "up"]
         for path, x in inputs_of(lopsided, batches).items():
             mlp = cats.gated_mlps(lopsided)[path]
@@ -84,10 +84,10 @@ def test_each_layer_gets_its_best_candidate(lopsided: nn.Module, batches: list) 
 def test_a_mixed_artifact_runs_in_every_kernel_and_from_its_file(
     tmp_path, lopsided: nn.Module, batches: list, operator_calls: list
 ) -> None:
-    thresholds = cats.calibrate(lopsided, batches, 0.5, criterion="auto", allocation="output")
+    thresholds = cats.calibrate(lopsided, batches, 0.5, criterion="auto")
     thresholds.save(tmp_path / "auto.json")
     loaded = cats.Thresholds.load(tmp_path / "auto.json")
-    assert loaded == thresholds and loaded.decider == "mixed" and set(loaded.levels) == set(cats.gated_mlps(lopsided))
+    assert loaded == thresholds and loaded.decider == "mixed"
     one = batches[0]["input_ids"][:1, :1]
     with torch.no_grad():
         dense = lopsided(one).logits
@@ -95,8 +95,7 @@ def test_a_mixed_artifact_runs_in_every_kernel_and_from_its_file(
         masked = lopsided(one).logits
         skipped = cats.measure_sparsity(lopsided, batches)
         for path, fraction in skipped.items():
-            assert abs(fraction - loaded.level_of(path)) < 0.02
-        assert abs(sum(skipped.values()) / 3 - 0.5) < 0.01
+            assert abs(fraction - 0.5) < 0.03, path
         cats.apply(lopsided, loaded, kernel="cpu")
         sparse = lopsided(one).logits
     assert operator_calls == ["cpu"] * 3

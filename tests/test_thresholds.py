@@ -160,3 +160,21 @@ def test_what_is_no_file_of_a_sensible_size_is_not_read(tmp_path: Path, monkeypa
         cats.Thresholds.load(tmp_path / "binary")
     with pytest.raises(FileNotFoundError):
         cats.Thresholds.load(tmp_path / "none")
+
+
+def test_levels_are_in_the_file_where_they_differ_alone(tmp_path: Path) -> None:
+    levels = {"model.layers.0.mlp": 0.4, "model.layers.1.mlp": 0.6}
+    own = cats.Thresholds(0.5, dict.fromkeys(levels, 1.0), levels=levels)
+    own.save(tmp_path / "own.json")
+    loaded = cats.Thresholds.load(tmp_path / "own.json")
+    assert loaded == own and loaded.levels == levels and loaded != cats.Thresholds(0.5, dict.fromkeys(levels, 1.0))
+    assert [loaded.level_of(path) for path in (*levels, "another")] == [0.4, 0.6, 0.5]
+    data = json.loads((tmp_path / "own.json").read_text())
+    data["levels"]["model.layers.0.mlp"] = 1.0
+    (tmp_path / "own.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"levels\['model.layers.0.mlp'\]: sparsity must be a number in \[0, 1\)"):
+        cats.Thresholds.load(tmp_path / "own.json")
+    with pytest.raises(ValueError, match="levels must map module paths to sparsities, not be a list"):
+        cats.Thresholds(0.5, {"a": 1.0}, levels=[0.5])  # type: ignore[arg-type]
+    cats.Thresholds(0.5, {"a": 1.0}).save(tmp_path / "plain.json")
+    assert "levels" not in json.loads((tmp_path / "plain.json").read_text())

@@ -2,10 +2,8 @@
 
 Which product decides best, and with what weights, differs between models and between the layers of one. `cats.search`
 tries, on a sample of calibration tokens, the gate and the up product, each with the plain value, with the root mean
-square of the other product, and with that and the norm of the down projection's row. Layers differ as much in how much
-they can skip: with ``allocation="output"`` `cats.allocation` gives each a level of its own, by these errors scaled with
-what the model's output suffers, so that all MLPs together skip the target. Ours; TEAL (arXiv 2408.14690) allocates
-within a block.
+square of the other product, and with that and the norm of the down projection's row. Ours. Sharing the target unequally
+among the layers was tried in two ways and lost on three models (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -26,12 +24,11 @@ class Auto(Criterion):
     decider = "mixed"
     scored = False
     searches = True
-    allocations = ("uniform", "output")
 
-    def search(self, model: nn.Module, batches: Sequence[Any], targets: Sequence[float], allocation: str) -> Searched:
+    def search(self, model: nn.Module, batches: Sequence[Any], targets: Sequence[float]) -> Searched:
         from cats.search import search
 
-        return search(model, batches, targets, allocation)
+        return search(model, batches, targets)
 
 
 CRITERION = Auto()

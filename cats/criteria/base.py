@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -31,12 +31,10 @@ class Searched:
     Attributes:
         sites: target to site to module path to value, as `cats.Thresholds` holds them.
         tokens: how many were looked at.
-        levels: target to module path to the layer's own sparsity, where it is not the target.
     """
 
     sites: dict[float, dict[str, dict[str, float | Tensor]]]
     tokens: int
-    levels: Mapping[float, dict[str, float]] = field(default_factory=dict)
 
 
 class Criterion:
@@ -56,7 +54,6 @@ class Criterion:
         rms_of: the sites whose root mean square `weights` asks for: these take a second pass over the text.
         scored: whether T is needed, a pass over the calibration text.
         searches: whether `search` makes the thresholds, in place of one score for all layers.
-        allocations: how the target may be shared among the layers, the default first.
         has_level: whether it has a target sparsity.
         activation: what replaces the model's own activation: None, or "relu".
         no_kernel: why no sparse kernel serves it, in one sentence; empty where one does.
@@ -71,7 +68,6 @@ class Criterion:
     rms_of: tuple[str, ...] = ()
     scored: bool = True
     searches: bool = False
-    allocations: tuple[str, ...] = ("uniform",)
     has_level: bool = True
     activation: Literal["relu"] | None = None
     no_kernel: str = ""
@@ -99,9 +95,8 @@ class Criterion:
             return threshold
         return threshold / weights  # torch: a positive number over 0 is infinity
 
-    def search(self, model: nn.Module, batches: Sequence[Any], targets: Sequence[float], allocation: str) -> Searched:
-        """Thresholds of ``model`` at each of ``targets``, for a criterion that `searches`, with the target shared among
-        the layers as ``allocation`` says, one of ``allocations``; see `cats.calibrate`."""
+    def search(self, model: nn.Module, batches: Sequence[Any], targets: Sequence[float]) -> Searched:
+        """Thresholds of ``model`` at each of ``targets``, for a criterion that `searches`; see `cats.calibrate`."""
         raise NotImplementedError(f"{self.name} says that it searches, but has no search")
 
     def mask(self, values: Tensor, parameter: Tensor, sparsity: float) -> Tensor:
