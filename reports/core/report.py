@@ -21,9 +21,10 @@ from reports.core.summary import details_blocks, first_page, notes
 
 FURTHER = "Further tables and figures"
 ELSEWHERE = (
-    "Accuracy by task, thresholds by layer, learning rates, the paper's other kernels, several rows at once, and the "
-    "settings and notes recorded with each run are in `report.html` and `report.md` beside this file; every number is "
-    "in the runs' CSVs, and hashes of all inputs and outputs in their `provenance.json`."
+    "Accuracy by task, thresholds by layer, learning rates, the paper's other kernels, several rows at once, times of "
+    "quantised weights one by one, the log of the runs, and the settings and notes recorded with each are in "
+    "`report.html` and `report.md` beside this file; every number is in the runs' CSVs, and hashes of all inputs and "
+    "outputs in their `provenance.json`."
 )
 OUTLINE = "#block(height: 7.5em, columns(2, gutter: 2em, outline(title: none, depth: 1)))"
 
@@ -35,7 +36,7 @@ class Report:
     Attributes:
         main: the first page and the sections.
         further: secondary tables and figures, which the PDF leaves out.
-        appendix: the log of the runs.
+        appendix: the log of the runs, which the PDF leaves out.
     """
 
     main: list[Block]
@@ -51,7 +52,7 @@ class Report:
     @property
     def printed(self) -> list[Block]:
         """What the PDF shows."""
-        return [*self.main, Heading(1, FURTHER), Text(ELSEWHERE), *self.appendix]
+        return [*self.main, Heading(1, FURTHER), Text(ELSEWHERE)]
 
 
 @dataclass(frozen=True)

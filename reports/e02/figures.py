@@ -107,13 +107,13 @@ def accuracy_panel(ax: Axes, means: pd.DataFrame) -> None:
 
 
 def glance(runs: list[Run]) -> Painter | None:
-    """Accuracy against sparsity of the first model that has it, the pocket model only where there is no other."""
+    """Accuracy against sparsity of the largest model that has it, the pocket model only where there is no other."""
     tables = [table for run in runs if (table := run.table(ZeroShotRow)) is not None]
     models = [(str(model), of) for means in map(zero_shot_means, tables) if len(means)
               for model, of in means.groupby("model", sort=False)]  # fmt: skip
     if not models:
         return None
-    model, part = min(models, key=lambda pair: pair[0] == POCKET_MODEL)
+    model, part = min(models, key=lambda pair: (pair[0] == POCKET_MODEL, -np.nan_to_num(style.parameters(pair[0]))))
 
     def paint(ax: Axes) -> None:
         accuracy_panel(ax, part)

@@ -134,21 +134,42 @@ def add_up_table(run: Run) -> pd.DataFrame:
     return without_constant(pd.DataFrame(rows), "Model") if rows else pd.DataFrame()
 
 
+def add_up_sentence(run: Run) -> str:
+    """For which models and formats the two damages multiply, do not, or cannot be told."""
+    by_verdict: dict[str, dict[str, list[str]]] = {}
+    for finding in damages_add_up(run):
+        name = escape(style.model_name(finding.model))
+        by_verdict.setdefault(finding.words, {}).setdefault(name, []).append(format_name(finding.condition))
+    said = []
+    for words, by_model in by_verdict.items():
+        named = [f"{name} ({', '.join(formats)})" for name, formats in by_model.items()]
+        said.append(f"**{words}** for {', '.join(named)}")
+    return f"That the two damages multiply (the table is among the further ones) {'; '.join(said)}." if said else ""
+
+
 def contents(run: Run) -> list[Block]:
     """One run's tables."""
     blocks: list[Block] = []
     if len(shown := summary.summary_table(run)):
         blocks.append(Table(shown, summary.SUMMARY_TABLE.strip()))
-    quality, speed = run.table(QuantizationRow), run.table(QuantizationSpeedRow)
+    quality = run.table(QuantizationRow)
     if quality is not None:
         for model in quality["model"].unique():
             name = escape(style.model_name(model))
             blocks.append(Table(quality_table(quality, model), f"{name}: {QUALITY_TABLE.strip()}"))
             if len(shown := tasks_table(quality, model)):
                 blocks.append(Table(shown, f"{name}: mean zero-shot accuracy."))
-        if len(shown := add_up_table(run)):
-            rule = " ".join((damages_add_up.__doc__ or "").split())
-            blocks.append(Table(shown, ADD_UP_TABLE.strip() + " " + rule))
+        blocks += [Text(said)] if (said := add_up_sentence(run)) else []
+    return blocks
+
+
+def more(run: Run) -> list[Block]:
+    """One run's tables that the PDF leaves out: its figures show what they hold."""
+    blocks: list[Block] = []
+    quality, speed = run.table(QuantizationRow), run.table(QuantizationSpeedRow)
+    if quality is not None and len(shown := add_up_table(run)):
+        rule = " ".join((damages_add_up.__doc__ or "").split())
+        blocks.append(Table(shown, ADD_UP_TABLE.strip() + " " + rule))
     if speed is not None:
         for (machine, shape, dtype), part in groups(speed):
             caption = f"{escape(machine)}, {escape(shape)}, {style.dtype_name(dtype)}: {SPEED_TABLE.strip()}"
@@ -191,4 +212,5 @@ SECTION = Section(
         ),
     ),
     contents=contents,
+    more=more,
 )
