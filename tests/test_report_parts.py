@@ -20,10 +20,11 @@ from reports.e02 import figures as e02_figures
 from reports.e06 import figures as e06_figures
 from reports.measures.generation import generation_speedups
 from tests import make_results as made
+from tests.make_accuracy import ACCURACY
 
 
 def test_a_foreign_criterion_is_shown_by_its_own_name() -> None:
-    table = made.zero_shot(accuracy={**made.ACCURACY, "gate-norm-50": 0.695, "gate-norm-70": 0.68})
+    table = made.zero_shot(accuracy={**ACCURACY, "gate-norm-50": 0.695, "gate-norm-70": 0.68})
     shown = tables.zero_shot(table, "made-up")
     assert "gate-norm-50" in list(shown[""])
     figure = e02.accuracy_figure(made.loaded(e02_zero_shot=table))
