@@ -6,12 +6,9 @@
 Under `accelerate launch` the items are split among the processes, and every process returns the whole result.
 """
 
-import contextlib
-import logging
 import math
 import random
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,29 +17,37 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
-from cats.devices import execution_device
 from cats.extras import missing
-from cats.progress import ItemsDone
-from cats.request_scores import Score, batches_of, inputs_of, output_matrix, score_batch
+from cats.language_model import LanguageModel
+from cats.perplexity import block_losses, perplexity, sequences_at_once
+from cats.quiet import quiet, templates_compiled_once
 from cats.task_data import check_answer, local_sets
 
 try:
-    import accelerate
-    import datasets
     import lm_eval
-    import lm_eval.utils
-    from accelerate.utils import broadcast_object_list, gather, reduce
+    from accelerate.utils import broadcast_object_list
     from lm_eval.api.task import Task
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 except ImportError as error:
     raise missing(__name__, "experiments", error) from error
 
-LOG = logging.getLogger(__name__)
+__all__ = [
+    "METRIC",
+    "TaskResult",
+    "Tasks",
+    "block_losses",
+    "check_tasks",
+    "check_tokenizer",
+    "evaluate",
+    "load_tasks",
+    "paired_difference",
+    "perplexity",
+    "run_tasks",
+    "sequences_at_once",
+]
+
 METRIC = "acc"
 KINDS = {METRIC: "multiple-choice", "exact_match": "generated-answer"}
 """What tasks with a metric are called."""
@@ -69,127 +74,12 @@ class TaskResult:
     correct: tuple[float, ...]
 
 
-LOGITS_BYTES = 2**31
-"""Of logits in float32 at once: 64 x 1024 tokens can take 64 GB."""
-
-
-class _LanguageModel(HFLM):
-    """HFLM around a model object that also splits items among accelerate's processes (HFLM does so only for hub ids).
-
-    Encodings are remembered in ``cache``: fine-tuning asks for the same items at every evaluated step.
-    """
-
-    def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int, cache: dict[str, list[int]]) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        self.state = accelerate.PartialState()
-        self.cache = cache
-
-    @property
-    def rank(self) -> int:
-        return self.state.process_index
-
-    @property
-    def world_size(self) -> int:
-        return self.state.num_processes
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return gather(tensor.reshape(1)).reshape(-1)
-
-    def barrier(self) -> None:
-        self.state.wait_for_everyone()
-
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        self._show_progress(requests)
-        return super().loglikelihood(requests, disable_tqdm)
-
-    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        self._show_progress(requests)
-        return super().generate_until(requests, disable_tqdm)
-
-    def _show_progress(self, requests: Any) -> None:
-        if self.rank == 0:
-            self.set_cache_hook(ItemsDone(requests))
-
-    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
-        head = output_matrix(self.model)
-        if head is None:
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        longer = sum(len(context) + len(end) > self.max_length + 1 for _, context, end in requests)
-        if longer:
-            LOG.warning(
-                f"{longer} of {len(requests)} requests are longer than the model's {self.max_length} positions: "
-                "their beginning is cut off"
-            )
-        scores: list[Score] = [(0.0, False)] * len(requests)
-        most_scored = max(1, LOGITS_BYTES // (4 * _vocabulary(self.model)))
-        for batch in batches_of(inputs_of(requests, self.max_length), self.batch_size, most_scored):
-            numbers = [number for one in batch for number, _ in one.requests]
-            for number, score in zip(numbers, score_batch(self._model_call, head, batch, self.device), strict=True):
-                scores[number] = score
-                if requests[number][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[number][0], score)
-        return scores
-
-    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-        if args or kwargs:
-            return super().tok_encode(string, *args, **kwargs)
-        if string not in self.cache:
-            self.cache[string] = super().tok_encode(string)
-        return self.cache[string]
-
-
 class Tasks(dict[str, Task]):
     """lm-eval task objects by name, built once and evaluated often; ``encodings`` holds a tokenizer's work on them."""
 
     def __init__(self, tasks: Mapping[str, Task]) -> None:
         super().__init__(tasks)
         self.encodings: WeakKeyDictionary[Any, dict[str, list[int]]] = WeakKeyDictionary()
-
-
-NOISE = ("`pretrained` model kwarg is not of type `str`", "Passed an already-initialized model")
-"""Beginnings of warnings of lm-eval's about every model that is given as an object, as all are here."""
-
-
-def _no_noise(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(NOISE)
-
-
-def _without_bar(*args: Any, **kwargs: Any) -> Any:
-    return tqdm(*args, **{**kwargs, "disable": True})
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of lm-eval and datasets, no announcements of lm-eval: all other warnings are shown."""
-    logger, noisy = logging.getLogger("lm_eval"), logging.getLogger("lm_eval.models.huggingface")
-    level, bars = logger.level, not datasets.are_progress_bars_disabled()
-    modules: Any = [m for name, m in sys.modules.items() if name.startswith("lm_eval.") and hasattr(m, "tqdm")]
-    names = [(module, module.tqdm) for module in modules if module.tqdm is tqdm]
-    logger.setLevel(logging.WARNING)
-    noisy.addFilter(_no_noise)
-    datasets.disable_progress_bars()
-    for module, _ in names:
-        module.tqdm = _without_bar
-    try:
-        yield
-    finally:
-        for module, original in names:
-            module.tqdm = original
-        if bars:
-            datasets.enable_progress_bars()
-        noisy.removeFilter(_no_noise)
-        logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _templates_compiled_once() -> Iterator[None]:
-    """Let lm-eval compile each template of a task once, where it does so three times an item: most of its own time."""
-    environment: Any = lm_eval.utils.env
-    environment.from_string = lru_cache(maxsize=None)(environment.from_string)
-    try:
-        yield
-    finally:
-        del environment.from_string
 
 
 @lru_cache(maxsize=1)
@@ -206,7 +96,7 @@ def check_tasks(names: Sequence[str], include_path: str | Path | None = None) ->
     """
     if not names or len(set(names)) != len(names):
         raise ValueError(f"tasks must be one or more different names, not {list(names)}")
-    with _quiet():
+    with quiet():
         local = TaskManager(include_path=str(include_path), include_defaults=False) if include_path else None
         found = {name: local for name in names if local is not None and name in local.all_subtasks}
         if len(found) < len(names):
@@ -252,7 +142,7 @@ def load_tasks(
     for name, manager in check_tasks(names, include_path).items():
         with local_sets(Path(data_folder) if data_folder is not None else None) as sets:
             try:
-                with _quiet():
+                with quiet():
                     loaded = manager.load([name])["tasks"]
                 for task in loaded.values():
                     check_answer(task)
@@ -314,9 +204,9 @@ def run_tasks(
     training = model.training
     states = random.getstate(), np.random.get_state()
     try:
-        with _quiet(), _templates_compiled_once():
+        with quiet(), templates_compiled_once():
             cache = tasks.encodings.setdefault(tokenizer, {})
-            language_model = _LanguageModel(model, tokenizer, batch_size, cache)
+            language_model = LanguageModel(model, tokenizer, batch_size, cache)
             for task in tasks.values():
                 task.set_fewshot_seed(SEED)
             found = lm_eval.evaluate(language_model, {"tasks": dict(tasks)}, limit=limit, bootstrap_iters=100)
@@ -357,67 +247,3 @@ def paired_difference(result: TaskResult, base: TaskResult) -> tuple[float, floa
         )
     differences = [a - b for a, b in zip(result.correct, base.correct, strict=True)]
     return fmean(differences), stdev(differences) / math.sqrt(len(differences))
-
-
-def perplexity(model: nn.Module, blocks: Iterable[Tensor]) -> float:
-    """exp of the mean negative log-likelihood, in nats, of every token of ``blocks`` but the first of each sequence.
-
-    Args:
-        model, blocks: as `block_losses`.
-
-    Raises:
-        ValueError: no block of at least two tokens.
-    """
-    blocks = list(blocks)
-    tokens = [block.shape[-1] - 1 for block in blocks for _ in range(len(block)) if block.shape[-1] > 1]
-    losses = block_losses(model, blocks)
-    return math.exp(sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens))
-
-
-def sequences_at_once(model: nn.Module, length: int) -> int:
-    """How many sequences a forward pass may take so that their logits in float32 stay below `LOGITS_BYTES`."""
-    return int(max(1, LOGITS_BYTES // (4 * length * _vocabulary(model))))
-
-
-def _vocabulary(model: nn.Module) -> int:
-    return getattr(getattr(model, "config", None), "vocab_size", None) or 2**18
-
-
-def _losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """Mean over each sequence of ids (batch, length), float64 on the CPU."""
-    logits = model(ids, use_cache=False).logits[:, :-1].float()
-    nats = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return nats.view(len(ids), -1).double().mean(1).cpu()
-
-
-@torch.no_grad()
-def block_losses(model: nn.Module, blocks: Iterable[Tensor]) -> list[float]:
-    """Mean negative log-likelihood of each sequence, in nats per token, of every token but its first.
-
-    Args:
-        model: a causal language model; its mode is restored.
-        blocks: token ids (batch, length) without padding, the same on every process; processes share the work.
-
-    Returns:
-        One number for each sequence of at least two tokens, in order.
-
-    Raises:
-        ValueError: there is none.
-    """
-    state, training, device = accelerate.PartialState(), model.training, execution_device(model)
-    losses: list[Tensor] = []
-    model.eval()
-    try:
-        for index, block in enumerate(block for block in blocks if block.shape[-1] > 1):
-            if index % state.num_processes != state.process_index:
-                losses.append(torch.zeros(len(block), dtype=torch.float64))
-                continue
-            losses += [_losses(model, ids) for ids in block.to(device).split(sequences_at_once(model, block.shape[1]))]
-    finally:
-        model.train(training)
-    if not losses:
-        raise ValueError("no text to measure perplexity on: give at least one block of two tokens")
-    total = torch.cat(losses)
-    if state.num_processes > 1:
-        total = reduce(total.to(state.device), reduction="sum").cpu()
-    return [float(loss) for loss in total]

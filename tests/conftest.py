@@ -82,3 +82,12 @@ def operator_calls(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(cats_kernels, "sparse_gated_mlp", counted)
     return calls
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids).logits

@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernel for quantised weights share."""
+"""What the tests of the kernels for quantised weights share."""
 
 import itertools
 
@@ -11,6 +11,8 @@ from tests.mlp_cases import threshold_of_kind
 
 FORMATS = ((8, None, True), (8, 32, True), (8, 64, False), (4, 32, True), (4, 64, False), (4, 128, True))
 """(bits, group size, symmetric)."""
+CPU_FORMATS = [(8, None), (8, 32), (8, 128), (4, 32), (4, 64), (4, 128), (4, 256)]
+"""(bits, group size) of the tests on a CPU."""
 KINDS = tuple(itertools.product(("number", "one", "vector"), ("gate", "up")))
 
 

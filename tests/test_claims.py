@@ -28,6 +28,7 @@ from reports.core.verdicts import (
 from reports.rules import e02, e03
 from tests import make_results as made
 from tests.claim_cases import timed
+from tests.make_accuracy import criterion
 
 # --- how a number becomes a verdict
 
@@ -135,7 +136,7 @@ def test_the_papers_own_numbers_pass_the_rules_except_where_the_report_says_so()
     """C5: the paper's own sparsity is up to 9.9 points off, as its rule says."""
     table1 = paper_table("table1_zero_shot").query("task != 'average' and model in ['Mistral-7B', 'Llama2-7B']")
     table = table1.rename(columns={"accuracy": "value"}).assign(
-        criterion=table1["variant"].map(made.criterion), sparsity_target=np.nan, sparsity_measured=np.nan,
+        criterion=table1["variant"].map(criterion), sparsity_target=np.nan, sparsity_measured=np.nan,
         metric="acc", stderr=0.005, difference=np.nan, difference_stderr=0.0005, items=1000, chance=0.3,
     )  # fmt: skip
     for rule in (e02.c2_near_base, e02.c3_beats_relufication):

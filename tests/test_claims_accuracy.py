@@ -17,6 +17,8 @@ from reports.core.verdicts import (
 from reports.rules import e01, e02, e03, e04, e07
 from tests import make_results as made
 from tests.claim_cases import Table, only, verdict
+from tests.make_accuracy import ACCURACY, ITEMS
+from tests.make_finetuning import FINAL, LOSS, TASK_ACCURACY
 
 # --- C1
 
@@ -133,7 +135,7 @@ def test_c2_with_an_unknown_error_is_undecided() -> None:
 
 
 def test_a_base_model_at_chance_tests_nothing() -> None:
-    table = made.zero_shot(accuracy={**made.ACCURACY, "dense": 0.31})  # chance is 0.30, the mean's error 0.007
+    table = made.zero_shot(accuracy={**ACCURACY, "dense": 0.31})  # chance is 0.30, the mean's error 0.007
     for rule in (e02.c2_near_base, e02.c3_beats_relufication):
         finding = only(rule(made.loaded(e02_zero_shot=table)))
         assert finding.verdict == NOT_TESTED and "chance" in finding.reason
@@ -149,12 +151,12 @@ def test_an_unmeasured_task_is_not_averaged_over() -> None:
 @pytest.mark.parametrize("level", ["cats-50", "cats-70", "cats-90"])
 @pytest.mark.parametrize("lead, expected", [(0.03, HOLDS), (0.005, UNDECIDED), (-0.005, UNDECIDED), (-0.03, FAILS)])
 def test_c3_needs_every_level(level: str, lead: float, expected: str) -> None:
-    table = made.zero_shot(accuracy={**made.ACCURACY, level: made.ACCURACY["relufication"] + lead})
+    table = made.zero_shot(accuracy={**ACCURACY, level: ACCURACY["relufication"] + lead})
     assert verdict(e02.c3_beats_relufication, e02_zero_shot=table) == expected
 
 
 def test_c3_pairs_over_items_where_they_were_kept() -> None:
-    table = made.with_item_values(made.zero_shot(accuracy={**made.ACCURACY, "cats-90": 0.41}))
+    table = made.with_item_values(made.zero_shot(accuracy={**ACCURACY, "cats-90": 0.41}))
     assert verdict(e02.c3_beats_relufication, e02_zero_shot=table) == UNDECIDED  # unpaired: 1 point of 2 x 0.7
     samples = made.items(table)
     assert verdict(e02.c3_beats_relufication, e02_zero_shot=table, e02_items=samples) == HOLDS
@@ -172,9 +174,9 @@ def test_c3_without_a_level_is_not_tested() -> None:
 
 
 def tuned(seeds: int = 3, **final: float) -> dict[str, Table]:
-    values = {**made.FINAL, **{name.replace("_", "-"): value for name, value in final.items()}}
+    values = {**FINAL, **{name.replace("_", "-"): value for name, value in final.items()}}
     table = made.finetuning(final=values, seeds=seeds)
-    table["accuracy"] = (table["accuracy"] * made.ITEMS).round() / made.ITEMS
+    table["accuracy"] = (table["accuracy"] * ITEMS).round() / ITEMS
     return {"e03_finetuning": table, "e03_items": made.finetuning_items(table)}
 
 
@@ -230,7 +232,7 @@ def test_c5_with_a_single_seed_is_undecided() -> None:
 
 def by_task(seeds: int = 3, **values: float) -> dict[str, Table]:
     named = {name.replace("_", "-"): value for name, value in values.items()}
-    table = made.task_finetuning(accuracy={**made.TASK_ACCURACY, **named}, seeds=seeds)
+    table = made.task_finetuning(accuracy={**TASK_ACCURACY, **named}, seeds=seeds)
     table["accuracy"] = table["accuracy"].round(3)
     return {"e04_task_finetuning": table, "e04_items": made.task_items(table)}
 
@@ -350,5 +352,5 @@ def test_c11_with_an_unknown_error_is_undecided_and_without_relufication_not_tes
 def test_c11_fine_tuned_is_judged_over_seeds(loss: float, seeds: int, expected: str) -> None:
     table = made.finetuning(seeds=seeds)
     at = (table["variant"] == "cats-50") & (table["step"] == 400)
-    table.loc[at, "eval_loss"] += loss - made.LOSS["cats-50"]
+    table.loc[at, "eval_loss"] += loss - LOSS["cats-50"]
     assert verdict(e03.c11_finetuned_perplexity, e03_finetuning=table) == expected

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cats
 import cats.criteria
-from cats.__main__ import Clock, main, sample_text, token_batches
+from cats.__main__ import Clock, main
+from cats.command_inputs import sample_text, token_batches
 from cats.structure import resolve_device
 
 from .hub_content import save_model
@@ -230,7 +231,7 @@ def test_memory_that_runs_out_is_named(model: str, monkeypatch: pytest.MonkeyPat
     def full(*_arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("cats.__main__.load_model", full)
+    monkeypatch.setattr("cats.command_inputs.load_model", full)
     assert main(["bench", model]) == 2
     assert "does not fit into the GPU's memory" in capsys.readouterr().err
 

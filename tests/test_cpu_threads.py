@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from cats_kernels.cpu import threads
-from cats_kernels.cpu.kernels import SOURCES, serial_kernel
+from cats_kernels.cpu.compiling import SOURCES
+from cats_kernels.cpu.kernels import serial_kernel
 from cats_kernels.cpu.launch import as_array, as_thresholds, sparse_gated_mlp_cpu
 from cats_kernels.cpu.team import member, region_address, team_kernel
 from cats_kernels.problem import Problem

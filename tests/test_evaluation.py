@@ -21,7 +21,6 @@ from lm_eval.api.instance import Instance
 import cats
 from cats.evaluation import (
     TaskResult,
-    _LanguageModel,
     check_tokenizer,
     evaluate,
     load_tasks,
@@ -29,6 +28,7 @@ from cats.evaluation import (
     perplexity,
 )
 from cats.generated_answers import evaluate_answers, load_answer_tasks
+from cats.language_model import LanguageModel
 from cats.models import load_model
 from tests.accuracy_world import ITEMS, build_world
 
@@ -60,7 +60,7 @@ def test_patched_model_in_lm_eval_equals_a_hand_computed_loglikelihood(world, lo
     pairs = [("alpha beta gamma", " delta"), ("tau rho", " sigma pi nu"), ("mu", " mu")]
     cats.apply(model, thresholds)
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
-    found = _LanguageModel(model, tokenizer, 2, {}).loglikelihood(requests, disable_tqdm=True)
+    found = LanguageModel(model, tokenizer, 2, {}).loglikelihood(requests, disable_tqdm=True)
     reference = load_model(str(world / "model"), "float32")[0].double()
     for (context, continuation), (loglikelihood, _) in zip(pairs, found, strict=True):
         ids = tokenizer.encode(context + continuation)

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cats
 from cats import packed_linear
-from cats.__main__ import load, parser
+from cats.__main__ import parser
+from cats.command_inputs import load
 from cats.generation import decoder_of
 from cats.models import load_model
 from cats.models import pretrained as pretrained_module

@@ -9,8 +9,9 @@ import pytest
 import torch
 from cats_kernels import dequantize, quantize
 from cats_kernels.cpu import packed
+from cats_kernels.cpu.compiling import follow_sources
 from cats_kernels.cpu.integers import DOT_BYTES
-from cats_kernels.cpu.kernels import follow_sources, serial_kernel
+from cats_kernels.cpu.kernels import serial_kernel
 from cats_kernels.cpu.quantized_launch import pack, sparse_gated_mlp_quantized_cpu
 from cats_kernels.cpu.team import region_address
 from cats_kernels.problem import TOLERANCE, oracle, relative_error

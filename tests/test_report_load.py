@@ -17,6 +17,7 @@ from experiments.framework.tables import (
 from reports.core.load import load_run, load_runs, read_table
 from reports.core.section import discover, row_types
 from tests import make_results as made
+from tests.make_accuracy import ITEMS
 
 
 def test_every_committed_run_can_be_read() -> None:
@@ -54,7 +55,7 @@ def test_read_table_names_the_row(tmp_path: Path) -> None:
 def test_columns_and_samples_are_read_as_the_row_types_say(tmp_path: Path) -> None:
     made.write_table(tmp_path, "e02_items", made.items(made.zero_shot()))
     table = read_table(tmp_path / "samples" / "e02_items.csv.gz", ItemSample)
-    assert set(table["correct"].str.len()) == {made.ITEMS}, "a long string of digits is no number"
+    assert set(table["correct"].str.len()) == {ITEMS}, "a long string of digits is no number"
     made.write_table(tmp_path, "e01_histogram", made.histogram())
     assert set(read_table(tmp_path / "e01_histogram.csv", HistogramRow)["weights"]) == {"pretrained", "random"}
 

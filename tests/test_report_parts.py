@@ -20,10 +20,11 @@ from reports.e02 import figures as e02_figures
 from reports.e06 import figures as e06_figures
 from reports.measures.generation import generation_speedups
 from tests import make_results as made
+from tests.make_accuracy import ACCURACY
 
 
 def test_a_foreign_criterion_is_shown_by_its_own_name() -> None:
-    table = made.zero_shot(accuracy={**made.ACCURACY, "gate-norm-50": 0.695, "gate-norm-70": 0.68})
+    table = made.zero_shot(accuracy={**ACCURACY, "gate-norm-50": 0.695, "gate-norm-70": 0.68})
     shown = tables.zero_shot(table, "made-up")
     assert "gate-norm-50" in list(shown[""])
     figure = e02.accuracy_figure(made.loaded(e02_zero_shot=table))
@@ -139,7 +140,7 @@ def test_latency_names_each_baseline_and_the_bound() -> None:
     shown = e05.latency_table(run)
     row = shown[(shown["Shape"] == "Mistral-7B") & (shown["Sparsity"] == "50 %")].iloc[0]
     # CATS costs 1.05 of the bytes of dense, the bound 0.98 of them, the compiled dense 0.95 of torch's: 1.5 / 1.05 ...
-    assert re.fullmatch(r"1\.36x \(1\.3\d to 1\.3\dx\)", row["Over dense"])
+    assert row["Over dense"] == "1.35x (1.35 to 1.36x)"  # of rounds with noise, around 1.5 * 0.95 / 1.05
     assert (row["Over torch"], row["Over 0 %"], row["At the bound"]) == ("1.43x", "1.50x", "1.45x")
     assert row["Paper"] == "1.49x at 53.9 %"
     assert "Dense is" not in shown  # the compiled one everywhere

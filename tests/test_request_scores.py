@@ -6,7 +6,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cats.evaluation import _LanguageModel
+from cats.language_model import LanguageModel
 from cats.models import load_tokenizer
 from cats.request_scores import batches_of, inputs_of, only_positions, output_matrix
 from tests.accuracy_world import build_world
@@ -44,7 +44,7 @@ def made_up_requests():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sequences", [1, 3, 16])
 def test_scores_are_those_of_lm_evals_own_loop(model, tokenizer, sequences, dtype):
-    own = _LanguageModel(model.to(dtype), tokenizer, sequences, {})
+    own = LanguageModel(model.to(dtype), tokenizer, sequences, {})
     requests = made_up_requests()
     expected = HFLM._loglikelihood_tokens(own, requests, disable_tqdm=True)
     scores = own._loglikelihood_tokens(requests, disable_tqdm=True)
@@ -62,7 +62,7 @@ def test_greedy_continuations_are_recognised(model, tokenizer):
         ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
     greedy = ids[0, 3:].tolist()
     other = [*greedy[:-1], (greedy[-1] + 1) % 101]
-    own = _LanguageModel(model, tokenizer, 4, {})
+    own = LanguageModel(model, tokenizer, 4, {})
     scores = own._loglikelihood_tokens([(None, context, greedy), (None, context, other)])
     assert [equal for _, equal in scores] == [True, False]
     assert scores[0][0] > scores[1][0]
@@ -70,7 +70,7 @@ def test_greedy_continuations_are_recognised(model, tokenizer):
 
 def test_one_input_serves_continuations_that_begin_at_different_places(model, tokenizer):
     """lm-eval 0.4.12 takes the logits of the longest's first token for each of them."""
-    own = _LanguageModel(model, tokenizer, 4, {})
+    own = LanguageModel(model, tokenizer, 4, {})
     requests = [(None, [5, 6], [7, 8, 9]), (None, [5, 6, 7, 8], [9]), (None, [5, 6, 7], [8, 4])]
     scores = own._loglikelihood_tokens(requests)
     logp = model(torch.tensor([[5, 6, 7, 8]])).logits[0].detach().log_softmax(-1)
@@ -80,14 +80,14 @@ def test_one_input_serves_continuations_that_begin_at_different_places(model, to
 
 
 def test_inputs_that_are_cut_are_said_once(model, tokenizer, caplog):
-    _LanguageModel(model, tokenizer, 4, {})._loglikelihood_tokens(made_up_requests())
+    LanguageModel(model, tokenizer, 4, {})._loglikelihood_tokens(made_up_requests())
     cut = [record for record in caplog.records if "positions" in record.getMessage()]
     assert len(cut) == 1
     assert "of 181 requests are longer than the model's 40 positions" in cut[0].getMessage()
 
 
 def test_an_input_that_requests_share_is_run_once_and_batches_hold_as_many_tokens(model, tokenizer):
-    own = _LanguageModel(model, tokenizer, 4, {})
+    own = LanguageModel(model, tokenizer, 4, {})
     requests, seen = made_up_requests(), []
     handle = model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape))
     own._loglikelihood_tokens(requests)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from cats.generation.cache import capacity_for
-from cats.generation.decoder import Decoder, Settings, decoder_of
+from cats.generation.decoder import Decoder, decoder_of
 from cats.generation.loops import LOOPS, Loop, check_loop, default_loop
 from cats.generation.projections import separate
 from cats.generation.sampling import Sampling
 from cats.generation.serving import inner, obstacle, transformers_generate, wrapper_obstacle
+from cats.generation.settings import Settings
 
 __all__ = ["LOOPS", "Decoder", "Loop", "Sampling", "Settings", "capacity_for", "decoder_of", "generate", "release"]
 

@@ -7,9 +7,7 @@ has guards of its own.
 
 import threading
 import warnings
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,7 +29,8 @@ from cats.generation.loops import (
     logits_step,
 )
 from cats.generation.progress import progress
-from cats.generation.sampling import Sampling
+from cats.generation.reader import TokenReader
+from cats.generation.settings import Settings
 
 EAGER_ROOM = 1024
 """New tokens that a cache has room for from the start; one for more grows when they come."""
@@ -39,49 +38,6 @@ MASKED = ("eager", "sdpa")
 """Implementations of attention that take a mask over a cache of which only a part is filled."""
 VARIANTS = 64
 """Compiled variants of one step that are kept: dense and sparse, of every batch size."""
-
-
-GREEDY = Sampling()
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How one call generates.
-
-    Attributes:
-        loop: one of `LOOPS`.
-        sampling: the choice of tokens.
-        generator: of the draws; None for torch's own.
-        stop: tokens that end a sequence.
-        pad: the token after the end.
-        room: tokens that the cache holds from the start, at least.
-        own_attention: keep the model's own attention in every step.
-        fused: join the weights of the query, key and value projections.
-        kernel: attention of a step is one kernel; None for that on a GPU. See `DecodeBlock`.
-        dependent_launch: as in `compile_options`.
-        options: further options of inductor.
-        backend: torch.compile's.
-    """
-
-    loop: str
-    sampling: Sampling = GREEDY
-    generator: torch.Generator | None = None
-    stop: frozenset[int] = frozenset()
-    pad: int = 0
-    room: int = 0
-    own_attention: bool = False
-    fused: bool = True
-    kernel: bool | None = None
-    dependent_launch: bool = True
-    options: dict[str, Any] = field(default_factory=dict)
-    backend: Any = "inductor"
-
-    @property
-    def of_step(self) -> tuple[Any, ...]:
-        """Those that decide what a step is."""
-        options = tuple(sorted(self.options.items()))
-        attention = self.own_attention, self.fused, self.kernel
-        return self.loop, self.sampling, attention, self.dependent_launch, options, self.backend
 
 
 class Decoder:
@@ -175,14 +131,14 @@ class _Call:
         self.tokens[:, self.prompt : self.prompt + 1] = self.token
         if on_step:
             on_step(1)
-        reader = _Reader(self, on_tokens) if on_tokens or self.settings.stop else None
+        reader = TokenReader(self.batch, self.settings, on_tokens) if on_tokens or self.settings.stop else None
         count = self._steps(reader, on_step)
         tokens = self.tokens[:, : self.prompt + count].clone()
         if reader and self.settings.stop:
             reader.pad(tokens[:, self.prompt :])
         return tokens
 
-    def _steps(self, reader: "Any", on_step: Callable[[int], None] | None) -> int:
+    def _steps(self, reader: TokenReader | None, on_step: Callable[[int], None] | None) -> int:
         """All tokens after the first; returns how many there are with it."""
         if reader and reader.push(self.token):
             return 1
@@ -370,50 +326,3 @@ class _Call:
         if key not in self.decoder.compiled:
             self.decoder.compiled[key] = compile_function(plain, options, self.settings.backend)
         return self.decoder.compiled[key]
-
-
-class _Reader:
-    """Reads tokens on the host: on a GPU one step behind, so that the device never waits for the host."""
-
-    def __init__(self, call: _Call, on_tokens: Callable[[Tensor], None] | None) -> None:
-        self.call, self.on_tokens = call, on_tokens
-        self.stop = torch.tensor(sorted(call.settings.stop), dtype=torch.int64)
-        self.ended = torch.zeros(call.batch, dtype=torch.bool)
-        self.lengths = torch.zeros(call.batch, dtype=torch.int64)
-        self.pending: deque[tuple[Tensor, Any]] = deque()
-        self.count = 0
-
-    def push(self, token: Tensor) -> bool:
-        """Take the next token in; whether all sequences have ended."""
-        if self.call.on_gpu:
-            host = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
-            host.copy_(token, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self.pending.append((host, event))
-            return len(self.pending) > 1 and self._read()
-        self.pending.append((token.clone(), None))
-        return self._read()
-
-    def _read(self) -> bool:
-        token, event = self.pending.popleft()
-        if event is not None:
-            event.synchronize()
-        values = torch.where(self.ended, self.call.settings.pad, token[:, 0])
-        self.count += 1
-        self.lengths += ~self.ended
-        self.ended |= torch.isin(values, self.stop)
-        if self.on_tokens:
-            self.on_tokens(values)
-        return bool(self.ended.all())
-
-    def finish(self) -> int:
-        """Read what is pending, unless all sequences have ended; the number of tokens."""
-        while self.pending and not bool(self.ended.all()):
-            self._read()
-        return self.count
-
-    def pad(self, tokens: Tensor) -> None:
-        """Put padding after the end of each sequence of new tokens (batch, n)."""
-        after = torch.arange(tokens.shape[1]) >= self.lengths[:, None]
-        tokens.masked_fill_(after.to(tokens.device), self.call.settings.pad)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
-from cats.generation.decoder import Settings
+from cats.generation.settings import Settings
 from cats.structure import unwrapped
 
 LAYER_TYPES = ("full_attention", "sliding_attention")

@@ -14,7 +14,8 @@ import torch
 from numba import carray, types
 from numba.extending import intrinsic
 
-from cats_kernels.cpu.kernels import jit, parallel_kernel, serial_kernel
+from cats_kernels.cpu.compiling import jit
+from cats_kernels.cpu.kernels import parallel_kernel, serial_kernel
 
 STORED = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 """How numba sees the numbers of a weight: bfloat16, which it lacks, as its bits."""

@@ -13,6 +13,7 @@ from numba import carray
 from torch import Tensor
 
 from cats_kernels.cpu.addressed import pointer
+from cats_kernels.cpu.compiling import Array, jit
 from cats_kernels.cpu.halves import (
     BY_TABLE,
     nibble_values,
@@ -22,7 +23,7 @@ from cats_kernels.cpu.halves import (
     rounded_bits,
     store_halves,
 )
-from cats_kernels.cpu.kernels import Array, fetch_add, jit
+from cats_kernels.cpu.kernels import fetch_add
 from cats_kernels.cpu.packed import BFLOAT16, FIELDS, from_numbers, widened
 from cats_kernels.cpu.quantized_calls import call_member, numba_region
 from cats_kernels.cpu.quantized_launch import KINDS, pack

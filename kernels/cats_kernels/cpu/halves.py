@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import extending, types
 from numba.core.datamodel import models
 
-from cats_kernels.cpu.kernels import jit
+from cats_kernels.cpu.compiling import jit
 from cats_kernels.cpu.vectors import FLOATS, I8, I16, INTEGERS, LANES, features, intrinsic, pointer_to
 
 MAGNITUDE, INFINITE, QUIET = 0x7FFFFFFF, 0x7F800000, 0x7FC0

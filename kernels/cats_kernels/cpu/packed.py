@@ -9,8 +9,8 @@ import numpy as np
 from numba import carray
 
 from cats_kernels.cpu.addressed import pointer
+from cats_kernels.cpu.compiling import Array, jit
 from cats_kernels.cpu.integers import BLOCK_BYTES, DOT_BYTES
-from cats_kernels.cpu.kernels import Array, jit
 from cats_kernels.cpu.vectors import address_of, byte_at, float_at, half_at, prefetch, set_float
 
 LARGEST = np.float32(1e30)

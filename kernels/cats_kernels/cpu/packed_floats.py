@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cats_kernels.cpu.kernels import jit
+from cats_kernels.cpu.compiling import jit
 from cats_kernels.cpu.packed import LINE, prefetch_four
 from cats_kernels.cpu.vectors import (
     LANES,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cats_kernels.cpu.compiling import jit
 from cats_kernels.cpu.integers import (
     BLOCK_BYTES,
     above_128,
@@ -25,7 +26,6 @@ from cats_kernels.cpu.integers import (
     times_256,
     upper_nibbles,
 )
-from cats_kernels.cpu.kernels import jit
 from cats_kernels.cpu.packed import digits_of, offsets_of
 from cats_kernels.cpu.vectors import byte_at, float_at, multiply_add, prefetch, splat, total
 

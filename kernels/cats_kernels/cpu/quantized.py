@@ -15,19 +15,9 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from cats_kernels.cpu.compiling import Array, jit
 from cats_kernels.cpu.integers import DOT_BYTES
-from cats_kernels.cpu.kernels import (
-    COLUMNS,
-    Array,
-    add_four,
-    adds,
-    dots,
-    four_dots,
-    jit,
-    neurons,
-    scratch_size,
-    with_scratch,
-)
+from cats_kernels.cpu.kernels import COLUMNS, add_four, adds, dots, four_dots, neurons, scratch_size, with_scratch
 from cats_kernels.cpu.packed import (
     LARGEST,
     dequantised,

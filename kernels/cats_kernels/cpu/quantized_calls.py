@@ -16,14 +16,8 @@ from numba import carray, prange, types
 
 from cats_kernels.cpu import quantized  # noqa: F401  (which says how packed rows are multiplied)
 from cats_kernels.cpu.addressed import pointer
-from cats_kernels.cpu.kernels import (
-    BLOCK,
-    Array,
-    add_all_partial,
-    fetch_add,
-    jit,
-    take_blocks,
-)
+from cats_kernels.cpu.compiling import Array, jit
+from cats_kernels.cpu.kernels import BLOCK, add_all_partial, fetch_add, take_blocks
 from cats_kernels.cpu.packed import BFLOAT16, FIELDS, WIDTH, from_numbers, prepare_row, row_floats
 from cats_kernels.cpu.team import compiled_member, open_region
 from cats_kernels.cpu.vectors import intrinsic

@@ -27,16 +27,8 @@ from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 from cats_kernels.cpu.addressed import pointer
-from cats_kernels.cpu.kernels import (
-    BLOCK,
-    FASTMATH,
-    Array,
-    add_all_partial,
-    fetch_add,
-    follow_sources,
-    jit,
-    take_blocks,
-)
+from cats_kernels.cpu.compiling import FASTMATH, Array, follow_sources, jit
+from cats_kernels.cpu.kernels import BLOCK, add_all_partial, fetch_add, take_blocks
 
 
 @cache
