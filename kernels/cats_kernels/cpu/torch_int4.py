@@ -1,9 +1,9 @@
 """Products of many rows of x with int4 weights in the order of torch's own kernel for a CPU
 (``_convert_weight_to_int4pack_for_cpu``), dequantised a piece at a time.
 
-That order takes blocks of 64 (AVX-512) or 32 (AVX2) rows of W, and for each column 16 bytes per 32 rows: byte j has row
-j in its low nibble and row 16 + j in its high one. So a piece is written transposed, which a product takes as well.
-Torch does not promise it: `block_rows` looks.
+That order takes blocks of 64 (AVX-512) or 32 (AVX2) rows of W, and of a block one column after another: byte j of a
+column has row j in its low nibble, and in its high one the row half a block further. So a piece is written transposed,
+which a product takes as well. Torch does not promise it: `block_rows` looks.
 """
 
 # mypy: disable-error-code="call-arg, type-var"
@@ -27,8 +27,6 @@ from cats_kernels.cpu.quantized_launch import KINDS
 from cats_kernels.cpu.team import compiled_member
 from cats_kernels.cpu.vectors import LANES, high_nibbles, load, load_bytes, low_nibbles, multiply_add
 
-RUN = 32
-"""Rows that share the bytes of a column."""
 DATA, SCALES, ZEROS, OUT, KIND, BLOCKS, ROWS, STRIDE, M, GROUPS, GROUP, COUNTER = range(12)
 CALL = 12
 """Numbers of a call: addresses of the first block, of its scales and zero points, float32 (groups, m), and of what is
@@ -43,23 +41,23 @@ def block_rows() -> int:
     nibbles = torch.randint(0, 16, (128, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1).view(-1).view(torch.uint8)
     for rows in (64, 32):
-        runs = nibbles.view(128 // rows, rows // RUN, 2, RUN // 2, 8).permute(2, 0, 4, 1, 3)
-        if torch.equal(packed, (runs[0] | runs[1] << 4).flatten()):
+        low, high = nibbles.view(128 // rows, 2, rows // 2, 8).permute(1, 0, 3, 2)
+        if torch.equal(packed, (low | high << 4).flatten()):
             return rows
     return 0
 
 
 @jit()
-def write_run(data: int, step: int, columns: int, scales: int, zeros: int, out: int, stride: int, kind: int) -> None:
-    """32 rows of a group of W to ``out``, transposed. ``step``: bytes from a column to the next; ``stride``: of
-    ``out``, in bytes."""
-    for j in range(0, RUN // 2, LANES):
+def write_group(data: int, rows: int, columns: int, scales: int, zeros: int, out: int, stride: int, kind: int) -> None:
+    """Some columns of a block to ``out``, transposed, where the next column is ``stride`` bytes further."""
+    half = rows // 2
+    for j in range(0, half, LANES):
         low_scale, low_zero = load(scales, j), load(zeros, j)
-        high_scale, high_zero = load(scales, RUN // 2 + j), load(zeros, RUN // 2 + j)
+        high_scale, high_zero = load(scales, half + j), load(zeros, half + j)
         for k in range(columns):
-            packed, row = load_bytes(data + k * step, j), out + k * stride
-            put(row, j, multiply_add(low_nibbles(packed), low_scale, low_zero), kind)
-            put(row, RUN // 2 + j, multiply_add(high_nibbles(packed), high_scale, high_zero), kind)
+            packed, column = load_bytes(data + k * half, j), out + k * stride
+            put(column, j, multiply_add(low_nibbles(packed), low_scale, low_zero), kind)
+            put(column, half + j, multiply_add(high_nibbles(packed), high_scale, high_zero), kind)
 
 
 def write_blocks(address: Any) -> None:
@@ -67,18 +65,16 @@ def write_blocks(address: Any) -> None:
     call = carray(address, (CALL,), np.int64)
     counter = carray(pointer(call[COUNTER]), (1,), np.int64)
     rows, columns, kind = call[ROWS], call[GROUP], call[KIND]
-    step, size = rows // 2, 2 if kind == BFLOAT16 else 4
+    size = 2 if kind == BFLOAT16 else 4
     while True:
         taken = fetch_add(counter, 1)
         if taken >= call[BLOCKS] * call[GROUPS]:
             break
         block, group = taken // call[GROUPS], taken % call[GROUPS]
-        data = call[DATA] + (block * call[GROUPS] + group) * columns * step
+        data = call[DATA] + (block * call[GROUPS] + group) * columns * rows // 2
         at = 4 * (group * call[M] + block * rows)
         out = call[OUT] + (group * columns * call[STRIDE] + block * rows) * size
-        for r in range(0, rows, RUN):
-            scales, zeros = call[SCALES] + at + 4 * r, call[ZEROS] + at + 4 * r
-            write_run(data + r // 2, step, columns, scales, zeros, out + r * size, call[STRIDE] * size, kind)
+        write_group(data, rows, columns, call[SCALES] + at, call[ZEROS] + at, out, call[STRIDE] * size, kind)
 
 
 @cache
