@@ -32,7 +32,8 @@ def multiply(x: Tensor, weight: QuantizedWeight, transposed: bool) -> Tensor:
     """`cats_kernels.cpu.pieces.multiply` of x (..., columns)."""
     from cats_kernels.cpu import pieces
 
-    return pieces.multiply(x.reshape(-1, x.shape[-1]), weight, transposed).view(*x.shape[:-1], -1)
+    y = pieces.multiply(x.reshape(-1, x.shape[-1]), weight, transposed)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def multiply_int4(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor | None:

@@ -75,9 +75,7 @@ def multiply(x: Tensor, weight: QuantizedWeight, transposed: bool = False) -> Te
     return y.to(x.dtype)
 
 
-def by_pieces(
-    x: Tensor, shape: tuple[int, int], columns: Callable[[int, int], Tensor], multiple: int = 1
-) -> Tensor:
+def by_pieces(x: Tensor, shape: tuple[int, int], columns: Callable[[int, int], Tensor], multiple: int = 1) -> Tensor:
     """``x W^T`` of a weight (m, d) of which ``columns`` gives rows [first, last) transposed, (d, last - first)."""
     pieces = [x @ columns(first, last) for first, last in row_ranges(*shape, multiple)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
