@@ -1,4 +1,5 @@
-"""A linear layer outside of the gated MLPs with a quantised weight, multiplied by torch's own kernels.
+"""A linear layer outside of the gated MLPs with a quantised weight, multiplied by torch's own kernels, and many rows on
+a CPU by pieces that are dequantised first.
 
 int8 has one scale per row. On a CPU the product is torch's `_weight_int8pack_mm`; on a GPU torch has none for one row
 (1.6 ms where an H100 reads the weights in 0.06), so torch.compile makes one of plain operations. int4 has groups along
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cats_kernels.cpu_products import multiply, multiply_int4, suits_cpu
 from cats_kernels.quantized import QuantizedWeight, pack, row_chunks, unpack
 from torch import Tensor, nn
 
@@ -28,9 +30,12 @@ MULTIPLE_OF_ROWS = 16
 MULTIPLE_OF_COLUMNS = {8: 32, 4: 16 * INNER_TILES}
 """What torch's kernels read at a time: for a CPU in int8 (without a check, in bfloat16), for a GPU in int4."""
 MOST_ROWS = {("cpu", 8): 64, ("cpu", 4): 512, ("cuda", 8): 0, ("cuda", 4): 256}
-"""Rows of x up to which torch's kernel is used, by bits; for more the weight is dequantised piece by piece. On two
-cores (4096 x 4096, bfloat16) torch's int4 takes 0.6 ms for one row and 56 for 64, dequantising about 700; int8 0.8, 56
-and 83 for 64. On a GPU torch's int4 reads the weight once per 16 rows."""
+"""Rows of x up to which torch's kernel is used, by bits; for more the weight is dequantised piece by piece, by torch's
+operations. On a GPU torch's int4 reads the weight once per 16 rows."""
+FEWEST_ROWS, FEWEST_ROWS_WIDE = {8: 16, 4: 32}, {8: 1, 4: 1}
+"""Rows from which this project's CPU kernels dequantise pieces instead, by bits, in half precision and in float32. On
+one core (4096 x 4096, bfloat16) torch's int4 takes 1.5 ms for one row, 9 for 16 and 36 for 64, pieces 14, 13 and 18;
+int8 2, 9 and 32, pieces 8, 9 and 10. In float32 (one row) 38 and 19 ms in int4, 13 and 8 in int8."""
 MOST_ROWS_WIDE = {8: 2, 4: 16}
 """The same in float32 on a CPU, where torch's kernels are plain loops: 44 ms for one row in int4, 20 in int8."""
 
@@ -143,12 +148,25 @@ class PackedLinear(nn.Module):
 def packed_product(x: Tensor, packed: Tensor, scales: Tensor, bits: int, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b``, x (..., in_features), with W and its scales as a `PackedLinear` keeps them."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if torch.compiler.is_compiling() or len(rows) <= _most_rows(rows, bits):
+    y = _product_by_pieces(rows, packed, scales, bits)
+    if y is None and (torch.compiler.is_compiling() or len(rows) <= _most_rows(rows, bits)):
         y = _product_8(rows, packed, scales) if bits == 8 else _product_4(rows, packed, scales)
-    else:
+    elif y is None:
         y = _dequantised_product(rows, packed, scales, bits)
-    y = y.view(*x.shape[:-1], -1)
+    y = y.view(*x.shape[:-1], y.shape[-1])
     return y if bias is None else y + bias
+
+
+def _product_by_pieces(x: Tensor, packed: Tensor, scales: Tensor, bits: int) -> Tensor | None:
+    """The product by pieces of W that this project's CPU kernels dequantise; None where another way is faster or the
+    only one."""
+    fewest = FEWEST_ROWS_WIDE if x.dtype == torch.float32 else FEWEST_ROWS
+    if torch.compiler.is_compiling() or len(x) < fewest[bits] or not suits_cpu(x, packed.device):
+        return None
+    if bits == 4:
+        return multiply_int4(x, packed, scales)
+    ones = torch.ones(len(scales), 1)
+    return multiply(x, QuantizedWeight(packed, ones, None, 8, x.shape[1], x.shape[1]), False) * scales
 
 
 def _most_rows(x: Tensor, bits: int) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cats_kernels.cpu_products import multiply, suits_cpu
 from cats_kernels.quantized import QuantizedWeight, dequantize, row_chunks
 from torch import Tensor, nn
 
@@ -82,13 +83,20 @@ class QuantizedLinear(nn.Module):
         return tuple(whole.rows(i * m, (i + 1) * m) for i in range(count))
 
     def forward(self, x: Tensor) -> Tensor:
+        if suits_cpu(x, self.data.device):
+            y = multiply(x, self.quantized, self.transposed)
+        else:
+            y = self._multiply_by_torch(x)
+        return y if self.bias is None else y + self.bias
+
+    def _multiply_by_torch(self, x: Tensor) -> Tensor:
+        """``x W^T`` on any device and of any dtype, for which gradients reach x and torch.compile sees what is done."""
         weight = self._make_parts(1)[0]
         pieces = []
         for first, last in row_chunks(*weight.shape, weight.device):
             part = dequantize(weight.rows(first, last), x.dtype)
             pieces.append(x[..., first:last] @ part if self.transposed else F.linear(x, part))
-        y = sum(pieces[1:], pieces[0]) if self.transposed else torch.cat(pieces, -1)
-        return y if self.bias is None else y + self.bias
+        return sum(pieces[1:], pieces[0]) if self.transposed else torch.cat(pieces, -1)
 
     def dense(self) -> nn.Linear:
         """The layer that was quantised, on this device, or one of the dequantised weight where it was not kept."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cats_kernels import QuantizedWeight, dequantize, quantize
+from cats_kernels.cpu import pieces, torch_int4
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,6 +31,7 @@ WIDE = {"hidden_size": 128, "vocab_size": 320, "eos_token_id": None}
 PROMPT = torch.arange(3, 20)[None]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 FORMATS = [(8, None), (8, 128), (4, 32), (4, 128)]
+KNOWN_ROWS = torch_int4.block_rows()
 
 
 def wide_model(family: str = "Llama", **overrides: Any) -> Any:
@@ -82,6 +84,24 @@ def test_nibbles_are_found_again_in_blocks(monkeypatch):
     assert torch.equal(linear.quantized.data, weight.data)
     x = torch.randn(100, 128)
     assert close(linear(x).double(), exact(x, weight, linear.bias))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_many_rows_on_a_cpu_take_pieces_in_the_order_of_torch(symmetric, dtype, monkeypatch):
+    assert torch_int4.block_rows() in (64, 32, 0)
+    monkeypatch.setattr(torch_int4, "block_rows", lambda: torch_int4_rows)
+    weight, linear = layer(320, 256, 4, 32, symmetric, dtype)
+    x = torch.randn(packed_linear.FEWEST_ROWS[4], 256).to(dtype)
+    seen: list[Tensor] = []
+    compute = packed_linear.multiply_int4
+    monkeypatch.setattr(packed_linear, "multiply_int4", lambda *a: (seen.append(compute(*a)), seen[-1])[1])
+    with torch.no_grad():
+        for torch_int4_rows in (KNOWN_ROWS, 0):  # an order that is not known
+            for most in (2**22, 256 * 130):
+                monkeypatch.setattr(pieces, "WEIGHTS", most)
+                assert close(linear(x).double(), exact(x, weight, linear.bias), TOLERANCE[dtype])
+                assert (seen.pop() is None) == (torch_int4_rows == 0)
 
 
 def test_the_compiled_product_of_one_row_on_a_gpu_in_plain_operations():

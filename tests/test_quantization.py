@@ -2,14 +2,18 @@
 
 import copy
 import io
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
 import torch
-from cats_kernels import dequantize
+from cats_kernels import dequantize, quantize
+from cats_kernels.cpu import pieces
+from cats_kernels.cpu_products import multiply
 from torch import nn
 
 import cats
+from cats import quantized_linear
 from cats.equation import check_equation_1
 from cats.quantized_linear import QuantizedLinear
 from cats.sparse_forward import SparseForward
@@ -238,3 +242,56 @@ def test_the_quantised_weight_is_that_of_the_operator(llama):
     with torch.no_grad():
         y = (nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down_t
         assert close(mlp(x), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_layer_by_itself_is_multiplied_by_pieces_that_the_cpu_kernels_dequantise(transposed, dtype, monkeypatch):
+    sizes, write = [], pieces.dequantise_into
+    monkeypatch.setattr(pieces, "dequantise_into", lambda w, out: (sizes.append(out.numel()), write(w, out))[1])
+    weight = quantize(torch.randn(210, 96).to(dtype), 4, 32)
+    linear = QuantizedLinear(weight, transposed, dtype, nn.Parameter(torch.randn(96 if transposed else 210).to(dtype)))
+    x = torch.randn(2, 3, linear.in_features).to(dtype)
+    values = dequantize(weight).double()
+    expected = x.double() @ (values if transposed else values.T) + linear.bias.double()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for most, count in ((2**22, 1), (96 * 70, 3), (1, 210)):
+        monkeypatch.setattr(pieces, "WEIGHTS", most)
+        sizes.clear()
+        y = linear(x)
+        assert len(sizes) == count and max(sizes) <= max(most, 96)
+        assert y.dtype == dtype and close(y.double(), expected, tolerance)
+        assert close(linear(x[0, 0]), y[0, 0], tolerance) and linear(x[:0]).shape == (0, *y.shape[1:])
+    sizes.clear()
+    asked = x.clone().requires_grad_()
+    linear(asked).sum().backward()
+    assert not sizes and close(asked.grad[0, 0].double(), (values if transposed else values.T).sum(1), 0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert close(linear(x).double(), expected, 0.03) and not sizes
+    assert close(torch.func.vmap(linear)(x).double(), expected, 0.02)
+
+
+def test_memory_of_pieces_is_kept_by_each_thread():
+    first = pieces.piece_memory(8, 32, torch.float32)
+    assert pieces.piece_memory(4, 16, torch.bfloat16).data_ptr() == first.data_ptr()
+
+    @torch.inference_mode()
+    def in_another_thread():
+        made = pieces.piece_memory(8, 32, torch.float32)
+        with torch.inference_mode(False):  # what is kept may be used later where gradients are wanted
+            assert not pieces.piece_memory(8, 32, torch.float32).is_inference()
+        return made.data_ptr()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(in_another_thread).result() != first.data_ptr()
+
+
+def test_a_block_is_checked_by_few_products(llama, monkeypatch):
+    cats.quantize(llama, 4, 32)
+    seen = []
+    monkeypatch.setattr(
+        quantized_linear, "multiply", lambda x, *a: (seen.append(x.shape[:-1].numel()), multiply(x, *a))[1]
+    )
+    name, mlp = next(iter(cats.gated_mlps(llama).items()))
+    check_equation_1(name, mlp)
+    assert seen == [2] * 6

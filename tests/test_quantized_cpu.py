@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cats_kernels import QuantizedWeight, dequantize, quantize, quantized, sparse_gated_mlp
-from cats_kernels.cpu import kernels, many_rows
+from cats_kernels.cpu import kernels, many_rows, pieces
 from cats_kernels.cpu.dequantise import dequantise_into
 from cats_kernels.cpu.many_rows import quantized_mlp_many_rows
 from cats_kernels.cpu.quantized_launch import sparse_gated_mlp_quantized_cpu
@@ -180,7 +180,7 @@ def test_rows_decide_the_path(monkeypatch):
 @pytest.fixture
 def bfloat16_products(monkeypatch):
     """As on a processor with instructions for them."""
-    monkeypatch.setattr(many_rows, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(pieces, "multiplies_bfloat16", lambda: True)
 
 
 @settings(max_examples=60, deadline=None)

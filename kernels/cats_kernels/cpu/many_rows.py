@@ -13,12 +13,11 @@ from torch import Tensor
 
 from cats_kernels.cpu.dequantise import dequantise_into
 from cats_kernels.cpu.neurons import neurons
+from cats_kernels.cpu.pieces import WEIGHTS, piece_memory, product_dtype
 from cats_kernels.quantized import QuantizedWeight
-from cats_kernels.reference import dropped, gate_activation, multiplies_bfloat16
+from cats_kernels.reference import dropped, gate_activation
 from cats_kernels.thresholds import Threshold, as_tensor
 
-WEIGHTS = 2**22
-"""That are dequantised at a time."""
 ROWS = 1024
 """Of x at a time, so that what is between the products is bounded."""
 
@@ -36,10 +35,10 @@ def quantized_mlp_many_rows(
     m, d = gate_weight.shape
     y = torch.empty_like(x)
     thresholds = as_tensor(threshold, x.device).expand(m).contiguous()
-    multiply = _InBfloat16 if x.dtype == torch.bfloat16 and multiplies_bfloat16() else _InFloat32
+    multiply = _InBfloat16 if product_dtype(x.dtype) == torch.bfloat16 else _InFloat32
     step = min(m, max(1, WEIGHTS // d))
     for rows, out in zip(x.split(ROWS), y.split(ROWS), strict=True):
-        piece = multiply(rows, step, activation, decider)
+        piece = multiply(rows, activation, decider)
         sums = torch.zeros(rows.shape, dtype=torch.float32)
         for first in range(0, m, step):
             last = min(m, first + step)
@@ -54,13 +53,12 @@ class _InFloat32:
 
     dtype = torch.float32
 
-    def __init__(self, x: Tensor, most: int, activation: str, decider: str) -> None:
+    def __init__(self, x: Tensor, activation: str, decider: str) -> None:
         self.x, self.act, self.gates_decide = x.to(self.dtype), gate_activation(activation), decider == "gate"
-        self.memory = torch.empty(most, x.shape[1], dtype=self.dtype)
 
     def plain(self, weight: QuantizedWeight) -> Tensor:
         """The weight dequantised, until the next one is."""
-        out = self.memory[: weight.shape[0]]
+        out = piece_memory(*weight.shape, self.dtype)
         dequantise_into(weight, out)
         return out
 
@@ -78,8 +76,8 @@ class _InBfloat16(_InFloat32):
 
     dtype = torch.bfloat16
 
-    def __init__(self, x: Tensor, most: int, activation: str, decider: str) -> None:
-        super().__init__(x, most, activation, decider)
+    def __init__(self, x: Tensor, activation: str, decider: str) -> None:
+        super().__init__(x, activation, decider)
         self.gelu, self.wide = activation == "gelu_tanh", x.float()
         self.norms = self.wide.norm(dim=1)
 
