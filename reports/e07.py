@@ -105,22 +105,17 @@ def _site_bars(ax: Axes, table: pd.DataFrame, small: bool) -> None:
         ax.legend(frameon=False, fontsize=6.5 if small else 7.5, loc="upper right", ncols=2 if small else 1)
 
 
-def contents(run: Run) -> list[Block]:
-    """Accuracy, sparsity and perplexity of each variant."""
-    table = run.table(AttentionRow)
-    return [] if table is None else [Table(accuracy_summary(named(table), beside_paper=False), SUMMARY)]
-
-
 def more(run: Run) -> list[Block]:
-    """Accuracy by task."""
+    """Accuracy, sparsity and perplexity of each variant, and accuracy by task."""
     table = run.table(AttentionRow)
     if table is None:
         return []
     table = named(table)
-    return [
+    by_task = [
         Table(zero_shot(table, model), f"{escape(style.model_name(model))}: {TASK_TABLE}")
         for model in table["model"].unique()
     ]
+    return [Table(accuracy_summary(table, beside_paper=False), SUMMARY), *by_task]
 
 
 SECTION = Section(
@@ -129,7 +124,6 @@ SECTION = Section(
     tables=(AttentionRow, AttentionSample, AttentionTextSample),
     protocol=PROTOCOL,
     figures=(Drawing("e07_attention", AttentionRow, attention_figure, ATTENTION_CAPTION),),
-    contents=contents,
     more=more,
     rules=(("C10", c10_attention),),
 )
