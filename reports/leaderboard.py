@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -125,6 +126,7 @@ def _speed(kept: Kept | None, speed: pd.DataFrame, model: str) -> str:
 def _source(run: Run) -> dict[str, str]:
     entry = run.provenance.get("e08", {})
     command = entry.get("command") or " ".join(map(str, entry.get("argv", [])))
+    command = re.sub(r" --output \S+", "", command)  # where the run lay changes nothing
     return {
         "Run": escape(run.label),
         "Measured": escape(str(entry.get("started", "unknown"))[:10]),

@@ -151,7 +151,8 @@ def contents(run: Run) -> list[Block]:
     """One run's tables."""
     blocks: list[Block] = []
     if len(shown := summary.summary_table(run)):
-        blocks.append(Table(shown, summary.SUMMARY_TABLE.strip()))
+        widths = (14, 6.5, 7.5, *[72 / (shown.shape[1] - 3)] * (shown.shape[1] - 3))
+        blocks.append(Table(shown, summary.SUMMARY_TABLE.strip(), widths))
     quality = run.table(QuantizationRow)
     if quality is not None:
         for model in quality["model"].unique():

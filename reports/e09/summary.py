@@ -27,7 +27,7 @@ measured*."""
 SUMMARY_TABLE = """
 Speed, memory and quality side by side. Memory: of the MLPs' weights, over unquantised ones of the first block.
 Perplexity: increase over the unquantised dense model. Block: speed-up of one MLP block over torch's fastest
-unquantised dense one. Generation: tokens per second over the unquantised dense model in the same loop."""
+unquantised dense one. Tokens: those generated per second over the unquantised dense model in the same loop."""
 Key = tuple[str, float]
 
 
@@ -102,7 +102,7 @@ def summary_table(run: Run) -> pd.DataFrame:
         heading = f"Block, {escape(shape)}, {style.dtype_name(dtype)}, {escape(machine)}"
         columns[heading] = {key: style.times(value) for key, value in values.items()}
     for bench, values in of_generation.items():
-        columns[f"Generation, {escape(bench)}"] = {key: style.times(value) for key, value in values.items()}
+        columns[f"Tokens, {escape(bench)}"] = {key: style.times(value) for key, value in values.items()}
     formats = dict.fromkeys(name for shown in columns.values() for name, _ in shown)
     rows: list[dict[str, Any]] = []
     for name in formats:
