@@ -160,6 +160,38 @@ def test_the_compiled_dense_mlp_is_a_row(config: Config):
     assert config.notes["largest_error"]["dense-compiled, float32"] < 1e-5
 
 
+def test_of_several_compilations_the_fastest_is_the_baseline(config: Config, monkeypatch: pytest.MonkeyPatch):
+    def slow(delay: float):
+        def mlp(*weights: Tensor) -> Tensor:
+            time.sleep(delay)
+            return compiled.dense_mlp(*weights)
+
+        return mlp
+
+    delays = iter([0.02, 0.002, 0.03])
+    monkeypatch.setattr(cases, "compiled_dense_mlp", lambda _: slow(next(delays)))
+    config.options = parse(e05.Options, {**TABLE, "rows": [1], "ablations": {}, "compilations": 3}, "e05")
+    (row,) = rows_of(config, "dense-compiled")
+    times = [float(each) for each in config.notes["compiled dense, ms"]["small/float32/1"]]
+    assert len(times) == 3 and times == sorted(times) and times[0] == pytest.approx(row.geomean_ms, abs=1e-4)
+    assert row.geomean_ms < 15 < 20 <= times[1]
+
+
+def test_each_compilation_is_a_function_of_its_own():
+    """More than dynamo keeps of one function, which it would then run uncompiled; and none is compiled twice."""
+    import torch._dynamo.testing as testing
+
+    counter = testing.CompileCounter()
+    x, (gate, up, down) = torch.ones(1, 4), (torch.ones(8, 4), torch.ones(8, 4), torch.ones(4, 8))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        plain = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda function, **_: plain(function, backend=counter))
+        functions = [compiled.compiled_dense_mlp("cpu") for _ in range(12)]
+    for function in [*functions, *functions]:
+        assert torch.equal(function(x, gate, up, down), compiled.dense_mlp(x, gate, up, down))
+    assert counter.frame_count == 12
+
+
 def test_without_a_compiler_the_compiled_mlp_is_a_row_that_says_so(config: Config, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compiled.shutil, "which", lambda _: None)
     rows = rows_of(config, "dense-compiled")

@@ -1,6 +1,8 @@
 """The strongest dense baseline of torch's own: the gated MLP compiled by inductor with all of its tuning."""
 
+import itertools
 import shutil
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +19,13 @@ def dense_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
+_numbers = itertools.count()
+
+
 def compiled_dense_mlp(device: str) -> Callable[..., Any]:
     """`dense_mlp` compiled for one shape: it compiles and tunes itself in its first call, for half a minute or more.
 
-    Dynamo forgets what it compiled before: of one function it keeps no more than a few versions, and would run the next
+    Each is a function of its own to dynamo, which keeps no more than a few versions of one, and would run the next
     uncompiled without a word.
 
     Raises:
@@ -28,5 +33,5 @@ def compiled_dense_mlp(device: str) -> Callable[..., Any]:
     """
     if torch.device(device).type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         raise RuntimeError("compiling on a CPU needs a C++ compiler (c++, g++ or clang++)")
-    torch._dynamo.reset()
-    return torch.compile(dense_mlp, mode=MODE, dynamic=False, fullgraph=True)
+    code = dense_mlp.__code__.replace(co_name=f"dense_mlp_{next(_numbers)}")
+    return torch.compile(types.FunctionType(code, globals()), mode=MODE, dynamic=False, fullgraph=True)
