@@ -118,12 +118,12 @@ def call(given: dict[str, Any], arrived: Tensor, config: AttentionConfig | None 
     return decode_attention_triton(**given, arrived=arrived, scale=D**-0.5, window=0, config=config)
 
 
-def torch_call(given: dict[str, Any]) -> Tensor:
-    """Torch's attention over the filled part."""
-    position = int(given["position"])
+def torch_call(given: dict[str, Any], position: int) -> Callable[[], Tensor]:
+    """Torch's attention over the filled part; ``position`` is a number, since a CUDA graph cannot wait for one."""
     keys, values = (given[name][:, :, :position] for name in ("keys", "values"))
     q = given["q"].view(1, -1, 1, D)
-    return F.scaled_dot_product_attention(q, keys, values, enable_gqa=q.shape[1] != keys.shape[1])
+    grouped = q.shape[1] != keys.shape[1]
+    return partial(F.scaled_dot_product_attention, q, keys, values, enable_gqa=grouped)
 
 
 def error_of(given: dict[str, Any], arrived: Tensor, config: AttentionConfig | None) -> float:
@@ -169,7 +169,7 @@ def run_case(shape: str, dtype: torch.dtype, position: int, bandwidth: float, ro
         given.append({**given[0], "keys": given[0]["keys"].clone(), "values": given[0]["values"].clone()})
     arrived = torch.zeros(kv_heads, dtype=torch.int32, device="cuda")
     works: dict[tuple[str, str], Sequence[Callable[[], Tensor]]] = {
-        ("torch", ""): [partial(torch_call, one) for one in given]
+        ("torch", ""): [torch_call(one, position) for one in given]
     }
     errors = {("torch", ""): 0.0}
     for config in (None, *CONFIGS[group]):
