@@ -353,8 +353,8 @@ def test_a_layer_on_a_gpu(bits, group, symmetric):
 @pytest.mark.parametrize("loop", ["captured", "graph", "graph-tuned"])
 @pytest.mark.parametrize("form", [(8, 128), (4, 128)])
 def test_generation_on_a_gpu(form, loop, batches):
-    """Tokens of a model in bfloat16 are those of its dequantised copy, but for near ties: each is among the copy's
-    likeliest, within what bfloat16 rounds."""
+    """Tokens of a model in bfloat16 are those of its float32 copy, but for near ties: rounding moves a few activations
+    over their threshold (0.12 deviations at the worst in the eager loop of a CPU; a wrong token is some two away)."""
     model = wide_model("Qwen2", hidden_size=256, head_dim=64).to(torch.bfloat16).cuda()
     cats.quantize(model, *form, linears="all")
     cats.apply(model, cats.calibrate(model, batches, 0.5))
@@ -363,4 +363,5 @@ def test_generation_on_a_gpu(form, loop, batches):
     assert all(block.joined is not None for block in decoder_of(model).blocks.values()) and decoder_of(model).blocks
     scores = logits(plain, tokens)[:, PROMPT.shape[1] - 1 : -1]
     chosen = scores.gather(-1, tokens[:, PROMPT.shape[1] :, None])[..., 0]
-    assert bool((scores.amax(-1) - chosen <= 0.1 * scores.std(-1)).all())
+    short = (scores.amax(-1) - chosen) / scores.std(-1)
+    assert short.max() <= 0.3 and short.mean() <= 0.02
