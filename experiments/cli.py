@@ -5,11 +5,13 @@ python -m experiments run e02 --model PATH_OR_HUB_ID             # one experimen
 """
 
 import argparse
+import math
 import os
 import re
 import shlex
 import signal
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from experiments.framework.profiles import (
 )
 from experiments.framework.workers import SHARED, is_worker
 
+SAME_INTERRUPTION = 5.0
+"""Seconds after a signal within which another counts as the same."""
 # two of the messages are torch.save's, which does not say why it could not write
 _DISK_FULL = re.compile(
     r"No space left|Disk quota exceeded|File too large|failed writing file|unexpected pos \d+ vs \d+"
@@ -66,6 +70,10 @@ def parser() -> argparse.ArgumentParser:
     )
     run = commands.add_parser("run", parents=[shared], help="run one experiment in this process")
     run.add_argument("experiment", choices=list(EXPERIMENTS))
+    run.add_argument(
+        "--finished-only", action="store_true",
+        help="compute nothing: write the tables of the units that an interrupted run of this command has finished",
+    )  # fmt: skip
     return root
 
 
@@ -108,6 +116,18 @@ def configs_of(arguments: argparse.Namespace, chosen: list[str]) -> list[Config]
             words = ["experiments", "run", config.experiment, *forwarded(arguments)]
             config.workers, config.command = arguments.workers, [sys.executable, "-m", *words]
     return configs
+
+
+def finished_config(arguments: argparse.Namespace) -> Config:
+    """The `Config` of a run whose finished units are to be written, on whatever device that was."""
+    profile, original = profile_of(arguments), original_of(arguments)
+    for auto in ("cuda", "cpu"):  # what auto may have stood for there
+        (config,) = make_configs(
+            [arguments.experiment], Path(arguments.profile).stem, profile, arguments.output, original, False, auto
+        )
+        if config.store.kept(config.stamp):
+            break
+    return config
 
 
 def forwarded(arguments: argparse.Namespace) -> list[str]:
@@ -175,6 +195,8 @@ def run(arguments: argparse.Namespace) -> int:
     from experiments.framework.locks import locked
     from experiments.framework.runner import run_experiment
 
+    if arguments.finished_only:
+        return write_what_is_finished(arguments)
     (config,) = configs_of(arguments, [arguments.experiment])
     alone = is_main_process() and not is_worker()
     with locked(arguments.output) if alone else nullcontext():
@@ -187,6 +209,26 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def write_what_is_finished(arguments: argparse.Namespace) -> int:
+    """Write the tables of the finished units of a run that has not ended; the exit status."""
+    from experiments.framework.finished import write_finished
+    from experiments.framework.locks import locked
+    from experiments.framework.runner import is_done
+
+    if arguments.force:
+        raise ValueError("--force measures again what --finished-only is to write: give one of the two")
+    config = finished_config(arguments)
+    with locked(arguments.output):
+        if is_done(config):
+            print(f"{arguments.experiment} is done already in {arguments.output}")
+            return 0
+        finished = write_finished(config)
+    for path in finished.paths:
+        print(f"wrote {path}")
+    print(finished)
+    return 0
+
+
 def disk_full(error: BaseException | None) -> str | None:
     """What says that a disk is full, in ``error`` or in those that led to it (libraries wrap it in their own)."""
     while error is not None:
@@ -196,13 +238,32 @@ def disk_full(error: BaseException | None) -> str | None:
     return None
 
 
+def end_once_by_signals() -> None:
+    """Let a scheduler's kill (SIGTERM) end a run as Ctrl-C does, and one interruption count once.
+
+    coreutils' ``timeout`` sends its signal twice, and a parent sends SIGTERM some seconds after a Ctrl-C: neither may
+    cut short what an interrupted run still writes. Where SIGINT is ignored, as in a background job, it stays so.
+    """
+    last = -math.inf
+
+    def interrupt(_number: int, _frame: object) -> None:
+        nonlocal last
+        if time.monotonic() - last > SAME_INTERRUPTION:
+            last = time.monotonic()
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
+
+
 def execute(words: list[str] | None = None) -> int:
     """Do what the command line says; the exit status. Bad input is one sentence on stderr and status 2."""
     arguments = parser().parse_args(words)
     arguments.words = sys.argv[1:] if words is None else words
     if arguments.output is None:
         arguments.output = Path("runs") / Path(arguments.profile).stem
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's kill ends a run as Ctrl-C does
+    end_once_by_signals()
     try:
         return reproduce(arguments) if arguments.command == "reproduce" else run(arguments)
     except Exception as error:

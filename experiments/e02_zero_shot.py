@@ -81,12 +81,14 @@ def measure_model(config: Config[Options], name: str) -> list[Row]:
 
     for v in config.progress(order(), name, 2 + len(levels) + ("cats" in config.options.criteria)):
         calibrated = () if v in (DENSE, RELUFICATION) else (*levels, *matched)
-        rows[v] = measure(subject, v, calibrated, Samples.of(rows[DENSE]) if rows else None)
+        rows[v] = measure(subject, v, calibrated, Samples.of(rows.get(DENSE, [])))
     return [row for v in (DENSE, *levels, RELUFICATION, *matched) for row in rows[v]]
 
 
 def matched_to(relufied: Sequence[Row], config: Config[Options], name: str) -> Variant:
-    """CATS at the sparsity of ReLUfication."""
+    """CATS at the sparsity of ReLUfication, which has no rows only where nothing is computed (`Config.missing`)."""
+    if not relufied:
+        return Variant("cats-matched", "cats")
     first = relufied[0]
     assert isinstance(first, ZeroShotRow) and first.sparsity_measured is not None
     measured = first.sparsity_measured

@@ -127,12 +127,13 @@ def measure_model(subject: FinetuningSubject) -> Iterator[Row]:
 
 
 def sweep(subject: FinetuningSubject, v: Variant) -> list[SweepRow]:
-    """Short runs at each learning rate; the lowest loss on `FinetuningSubject.sweep_text` is chosen."""
+    """Short runs at each learning rate; the lowest loss on `FinetuningSubject.sweep_text` is chosen, once
+    all rates have been run."""
     options = subject.config.options
     rows: list[Any] = []
     for rate in subject.config.progress(options.learning_rates, f"{subject.name} rates for {v.name}"):
         rows += subject.config.unit(*sweep_job(subject, v, rate), (SweepRow,))
-    best = min(rows, key=lambda row: row.eval_loss)
+    best = min(rows, key=lambda row: row.eval_loss) if len(rows) == len(options.learning_rates) else None
     return [replace(row, chosen=row is best) for row in rows]
 
 

@@ -61,7 +61,7 @@ def run(config: Config[Options]) -> Iterable[Row]:
     check(config)
     for name in config.models:
         subject = FinetuningSubject(config, name, options.steps)
-        dense: dict[tuple[int, int], Samples] = {}
+        dense: dict[tuple[int, int], Samples | None] = {}
         trainings = [(options.steps, config.seed + seed) for seed in options.seeds] if options.steps else []
         runs = [(v, *training) for training in [(0, config.seed), *trainings] for v in options.variants()]
         for v, steps, seed in config.progress(runs, name, len(runs)):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from experiments.framework import config as config_module
-from experiments.framework import provenance, runner
+from experiments.framework import entries, provenance
 from experiments.framework.config import Config
 from experiments.framework.identity import text_identity
 from experiments.framework.provenance import merged_sources, read_provenance, source_state
@@ -57,7 +57,7 @@ def test_a_run_over_two_commits_says_both_and_the_seconds_of_all_attempts(
     tmp_path: Path, toy: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states = [{"commit": "a" * 40, "dirty": True}]
-    for module in (config_module, runner):
+    for module in (config_module, entries):
         monkeypatch.setattr(module, "source_state", lambda: states[-1])
 
     def measure(name: str) -> list[Row]:

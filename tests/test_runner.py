@@ -141,7 +141,7 @@ def test_a_full_disk_is_said_and_loses_nothing(write: Callable, tmp_path: Path, 
         assert main(words) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    said = capsys.readouterr().err
+    said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: the disk is full (") and "what was finished is kept" in said
     assert main(words) == 0
     assert measured == ["a", "b", "b"]

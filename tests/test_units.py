@@ -138,7 +138,8 @@ def test_an_interrupted_experiment_goes_on(tmp_path: Path, toy: Callable) -> Non
     toy(run)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(config_in(tmp_path))
-    assert not (tmp_path / "results").exists()
+    assert [row["name"] for row in rows_of(tmp_path / "results" / "e90_measured.csv")] == ["a"]
+    assert not is_done(config_in(tmp_path)) and config_in(tmp_path).store.kept(config_in(tmp_path).stamp) == ["a"]
     (path,) = run_experiment(config_in(tmp_path))
     assert [row["name"] for row in rows_of(path)] == ["a", "b", "c"]
     assert measured == ["a", "b", "b", "c"]  # "a" once

@@ -150,11 +150,13 @@ def sweeps(options: Options) -> tuple[Variant, ...]:
 
 
 def sweep(subject: TaskSubject, task: str, v: Variant) -> list[TaskSweepRow]:
-    """Short runs at each learning rate, over as many items as are set aside; the lowest loss on these is chosen."""
+    """Short runs at each learning rate, over as many items as are set aside; the lowest loss on these is chosen,
+    once all rates have been run."""
     rows: list[Any] = []
-    for rate in subject.config.options.learning_rates:
+    rates = subject.config.options.learning_rates
+    for rate in rates:
         rows += subject.config.unit(*sweep_job(subject, task, v, rate), (TaskSweepRow,))
-    best = min(rows, key=lambda row: row.eval_loss)
+    best = min(rows, key=lambda row: row.eval_loss) if len(rows) == len(rates) else None
     return [replace(row, chosen=row is best) for row in rows]
 
 

@@ -59,7 +59,7 @@ def run(config: Config[Options]) -> Iterable[Row]:
     if "tasks" in kinds:
         check(config)
     check_models(config)
-    if "answers" in kinds and "folder" in config.data:
+    if "answers" in kinds and "folder" in config.data and not config.finished_only:
         load_answer_tasks(options.generation_tasks, task_folder(config), config.data["folder"])
     for name in config.models:
         yield from measure_model(config, name)

@@ -104,7 +104,7 @@ def measure_model(config: Config[Options], name: str) -> list[Row]:
     """All rows of one model; a format at a level is a unit of work of its own."""
     subject, every = QuantizedSubject(config, name), config.options.cases()
     rows: list[Row] = []
-    dense: dict[str, Samples] = {}
+    dense: dict[str, Samples | None] = {}
     for case in config.progress(every, name, len(every)):
         given = dense.get(PLAIN), dense.get(case.format.name)
         own = config.unit(f"{name}/{case.key}", partial(measure, subject, case, *given), ROWS)

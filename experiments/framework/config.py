@@ -50,6 +50,8 @@ class Config(Generic[O]):
         units: the units done or kept so far: key -> seconds and commit.
         workers: processes that compute units side by side.
         command: that starts a worker.
+        finished_only: nothing is computed: `unit` returns what is stored, and no rows for a unit that is not.
+        missing: keys of the units that were asked for and are not stored, with ``finished_only``.
     """
 
     experiment: str
@@ -67,6 +69,8 @@ class Config(Generic[O]):
     units: dict[str, dict[str, Any]] = field(default_factory=dict)
     workers: int = 1
     command: list[str] = field(default_factory=list)
+    finished_only: bool = False
+    missing: list[str] = field(default_factory=list)
 
     def settings(self) -> dict[str, Any]:
         """Everything that changes the numbers, as JSON; a change of it makes stored results stale."""
@@ -122,12 +126,19 @@ class Config(Generic[O]):
     def unit(self, key: str, compute: Callable[[], list[Row]], row_types: Sequence[type[Row]]) -> list[Row]:
         """Run one unit of work, or return the rows it left before: how an interrupted experiment resumes.
 
+        All of an experiment's work belongs into units: with ``finished_only`` those that are not stored are noted in
+        ``missing`` and have no rows, and the experiment is to go on without them.
+
         Args:
             key: names the unit within the experiment, such as ``pocket/cats-50/seed 1``.
             compute: does the work; its rows, and the notes it made, are stored once it returns.
             row_types: the row classes that ``compute`` may return.
         """
-        stored = self.store.read(key, self.stamp(key), row_types)
+        stored = self._stored(key, row_types)
+        if stored is None and self.finished_only:
+            if key not in self.missing:
+                self.missing.append(key)
+            return []
         if stored is None:
             before, begin = copy.deepcopy(self.notes), time.monotonic()
             rows = list(compute())
@@ -154,7 +165,9 @@ class Config(Generic[O]):
             RunError: a worker failed.
             WorkerFinished: in a worker, when all jobs are taken.
         """
-        missing = [key for key in jobs if self.store.read(key, self.stamp(key), row_types) is None]
+        if self.finished_only:
+            return
+        missing = [key for key in jobs if self._stored(key, row_types) is None]
         claims = Claims(self.store.folder / "claims")
         if is_worker() and missing:
             for key in missing:
@@ -173,6 +186,10 @@ class Config(Generic[O]):
                 failed = f"{sum(map(bool, statuses))} of {len(statuses)} workers failed, see the log above"
                 raise RunError(f"{self.experiment}: {failed}; finished units are kept")
 
+    def _stored(self, key: str, row_types: Sequence[type[Row]]) -> Unit | None:
+        outcome = "counts as missing" if self.finished_only else "is measured again"
+        return self.store.read(key, self.stamp(key), row_types, outcome)
+
     def workdir(self, key: str) -> Path:
         """Directory for a unit's checkpoints; it goes when the experiment has finished or its settings have changed."""
         return self.store.workdir(key, self.stamp(key))
@@ -183,7 +200,7 @@ class Config(Generic[O]):
 
     def progress(self, iterable: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
         """``iterable`` behind a progress bar with an estimate of the time left."""
-        label, silent = f"{self.experiment} {description}", not is_main_process()
+        label, silent = f"{self.experiment} {description}", self.finished_only or not is_main_process()
         return tqdm(iterable, desc=label, total=total, mininterval=1.0, dynamic_ncols=True, disable=silent)
 
 

@@ -148,8 +148,13 @@ def apply_assignments(profile: dict[str, Any], assignments: Iterable[str]) -> No
         override(profile, assignment)
 
 
-def make_config(experiment: str, name: str, profile: Mapping[str, Any], output: Path) -> Config[Any]:
+def make_config(
+    experiment: str, name: str, profile: Mapping[str, Any], output: Path, auto: str | None = None
+) -> Config[Any]:
     """The `Config` of one experiment. An experiment's own table may override models, dtype, device and seed.
+
+    With ``auto``, the device that the name auto stands for, neither the device nor the models need to be here: it is
+    the `Config` of a run that was made elsewhere.
 
     Raises:
         ValueError: an unknown experiment or option, or a value that is not allowed: one sentence that names it.
@@ -175,16 +180,19 @@ def make_config(experiment: str, name: str, profile: Mapping[str, Any], output: 
         experiment,
         name,
         output,
-        device=_device(common.device),
+        device=_device(common.device, auto),
         dtype=common.dtype,
         seed=common.seed,
-        models=_models(common.models),
+        models=_models(common.models) if auto is None else list(common.models),
         data=data,
         options=options,
+        finished_only=auto is not None,
     )
 
 
-def _device(name: str) -> str:
+def _device(name: str, auto: str | None) -> str:
+    if auto is not None:
+        return auto if name == "auto" else name
     from cats.structure import resolve_device
 
     return resolve_device(name, "sharded")
@@ -211,6 +219,7 @@ def make_configs(
     output: Path,
     original: Mapping[str, Any],
     whole: bool = True,
+    auto: str | None = None,
 ) -> list[Config[Any]]:
     """`make_config` of each of ``chosen``, after the tables of all others have been validated too.
 
@@ -221,24 +230,27 @@ def make_configs(
         output: run directory.
         original: the profile that runs of this name are expected to be of, for `Config.differs`.
         whole: validate the others.
+        auto: as in `make_config`.
 
     Raises:
         ValueError: as `make_config`.
     """
-    configs = {one: make_config(one, name, profile, output) for one in chosen}
+    configs = {one: make_config(one, name, profile, output, auto) for one in chosen}
     for one in EXPERIMENTS:
         if whole and one in profile and one not in configs:
             make_config(one, name, profile, output)
     for config in configs.values():
-        config.differs = differences(config, name, original)
+        config.differs = differences(config, name, original, auto)
     return list(configs.values())
 
 
-def differences(config: Config[Any], name: str, original: Mapping[str, Any]) -> dict[str, list[Any]]:
+def differences(
+    config: Config[Any], name: str, original: Mapping[str, Any], auto: str | None = None
+) -> dict[str, list[Any]]:
     """Settings in which ``config`` differs from the profile ``original``: key -> [the profile's, the run's]."""
     if config.experiment not in original:
         return {config.experiment: ["not in the profile", "measured"]}
-    expected = _flat(make_config(config.experiment, name, original, config.output).settings())
+    expected = _flat(make_config(config.experiment, name, original, config.output, auto).settings())
     actual = _flat(config.settings())
     keys = sorted(key for key in {*expected, *actual} if expected.get(key) != actual.get(key))
     return {key: [expected.get(key), actual.get(key)] for key in keys}

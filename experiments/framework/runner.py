@@ -6,40 +6,32 @@ because nothing runs beside them. With several GPUs the same command is started 
 
 import importlib
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 
-from experiments.framework.children import COMMAND, command, ending, purpose, run_child
+from experiments.framework.children import command, ending, purpose, run_child
 from experiments.framework.config import Config, is_main_process
+from experiments.framework.entries import attempt_facts, provenance_entry
+from experiments.framework.finished import write_after
 from experiments.framework.memory import peak_gib, run_within_memory
 from experiments.framework.profiles import EXPERIMENTS
-from experiments.framework.provenance import (
-    hardware,
-    merged_sources,
-    now,
-    read_provenance,
-    source_hash,
-    source_state,
-    versions,
-    write_provenance,
-)
+from experiments.framework.provenance import now, read_provenance, write_provenance
 from experiments.framework.results import damage, remove_tables, table_entries, write_tables
-from experiments.framework.tables import SCHEMA_VERSION
+from experiments.framework.tables import Row
 from experiments.framework.workers import WorkerFinished, is_worker
 
 
 def run_experiment(config: Config, force: bool = False) -> list[Path]:
     """Run one experiment in this process; write its CSVs and its provenance.
 
-    A finished experiment with the same settings is left alone unless ``force``; an interrupted one goes on.
+    A finished experiment with the same settings is left alone unless ``force``; an interrupted one goes on. Where this
+    one is interrupted or fails, the tables of its finished units are written (`experiments.framework.finished`).
 
     Returns:
         The CSV files (none when it was already done, or in a process beside the first).
@@ -58,22 +50,31 @@ def run_experiment(config: Config, force: bool = False) -> list[Path]:
     if is_main_process():
         _begin(config)
     try:
-        rows = run_within_memory(importlib.import_module(EXPERIMENTS[config.experiment]), config)
-    finally:
+        rows = _measure(config)
+    except BaseException:
         if is_main_process():
-            with suppress(OSError):  # on a full disk the error that led here counts
-                config.store.tick()
+            write_after(config)
+        raise
     if not is_main_process():
         return []
     directory = config.output / "results"
     before = read_provenance(config.output)["experiments"].get(config.experiment, {})
     paths = write_tables(rows, directory)
-    entry = _entry(config, table_entries(paths, directory))
+    entry = provenance_entry(config, table_entries(paths, directory), peak_gib())
     write_provenance(config.output, config.experiment, entry)
     remove_tables(directory, before, entry)
     if not config.partial:  # else the whole run, here or where the units are copied to, goes on from them
         config.clear_state()
     return paths
+
+
+def _measure(config: Config) -> list[Row]:
+    try:
+        return run_within_memory(importlib.import_module(EXPERIMENTS[config.experiment]), config)
+    finally:
+        if is_main_process():
+            with suppress(OSError):  # on a full disk the error that led here counts
+                config.store.tick()
 
 
 def _work(config: Config) -> list[Path]:
@@ -86,7 +87,7 @@ def _work(config: Config) -> list[Path]:
 def _begin(config: Config) -> None:
     """Note the attempt, and say what earlier ones have left."""
     entry = read_provenance(config.output)["experiments"].get(config.experiment)
-    same = entry is not None and entry["settings"] == config.settings()
+    same = entry is not None and "incomplete" not in entry and entry["settings"] == config.settings()
     if same and (problem := damage(config.output / "results", entry)):
         print(f"{config.experiment} is measured again: {problem}", file=sys.stderr, flush=True)
     kept = config.store.kept(config.stamp)
@@ -94,39 +95,14 @@ def _begin(config: Config) -> None:
         shown = ", ".join(kept[:6]) + (", ..." if len(kept) > 6 else "")
         units = f"{len(kept)} finished {'unit' if len(kept) == 1 else 'units'}"
         print(f"{config.experiment} goes on: {units} kept from before ({shown})", file=sys.stderr, flush=True)
-    config.store.begin_attempt(source_state(), now())
-
-
-def _entry(config: Config, tables: dict[str, Any]) -> dict[str, Any]:
-    """What provenance says of an experiment that has just finished."""
-    attempts = config.store.attempts()
-    sources = [*config.units.values(), source_state()]
-    return {
-        "schema": SCHEMA_VERSION,
-        **merged_sources(sources),
-        "source_sha256": source_hash(),
-        "command": os.environ.get(COMMAND) or shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
-        "settings": config.settings(),
-        "differs_from_profile": config.differs,
-        "versions": versions(),
-        "hardware": hardware(),
-        "peak_memory_gib": peak_gib(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "workers": config.workers,
-        "started": attempts[0]["started"],
-        "finished": now(),
-        "attempts": len(attempts),
-        "seconds": round(sum(attempt["seconds"] for attempt in attempts), 1),
-        "units": config.units,
-        **tables,
-        **config.notes,
-    }
+    config.store.begin_attempt(attempt_facts(config), now())
 
 
 def is_done(config: Config) -> bool:
-    """Whether the run directory holds this experiment's tables, as they were written, with the same settings."""
+    """Whether the run directory holds this experiment's tables, as they were written, with the same settings; those of
+    an unfinished run do not count."""
     entry = read_provenance(config.output)["experiments"].get(config.experiment)
-    if entry is None or entry["settings"] != config.settings() or config.store.forced():
+    if entry is None or "incomplete" in entry or entry["settings"] != config.settings() or config.store.forced():
         return False
     return damage(config.output / "results", entry) is None
 

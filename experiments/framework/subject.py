@@ -152,7 +152,7 @@ def check(config: Config[Any], folder: Callable[[Config[Any]], Path | None] = ta
         ValueError: as `check_models`, or an unknown task.
         OSError: a model's configuration cannot be read.
     """
-    if is_worker():  # the run that started it has checked
+    if is_worker() or config.finished_only:  # the run that started it has checked; or nothing will be computed
         return
     check_models(config)
     check_tasks(config.options.tasks, folder(config))
@@ -169,6 +169,8 @@ def check_models(config: Config[Any]) -> None:
         ValueError: a model without gated MLPs or without a tokenizer.
         OSError: a model's configuration cannot be read.
     """
+    if config.finished_only:
+        return
     check_text(config.data)
     for name in config.models:
         if name.startswith("shape:"):

@@ -44,8 +44,10 @@ class UnitStore:
         """The file of a unit."""
         return self.folder / f"{_slug(key)}.json"
 
-    def read(self, key: str, stamp: str, row_types: Sequence[type[Row]]) -> Unit | None:
-        """The stored unit, or None when there is none, or none that can be used: which is said."""
+    def read(
+        self, key: str, stamp: str, row_types: Sequence[type[Row]], outcome: str = "is measured again"
+    ) -> Unit | None:
+        """The stored unit; None when there is none, or none that can be used: which is said, with the ``outcome``."""
         path = self.path(key)
         if not path.exists():
             return None
@@ -57,7 +59,7 @@ class UnitStore:
             rows = [types[table](**row) for table, row in content.pop("rows")]
             return Unit(rows=rows, **content)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            self._say(f"{key} is measured again: what {path} holds cannot be used ({error})")
+            self._say(f"{key} {outcome}: what {path} holds cannot be used ({error})")
             return None
 
     def write(self, unit: Unit) -> None:
@@ -97,10 +99,10 @@ class UnitStore:
         else:
             self.folder.unlink(missing_ok=True)
 
-    def begin_attempt(self, source: dict[str, Any], started: str) -> None:
-        """Note that an attempt begins now, of the commit in ``source``; see `attempts`."""
+    def begin_attempt(self, facts: dict[str, Any], started: str) -> None:
+        """Note that an attempt begins now, with ``facts`` such as its commit and machine; see `attempts`."""
         self._began = time.monotonic()
-        self._attempts = [*self.attempts(), {"started": started, "seconds": 0.0, **source}]
+        self._attempts = [*self.attempts(), {"started": started, "seconds": 0.0, **facts}]
         write_checked(self._attempts_file, {"attempts": self._attempts})
 
     def tick(self) -> None:
@@ -110,7 +112,8 @@ class UnitStore:
             write_checked(self._attempts_file, {"attempts": self._attempts})
 
     def attempts(self) -> list[dict[str, Any]]:
-        """Every attempt at this experiment: started, seconds (up to its last unit, for one that was killed), commit."""
+        """Every attempt at this experiment: started, seconds (up to its last unit, for one that was killed), and the
+        facts noted with it."""
         if not self._attempts_file.exists():
             return []
         try:

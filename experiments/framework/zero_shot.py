@@ -1,7 +1,7 @@
 """What e02 and e07 measure of a model as it is: tasks, held-out text, and differences from the dense model."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,10 @@ class Samples:
     nats: str
 
     @classmethod
-    def of(cls, rows: Iterable[Row]) -> "Samples":
-        """Those among the rows of one variant."""
+    def of(cls, rows: Sequence[Row]) -> "Samples | None":
+        """Those among the rows of one variant; None without rows, where it has not been measured (`Config.missing`)."""
+        if not rows:
+            return None
         everything: list[Any] = [row for row in rows if row.samples]
         correct = {row.task: row.correct for row in everything if hasattr(row, "correct")}
         (nats,) = (row.nats for row in everything if hasattr(row, "nats"))

@@ -1,0 +1,81 @@
+"""What provenance says of one experiment, and what each attempt at it notes of itself for that."""
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.framework.children import COMMAND
+from experiments.framework.config import Config
+from experiments.framework.provenance import hardware, merged_sources, now, source_hash, source_state, versions
+from experiments.framework.tables import SCHEMA_VERSION
+
+OF_ATTEMPTS = ("source_sha256", "command", "versions", "hardware", "processes", "workers")
+"""What an entry takes from the attempts, since the tables may be written on another machine, at another commit."""
+
+
+def attempt_facts(config: Config[Any]) -> dict[str, Any]:
+    """What this attempt notes of itself: source, command line, machine, versions, and how many processes share it."""
+    return {
+        **source_state(),
+        "source_sha256": source_hash(),
+        "command": command_line(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "workers": config.workers,
+    }
+
+
+def command_line() -> str:
+    """The command as the user typed it."""
+    return os.environ.get(COMMAND) or shlex.join(["python", "-m", "experiments", *sys.argv[1:]])
+
+
+def provenance_entry(
+    config: Config[Any], tables: Mapping[str, Any], peak: Mapping[str, Any] | None, ended: bool = True
+) -> dict[str, Any]:
+    """What provenance says of an experiment whose tables have just been written.
+
+    Args:
+        config: with the units and the notes.
+        tables: see `experiments.framework.results.table_entries`.
+        peak: memory used while measuring; None where that is not known.
+        ended: whether this process has measured it to its end; else ``written`` stands for ``finished``, and
+            ``incomplete`` says how many units are finished and which are missing, if any is.
+    """
+    attempts = config.store.attempts()
+    sources = [*config.units.values(), *([source_state()] if ended else [])]
+    entry: dict[str, Any] = {
+        "schema": SCHEMA_VERSION,
+        **merged_sources(sources),
+        **of_attempts(attempts),
+        "settings": config.settings(),
+        "differs_from_profile": config.differs,
+        "peak_memory_gib": peak,
+        "started": attempts[0]["started"] if attempts else None,
+        "finished": now() if ended else None,
+        "attempts": len(attempts) or None,
+        "seconds": round(sum(attempt["seconds"] for attempt in attempts), 1) if attempts else None,
+        "units": config.units,
+        **tables,
+        **config.notes,
+    }
+    if not ended:
+        entry |= {"written": now(), "written_by": command_line()}
+    if config.missing:
+        entry["incomplete"] = {"finished": len(config.units), "missing": config.missing}
+    return entry
+
+
+def of_attempts(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The facts `OF_ATTEMPTS` of the last attempt, None for what it has not noted; where attempts differ in one of
+    versions and hardware, also that of each, as ``versions_by_attempt`` and ``hardware_by_attempt``."""
+    last = attempts[-1] if attempts else {}
+    facts = {key: last.get(key) for key in OF_ATTEMPTS}
+    for key in ("versions", "hardware"):
+        each = [attempt.get(key) for attempt in attempts]
+        if any(value != each[0] for value in each):
+            facts[f"{key}_by_attempt"] = each
+    return facts
