@@ -24,6 +24,7 @@ from reports.core.load import Run, load_run, paper_table
 from reports.core.merge import grouped, joined, of_model
 from reports.core.merge import models as models_of
 from reports.core.page import filled, write_or_check
+from reports.core.provenance import incomplete
 from reports.core.statistics import Estimate
 from reports.core.verdicts import POCKET_MODEL
 from reports.leaderboard import RESULTS
@@ -74,6 +75,8 @@ def our_models(results: Path) -> list[Model]:
         groups = grouped([of_model(run, name) for run in runs], TYPES)
         for number, members in enumerate(groups if name != POCKET_MODEL else []):
             again = f" ({members[0].label})" * (number > 0)  # measured again, with other results
+            entries = [run.provenance.get(experiment, {}) for run in members for experiment in ("e02", "e08")]
+            again += " (incomplete)" * any(map(incomplete, entries))
             made.append(_model(joined(members, TYPES), name, again))
     return sorted(made, key=lambda model: style.parameters(model.name))
 

@@ -24,7 +24,7 @@ from reports.core.document import escape, pipe_table
 from reports.core.load import Run, load_run
 from reports.core.merge import grouped, joined, models, of_model
 from reports.core.page import filled, write_or_check
-from reports.core.provenance import commit, machine
+from reports.core.provenance import commit, incomplete, machine
 from reports.core.verdicts import POCKET_MODEL
 from reports.e08.figures import HIGHEST, title
 from reports.e08.tables import ROLES, speed_words, text_rows
@@ -129,7 +129,7 @@ def _source(run: Run) -> dict[str, str]:
     command = re.sub(r" --output \S+", "", command)  # where the run lay changes nothing
     return {
         "Run": escape(run.label),
-        "Measured": escape(str(entry.get("started", "unknown"))[:10]),
+        "Measured": escape(", ".join(filter(None, [str(entry.get("started") or "unknown")[:10], incomplete(entry)]))),
         "Commit": escape(commit(entry)),
         "Command": f"`{command}`" if command else "unknown",
     }

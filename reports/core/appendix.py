@@ -10,10 +10,22 @@ import pandas as pd
 from reports.core import style
 from reports.core.document import Block, Heading, Table, Text, escape
 from reports.core.load import Run, command
-from reports.core.provenance import commit, seconds, started
+from reports.core.provenance import NOT_RECORDED, commit, incomplete, seconds, started
 from reports.core.section import Section
 
-IN_TIMES = ("tables", "started", "finished", "seconds", "attempts", "commit", "commits", "dirty")  # in the first table
+IN_TIMES = (
+    "tables",
+    "started",
+    "finished",
+    "seconds",
+    "attempts",
+    "commit",
+    "commits",
+    "dirty",
+    "written",
+)  # in the first table
+# what is said to be not recorded where it is null
+RECORDED = ("command", "versions", "hardware")
 IN_FILE = ("schema", "units", "checksums", "source_sha256")  # for machines, in provenance.json
 LONGEST = 600  # characters of one recorded fact
 
@@ -51,7 +63,7 @@ def _times(runs: list[Run]) -> pd.DataFrame:
         known = [at for at in map(seconds, run.provenance.values()) if math.isfinite(at)]
         for place, (measured, names) in enumerate(by_commit.items()):
             entries = [run.provenance[name] for name in names]
-            took = ", ".join(f"{name} {style.duration(seconds(run.provenance[name]))}" for name in names)
+            took = ", ".join(_took(name, run.provenance[name]) for name in names)
             total = f"; all {style.duration(sum(known))}" if len(run.provenance) > 1 and not place else ""
             rows.append(
                 {
@@ -64,6 +76,12 @@ def _times(runs: list[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _took(experiment: str, entry: dict[str, Any]) -> str:
+    """`e05 10 min 26 s (incomplete: 7 of 16 units missing)`."""
+    lacks = incomplete(entry)
+    return f"{experiment} {style.duration(seconds(entry))}" + (f" ({lacks})" if lacks else "")
+
+
 def _versions(entries: list[dict[str, Any]]) -> str:
     """`torch 2.11.0, triton 3.6.0`: the versions that a speed or an accuracy depends on most."""
     shown: dict[str, list[str]] = {}
@@ -71,6 +89,8 @@ def _versions(entries: list[dict[str, Any]]) -> str:
         for name in ("torch", "triton", "transformers"):
             if version := (entry.get("versions") or {}).get(name):
                 shown.setdefault(name, []).append(str(version))
+    if any("versions" in entry and entry["versions"] is None for entry in entries):
+        shown["versions"] = [NOT_RECORDED]
     return ", ".join(f"{name} {' and '.join(dict.fromkeys(versions))}" for name, versions in shown.items())
 
 
@@ -116,6 +136,10 @@ def _where(where: dict[str, list[str]], runs: list[Run]) -> str:
 def _flat(entry: dict[str, Any]) -> dict[str, Any]:
     """The facts of one experiment. Settings that most experiments share are separate from their options."""
     facts = {key: value for key, value in entry.items() if key not in (*IN_TIMES, *IN_FILE)}
+    facts |= {key: NOT_RECORDED for key in RECORDED if key in facts and facts[key] is None}
+    for key in (f"{name}_by_attempt" for name in RECORDED):
+        if isinstance(facts.get(key), list):
+            facts[key] = [NOT_RECORDED if value is None else value for value in facts[key]]
     settings = facts.pop("settings", None) or {}
     if isinstance(settings, dict):
         options = settings.get("options")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from reports.core.load import Run, command
+from reports.core.provenance import incomplete
 from reports.core.section import Section
 from reports.core.verdicts import COLUMNS, CPU, GPU, NOT_TESTED, POCKET, REAL, Finding, Rule, combined
 
@@ -76,10 +77,12 @@ def judge(runs: list[Run], sections: list[Section]) -> pd.DataFrame:
 
 
 def _findings(section: Section, rule: Rule, run: Run) -> list[Finding]:
+    """What a rule says of a run; each finding tells that units are missing, which might decide otherwise."""
     table = section.tables[0].table
     if table in run.problems:
         return [Finding("", "", NOT_TESTED, reason=f"{table}.csv is broken: {run.problems[table]}")]
-    return rule(run)
+    lacks = incomplete(run.provenance.get(section.experiment, {}))
+    return [finding.because(finding.verdict, lacks) for finding in rule(run)]
 
 
 def _row(claim: Claim, section: Section | None, rule: Rule | None, run: Run | None, finding: Finding) -> dict[str, str]:

@@ -12,6 +12,7 @@ from experiments.framework.tables import Row
 from reports.core import style
 from reports.core.document import escape
 from reports.core.load import Run
+from reports.core.provenance import incomplete
 from reports.core.section import Section
 
 MOST_NAMED = 3  # runs in the heading of a column
@@ -88,6 +89,12 @@ TRAINING = (
 )
 
 
+def _label(run: Run, experiment: str) -> str:
+    """The run's label, and whether its run of the experiment has not ended."""
+    lacks = incomplete(run.provenance.get(experiment, {}))
+    return f"{run.label} ({lacks})" if lacks else run.label
+
+
 def protocol(section: Section, runs: list[Run]) -> pd.DataFrame:
     """A row per aspect: the paper's, then ours. Runs that differ in the first aspect only (the models, the machine)
     share a column."""
@@ -101,7 +108,7 @@ def protocol(section: Section, runs: list[Run]) -> pd.DataFrame:
     columns = {}
     for said, members in alike.items():
         leading = dict.fromkeys(filter(None, (section.protocol[0].ours(run) for run in members)))
-        label = ", ".join(escape(run.label) for run in members[:MOST_NAMED])
+        label = ", ".join(escape(_label(run, section.experiment)) for run in members[:MOST_NAMED])
         label += f" and {len(members) - MOST_NAMED} more" * (len(members) > MOST_NAMED)
         columns[label] = [escape(words) or style.DASH for words in (", ".join(leading), *said)]
     return pd.DataFrame({**first, **columns})

@@ -10,6 +10,7 @@ from reports.core.document import escape
 from reports.core.load import Run
 from reports.core.verdicts import CPU, GPU
 
+NOT_RECORDED = "not recorded"  # of a null in provenance.json: known not to be known
 LONGEST = 120  # characters of what differs from the profile; all of it is in provenance.json
 _GPU_NAME = re.compile(r"\bGPU\b|NVIDIA|GeForce|Quadro|Tesla|Radeon|Instinct", re.IGNORECASE)
 
@@ -26,7 +27,8 @@ def machine(run: Run) -> str:
             return ", ".join(gpus) if gpus else f"{hardware['cpu']}, {hardware.get('cores', '?')} cores"
         if isinstance(hardware, str):
             return hardware
-    return "unknown machine"
+    unrecorded = any("hardware" in entry and entry["hardware"] is None for entry in run.provenance.values())
+    return f"machine {NOT_RECORDED}" if unrecorded else "unknown machine"
 
 
 def processor(run: Run, name: str) -> str:
@@ -83,6 +85,21 @@ def differences(entry: dict[str, Any]) -> str:
     return style.listed(entry.get("differs_from_profile"))
 
 
+def incomplete(entry: dict[str, Any]) -> str:
+    """`incomplete: 7 of 16 units missing`, of an experiment whose run has not ended; else nothing."""
+    part = entry.get("incomplete")
+    if not isinstance(part, dict):
+        return ""
+    missing = len(part.get("missing") or ())
+    return f"incomplete: {missing} of {missing + int(part.get('finished') or 0)} units missing"
+
+
+def incomplete_experiments(run: Run) -> str:
+    """`e05 incomplete: 7 of 16 units missing`, for each such experiment of a run; nothing for a whole one."""
+    said = [f"{name} {words}" for name, entry in run.provenance.items() if (words := incomplete(entry))]
+    return ", ".join(said)
+
+
 def provenance_line(run: Run, experiment: str) -> str:
     """When, how long, from which commit: one paragraph (Markdown)."""
     entry = run.provenance.get(experiment)
@@ -91,6 +108,8 @@ def provenance_line(run: Run, experiment: str) -> str:
     words = [f"measured {started(entry)}", f"took {style.duration(seconds(entry))}", f"commit {commit(entry)}"]
     torch = (entry.get("versions") or {}).get("torch")
     words += [f"torch {torch}"] if torch else []
+    words += [f"{key} {NOT_RECORDED}" for key in ("versions", "hardware") if key in entry and entry[key] is None]
+    words = list(filter(None, [incomplete(entry), *words]))
     differing = differences(entry)
     differing = differing if len(differing) <= LONGEST else f"{differing[:LONGEST].rsplit(' ', 1)[0]} ..."
     words += [f"differs from its profile in {differing}"] if differing else []
@@ -102,15 +121,15 @@ def source(run: Run, experiment: str) -> str:
     entry = run.provenance.get(experiment)
     if entry is None:
         return "no provenance"
-    words = [started(entry)[:10], style.duration(seconds(entry)), f"commit {commit(entry)}"]
-    return escape(", ".join(words))
+    words = [started(entry)[:10], style.duration(seconds(entry)), f"commit {commit(entry)}", incomplete(entry)]
+    return escape(", ".join(filter(None, words)))
 
 
 def run_line(run: Run) -> str:
     """`pocket: Imaginary CPU, 2 cores; profile pocket; measured 2001-01-07; commit 0123456789, clean`."""
     entries = list(run.provenance.values())
+    words = [machine(run), *filter(None, [incomplete_experiments(run)])]
     days = sorted({str(entry["started"])[:10] for entry in entries if entry.get("started")})
-    words = [machine(run)]
     if run.profiles:
         changed = " (changed)" if any(differences(entry) for entry in entries) else ""
         words.append(f"profile {', '.join(run.profiles)}{changed}")

@@ -8,6 +8,7 @@ from reports.core import style
 from reports.core.claims import CLAIMS, Claim, counts, plain, rule_text, rules_of
 from reports.core.document import Block, Heading, Picture, Table, Text, escape
 from reports.core.load import Run
+from reports.core.provenance import incomplete_experiments
 from reports.core.section import Section
 from reports.core.verdicts import COLUMNS, FAILS, HOLDS, NOT_TESTED, POCKET, REAL, UNDECIDED
 
@@ -16,6 +17,7 @@ HOW_TO_READ = (
     "In the count of claims, one holds in a column when it holds for every model and condition tested there; one that "
     "does not outweighs those that do. Models that cannot decide a claim stand in the details only."
 )
+UNFINISHED = "Their verdicts rest on what is finished, and may change with the rest."
 POCKET_NOTE = (
     "The pocket model is the project's own and small: it says whether everything works. A claim about models of 7 "
     "billion parameters is never more than “holds on the pocket model” there. Its checkpoint was chosen on held-out "
@@ -37,6 +39,9 @@ def first_page(runs: list[Run], judged: pd.DataFrame, headline: str | None) -> l
     )
     unclaimed = [f"{escape(run.label)}: {escape(', '.join(run.unclaimed))}" for run in runs if run.unclaimed]
     warning = [Text(f"**Not shown, since no section reads it:** {'; '.join(unclaimed)}.")] if unclaimed else []
+    unfinished = [f"{escape(run.label)}: {escape(words)}" for run in runs if (words := incomplete_experiments(run))]
+    if unfinished:
+        warning.append(Text(f"**Runs that have not ended:** {'; '.join(unfinished)}. {UNFINISHED}"))
     table = Table(summary(judged), _summary_caption(judged), (3.2, 28, 21, 15.5, 20, 18))
     pictures = [Picture(headline, HEADLINE_CAPTION)] if headline else []
     return [Heading(1, "Claims"), *warning, Text(intro), table, *pictures]

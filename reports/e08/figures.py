@@ -64,8 +64,8 @@ def frontier_figure(run: Run) -> Figure | None:
     everywhere = text_points(table, run.table(CriterionTextSample))
     text = _of_mlps(everywhere)
     accuracy = _of_mlps(accuracy_points(table, run.table(CriterionSample)))
-    conditions = _conditions(speed)
-    count = (len(text) > 0) + (len(accuracy) > 0) + len(conditions) * (len(text) > 0)
+    conditions = _conditions(speed) if text else []
+    count = (len(text) > 0) + (len(accuracy) > 0) + len(conditions)
     if not count:
         return None
     whole_model = count == 1 and len(text) > 0

@@ -28,6 +28,11 @@ from reports.core.verdicts import Finding, untested
 ORDER = ("dense", "cats-50", "cats-70", "cats-90", "cats-matched", "relufication")
 TARGETS = {"cats-50": 0.5, "cats-70": 0.7, "cats-90": 0.9}
 LEVELS = tuple(TARGETS)
+MEANS = (
+    "model", "criterion", "variant", "sparsity_target", "sparsity_measured", "value", "stderr", "difference",
+    "difference_stderr", "chance", "items", "tasks",
+)  # fmt: skip
+"""Columns of `zero_shot_means`."""
 
 
 def variants(table: pd.DataFrame) -> list[str]:
@@ -75,7 +80,7 @@ def zero_shot_means(table: pd.DataFrame, metric: str = "acc") -> pd.DataFrame:
                     "tasks": n,
                 }
             )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=list(MEANS))
 
 
 @dataclass(frozen=True)

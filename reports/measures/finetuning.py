@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,7 @@ def _over_seeds(part: pd.DataFrame, tasks: set[str], trained: bool) -> dict[str,
     stderr joins the item error (the same items for every seed, so it does not shrink with seeds) and the seed error,
     which is unknown for a single seed; before any training there is none.
     """
-    per_seed = [one["accuracy"].mean() for _, one in part.groupby("seed", dropna=False) if set(one["task"]) == tasks]
+    per_seed = list(_by_seed(part, tasks).values())
     if not per_seed:
         return None
     items = quadrature(part.groupby("task")["stderr"].mean()) / len(tasks)
@@ -39,6 +40,19 @@ def _over_seeds(part: pd.DataFrame, tasks: set[str], trained: bool) -> dict[str,
         "high": max(per_seed),
         "seeds": len(per_seed),
     }
+
+
+def _by_seed(part: pd.DataFrame, tasks: set[str]) -> dict[Any, float]:
+    """Mean accuracy over tasks for each seed that has them all."""
+    groups = part.groupby("seed", dropna=False)
+    return {seed: float(one["accuracy"].mean()) for seed, one in groups if set(one["task"]) == tasks}
+
+
+def _difference(part: pd.DataFrame, dense: pd.DataFrame, tasks: set[str]) -> float:
+    """Mean accuracy over tasks against the dense model's, over the seeds that both have; NaN without one."""
+    ours, theirs = _by_seed(part, tasks), _by_seed(dense, tasks)
+    common = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    return float(np.mean(common)) if common else math.nan
 
 
 def finetuning_means(table: pd.DataFrame) -> pd.DataFrame:
@@ -57,10 +71,12 @@ def finetuning_means(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def task_means(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per (model, variant, task) of e04, and the task 'average': accuracy, stderr, sparsity, chance."""
+    """One row per (model, variant, task) of e04, and the task 'average': accuracy, stderr, sparsity, chance, and the
+    difference from the dense model over the seeds that both have."""
     rows = []
     for model, of_model in table[table["accuracy"].notna()].groupby("model", sort=False):
         tasks = sorted(of_model["task"].unique())
+        dense = of_model[of_model["variant"] == "dense"]
         for variant in variants(of_model):
             of_variant = of_model[of_model["variant"] == variant]
             for name, wanted in [*((task, [task]) for task in tasks), ("average", tasks)]:
@@ -68,9 +84,10 @@ def task_means(table: pd.DataFrame) -> pd.DataFrame:
                 means = _over_seeds(part, set(wanted), trained=True)
                 if means:
                     rest = {key: part[key].mean() for key in ("sparsity_target", "sparsity_measured", "chance")}
+                    rest["difference"] = _difference(part, dense[dense["task"].isin(wanted)], set(wanted))
                     rows.append({"model": model, "variant": variant, "task": name, **means, **rest})
     columns = ["model", "variant", "task", "accuracy", "stderr", "item_stderr", "low", "high", "seeds"]
-    return pd.DataFrame(rows, columns=[*columns, "sparsity_target", "sparsity_measured", "chance"])
+    return pd.DataFrame(rows, columns=[*columns, "sparsity_target", "sparsity_measured", "chance", "difference"])
 
 
 def sparsity_means(table: pd.DataFrame) -> pd.DataFrame:
