@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from experiments.__main__ import main
-from experiments.framework import entries
+from experiments.framework import entries, finished
 from experiments.framework.config import Config, RunError
 from experiments.framework.finished import write_finished
 from experiments.framework.provenance import read_provenance
@@ -172,6 +173,25 @@ def test_an_experiment_that_needs_what_is_missing_writes_nothing_and_says_so(
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("e90: no tables of the finished units are written (e90 cannot make tables without the units")
     assert "missing (b)" in said and not (tmp_path / "results").exists()
+
+
+def test_work_outside_of_units_does_not_keep_an_interrupted_run_alive(
+    tmp_path: Path, toy: Callable, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(config: Config) -> Iterable[Row]:
+        yield from config.unit("a", lambda: [Measured("a", 1.0, 1)], [Measured])
+        if not config.finished_only:
+            interrupt()
+        time.sleep(20)
+
+    toy(run)
+    monkeypatch.setattr(finished, "LONGEST", 0.2)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(config_in(tmp_path))
+    assert time.monotonic() - begin < 10 and not (tmp_path / "results").exists()
+    assert "more than 0.2 s of work lie outside of its units" in capsys.readouterr().err
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_damaged_unit_counts_as_missing(world: World, tmp_path: Path, capsys) -> None:

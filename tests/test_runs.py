@@ -50,7 +50,7 @@ ACTIONS = {
     2: ("fails", 'raise RuntimeError("the flux is broken")'),
     3: ("waits where it is told to", '''
         waiting = Path(config.options.journal + ".wait")
-        while waiting.exists() and name == "b":
+        while waiting.exists() and name == "b" and not config.finished_only:
             time.sleep(0.05)'''),
 }  # fmt: skip
 REPORT = """
@@ -150,6 +150,7 @@ def test_a_run_stopped_anywhere_goes_on(how: str, tree: Path, tmp_path: Path) ->
         time.sleep(0.1)
     else:
         raise AssertionError("the child is still running")
+    assert names_in(tmp_path / "an output" / "results" / "e03_line.csv") == ["a", "b"]  # what was finished
     wait.unlink()
     process = start(tree, tmp_path, "run", "e03")
     _, err = process.communicate(timeout=60)

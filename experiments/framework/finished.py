@@ -6,7 +6,11 @@ command of the run goes on from them, and its tables then replace these.
 """
 
 import importlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,9 @@ from experiments.framework.profiles import EXPERIMENTS
 from experiments.framework.provenance import read_provenance, write_provenance
 from experiments.framework.results import damage, remove_tables, table_entries, write_tables
 from experiments.framework.tables import Row
+
+LONGEST = 10.0
+"""Seconds that an interrupted run may take to make its rows: a part of what it is given before it is killed."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,8 @@ def write_finished(config: Config[Any], measured_here: bool = False) -> Finished
         measured_here: whether this process has measured the last of them.
 
     Raises:
-        RunError: no unit is finished, the experiment cannot do without those that are missing, or the tables of a
-            finished run are in the way.
+        RunError: no unit is finished, the experiment cannot do without those that are missing, the tables of a
+            finished run are in the way, or (with ``measured_here``) it takes too long.
     """
     lowered = {key: value for key, value in config.notes.items() if key == "lowered_for_memory"}
     only: Config[Any] = replace(config, finished_only=True, notes=lowered, units={}, missing=[])
@@ -58,7 +65,8 @@ def write_finished(config: Config[Any], measured_here: bool = False) -> Finished
     if _is_whole(before) and damage(directory, before) is None:
         held = f"{directory} holds the tables of a finished run of {only.experiment}"
         raise RunError(f"{held}, which those of an unfinished one do not replace: move them, or let the run finish")
-    rows = _rows(only)
+    with _at_most(LONGEST) if measured_here else nullcontext():
+        rows = _rows(only)
     if not only.units:
         raise RunError(_nothing(only))
     paths = write_tables(rows, directory)
@@ -83,9 +91,34 @@ def write_after(config: Config[Any]) -> None:
     print(said, file=sys.stderr, flush=True)
 
 
+class _TooLong(RunError):
+    """The experiment works outside of its units."""
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise `_TooLong` in the block after so many seconds; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: object) -> None:
+        raise _TooLong(f"more than {seconds:g} s of work lie outside of its units; --finished-only has no such limit")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def _rows(config: Config[Any]) -> list[Row]:
     try:
         return list(importlib.import_module(EXPERIMENTS[config.experiment]).run(config))
+    except _TooLong:
+        raise
     except Exception as error:
         needs = f"{config.experiment} cannot make tables without the units that are missing"
         raise RunError(f"{needs} ({', '.join(config.missing) or 'none is known'}): {error!r}") from error
