@@ -228,7 +228,8 @@ def test_finished_units_are_written_where_the_device_is_not(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     there = config_in(tmp_path / "out")
     there.device, there.models, there.data = "cuda", ["gone.gguf"], {"source": "pocket"}
-    there.store.begin_attempt({**entries.attempt_facts(there), "hardware": {"gpus": ["H200"]}}, "2001-01-01T00:00:00")
+    gpu = {"hardware": {"gpus": ["H200"]}, "versions": {"torch": "9.9"}}
+    there.store.begin_attempt(entries.attempt_facts(there), "2001-01-01T00:00:00", lambda: gpu)
     world.ends_in["d"] = interrupt
     with pytest.raises(KeyboardInterrupt):
         list(world.run(there))
@@ -243,7 +244,7 @@ def test_finished_units_are_written_where_the_device_is_not(
     assert names_in(tmp_path / "out") == ["a", "b", "c"] and world.measured == measured
     entry = entry_of(tmp_path / "out")
     assert entry["settings"]["device"] == "cuda" and "device" not in entry["differs_from_profile"]
-    assert entry["hardware"] == {"gpus": ["H200"]} and entry["peak_memory_gib"] is None
+    assert {key: entry[key] for key in gpu} == gpu and entry["peak_memory_gib"] is None
     assert entry["started"] == "2001-01-01T00:00:00" and entry["written_by"].startswith("python -m experiments")
     assert (tmp_path / "out" / "state" / "e90").exists()
 
@@ -274,6 +275,20 @@ def test_attempts_on_two_machines_are_both_named(world: World, tmp_path: Path, m
     entry = entry_of(tmp_path)
     assert entry["hardware"] == {"gpus": ["H200"]} and "versions_by_attempt" not in entry
     assert entry["hardware_by_attempt"] == [{"gpus": ["H100"]}, {"gpus": ["H200"]}]
+
+
+def test_an_attempt_that_measured_nothing_is_no_machine_of_the_run(world: World, tmp_path: Path, monkeypatch) -> None:
+    for gpu, ends_in in (("H100", "c"), ("other", "c")):
+        monkeypatch.setattr(entries, "hardware", lambda gpu=gpu: {"gpus": [gpu]})
+        interrupted(world, tmp_path, ends_in)
+    entry = entry_of(tmp_path)
+    assert entry["hardware"] == {"gpus": ["H100"]} and "hardware_by_attempt" not in entry and entry["attempts"] == 2
+
+
+def test_an_experiment_without_units_names_its_machine_too(tmp_path: Path, toy: Callable) -> None:
+    toy(lambda config: [Measured("a", 1.0, 1)])
+    run_experiment(config_in(tmp_path))
+    assert entry_of(tmp_path)["hardware"]["cores"] >= 1 and entry_of(tmp_path)["versions"]["torch"]
 
 
 def test_with_nothing_finished_there_is_one_sentence(world: World, tmp_path: Path, capsys) -> None:

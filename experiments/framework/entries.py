@@ -16,16 +16,20 @@ OF_ATTEMPTS = ("source_sha256", "command", "versions", "hardware", "processes", 
 
 
 def attempt_facts(config: Config[Any]) -> dict[str, Any]:
-    """What this attempt notes of itself: source, command line, machine, versions, and how many processes share it."""
+    """What an attempt notes of itself when it begins: source, command line, and how many processes share it."""
     return {
         **source_state(),
+        "measured": False,
         "source_sha256": source_hash(),
         "command": command_line(),
-        "versions": versions(),
-        "hardware": hardware(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "workers": config.workers,
     }
+
+
+def machine_facts() -> dict[str, Any]:
+    """What an attempt notes once it has measured something."""
+    return {"versions": versions(), "hardware": hardware()}
 
 
 def command_line() -> str:
@@ -45,6 +49,9 @@ def provenance_entry(
         ended: whether this process has measured it to its end; else ``written`` stands for ``finished``, and
             ``incomplete`` says how many units are finished and which are missing, if any is.
     """
+    if ended and not config.units:  # an experiment without units has measured nonetheless
+        config.store.note_machine()
+        config.store.tick()
     attempts = config.store.attempts()
     sources = [*config.units.values(), *([source_state()] if ended else [])]
     entry: dict[str, Any] = {
@@ -70,8 +77,9 @@ def provenance_entry(
 
 
 def of_attempts(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The facts `OF_ATTEMPTS` of the last attempt, None for what it has not noted; where attempts differ in one of
-    versions and hardware, also that of each, as ``versions_by_attempt`` and ``hardware_by_attempt``."""
+    """The facts `OF_ATTEMPTS` of the last attempt that has measured anything, None for what is not noted; where such
+    attempts differ in versions or hardware, also each one's, as ``versions_by_attempt`` and ``hardware_by_attempt``."""
+    attempts = [attempt for attempt in attempts if attempt.get("measured", True)]  # older ones have noted nothing
     last = attempts[-1] if attempts else {}
     facts = {key: last.get(key) for key in OF_ATTEMPTS}
     for key in ("versions", "hardware"):

@@ -17,7 +17,7 @@ from accelerate import PartialState
 
 from experiments.framework.children import command, ending, purpose, run_child
 from experiments.framework.config import Config, is_main_process
-from experiments.framework.entries import attempt_facts, provenance_entry
+from experiments.framework.entries import attempt_facts, machine_facts, provenance_entry
 from experiments.framework.finished import write_after
 from experiments.framework.memory import peak_gib, run_within_memory
 from experiments.framework.profiles import EXPERIMENTS
@@ -95,7 +95,10 @@ def _begin(config: Config) -> None:
         shown = ", ".join(kept[:6]) + (", ..." if len(kept) > 6 else "")
         units = f"{len(kept)} finished {'unit' if len(kept) == 1 else 'units'}"
         print(f"{config.experiment} goes on: {units} kept from before ({shown})", file=sys.stderr, flush=True)
-    config.store.begin_attempt(attempt_facts(config), now())
+    config.store.begin_attempt(attempt_facts(config), now(), machine_facts)
+    if config.workers > 1:  # it is they who store units
+        config.store.note_machine()
+        config.store.tick()
 
 
 def is_done(config: Config) -> bool:

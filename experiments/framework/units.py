@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class UnitStore:
             shutil.rmtree(path)
         rows = [[row.table, asdict(row)] for row in unit.rows]
         write_checked(path, {**vars(unit), "rows": rows})
+        self.note_machine()
         self.tick()
 
     def kept(self, stamp_of: Any) -> list[str]:
@@ -99,11 +100,20 @@ class UnitStore:
         else:
             self.folder.unlink(missing_ok=True)
 
-    def begin_attempt(self, facts: dict[str, Any], started: str) -> None:
-        """Note that an attempt begins now, with ``facts`` such as its commit and machine; see `attempts`."""
-        self._began = time.monotonic()
+    def begin_attempt(self, facts: dict[str, Any], started: str, machine: Callable[[], dict[str, Any]]) -> None:
+        """Note that an attempt begins now, with ``facts`` such as its commit; see `attempts`.
+
+        What ``machine`` returns is noted with the first unit that the attempt stores: one that has measured nothing
+        says nothing of machines, and asking for a GPU's name before anything runs on it would change what runs first.
+        """
+        self._began, self._machine = time.monotonic(), machine
         self._attempts = [*self.attempts(), {"started": started, "seconds": 0.0, **facts}]
         write_checked(self._attempts_file, {"attempts": self._attempts})
+
+    def note_machine(self) -> None:
+        """Add the machine to the present attempt, which has measured something; `tick` stores it."""
+        if hasattr(self, "_attempts") and not self._attempts[-1].get("measured"):
+            self._attempts[-1] |= {"measured": True, **self._machine()}
 
     def tick(self) -> None:
         """Note how long the present attempt has taken so far."""
