@@ -194,6 +194,17 @@ def test_work_outside_of_units_does_not_keep_an_interrupted_run_alive(
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+def test_a_failure_outside_of_units_is_said_to_be_one(tmp_path: Path, toy: Callable, capsys) -> None:
+    def run(config: Config) -> Iterable[Row]:
+        yield from config.unit("a", lambda: [Measured("a", 1.0, 1)], [Measured])
+        raise ValueError("broken")
+
+    toy(run)
+    with pytest.raises(ValueError, match="broken"):
+        run_experiment(config_in(tmp_path))
+    assert "written (e90 fails outside of its units: ValueError('broken'))" in capsys.readouterr().err
+
+
 def test_a_damaged_unit_counts_as_missing(world: World, tmp_path: Path, capsys) -> None:
     interrupted(world, tmp_path, "d")
     config_in(tmp_path).store.path("b").write_text("{")

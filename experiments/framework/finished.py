@@ -120,8 +120,10 @@ def _rows(config: Config[Any]) -> list[Row]:
     except _TooLong:
         raise
     except Exception as error:
-        needs = f"{config.experiment} cannot make tables without the units that are missing"
-        raise RunError(f"{needs} ({', '.join(config.missing) or 'none is known'}): {error!r}") from error
+        why = "fails outside of its units"
+        if config.missing:
+            why = f"cannot make tables without the units that are missing ({', '.join(config.missing)})"
+        raise RunError(f"{config.experiment} {why}: {error!r}") from error
 
 
 def _is_whole(entry: dict[str, Any]) -> bool:
