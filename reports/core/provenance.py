@@ -106,8 +106,16 @@ def source(run: Run, experiment: str) -> str:
     return escape(", ".join(words))
 
 
-def run_line(run: Run) -> str:
-    """`pocket: Imaginary CPU, 2 cores; profile pocket; measured 2001-01-07; commit 0123456789, clean`."""
+def run_lines(runs: list[Run]) -> list[str]:
+    """A line per machine, profile, day and commit: `h100 one, h100 two: Imaginary GPU; profile paper; ...`."""
+    labels: dict[str, list[str]] = {}
+    for run in runs:
+        labels.setdefault(run_origin(run), []).append(run.label)
+    return [f"{', '.join(of)}: {origin}" for origin, of in labels.items()]
+
+
+def run_origin(run: Run) -> str:
+    """`Imaginary CPU, 2 cores; profile pocket; measured 2001-01-07; commit 0123456789, clean`."""
     entries = list(run.provenance.values())
     days = sorted({str(entry["started"])[:10] for entry in entries if entry.get("started")})
     words = [machine(run)]
@@ -123,4 +131,4 @@ def run_line(run: Run) -> str:
         )
     else:
         words.append("no provenance")
-    return f"{run.label}: {'; '.join(words)}"
+    return "; ".join(words)

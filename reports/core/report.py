@@ -15,7 +15,7 @@ from reports.core.document import Block, Heading, Layout, Picture, Table, Text, 
 from reports.core.load import Run, command
 from reports.core.merge import grouped, joined, models, of_model, together
 from reports.core.protocol import protocol
-from reports.core.provenance import machine, provenance_line, run_line, source
+from reports.core.provenance import machine, provenance_line, run_lines, source
 from reports.core.section import Drawing, Section
 from reports.core.summary import details_blocks, first_page, notes
 
@@ -75,10 +75,10 @@ class Part:
 def build(runs: list[Run], sections: list[Section], judged: pd.DataFrame, folder: Path) -> Report:
     """Every block of the report; the figures are drawn into ``folder``."""
     main = first_page(runs, judged, _draw_headline(runs, sections, folder))
-    lines = "\n".join(f"- {escape(run_line(run))}" for run in runs)
+    lines = "\n".join(f"- {escape(line)}" for line in run_lines(runs))
     main += [Layout("#pagebreak(weak: true)"), Heading(1, "Runs shown"), Text(lines), *notes(judged), Layout(OUTLINE)]
-    main += details_blocks(runs, sections, judged)
-    further: list[Block] = []
+    detailed, further = details_blocks(runs, sections, judged)
+    main += detailed
     for section in sections:
         shown, more = _section(section, runs, folder)
         main += shown
