@@ -14,8 +14,8 @@ from reports.core.appendix import appendix, recorded
 from reports.core.document import Block, Heading, Layout, Picture, Table, Text, escape
 from reports.core.load import Run, command
 from reports.core.merge import grouped, joined, models, of_model, together
-from reports.core.protocol import protocol
-from reports.core.provenance import machine, provenance_line, run_lines, source
+from reports.core.protocol import MOST_COLUMNS, at_a_glance, protocol
+from reports.core.provenance import machine, provenance_line, run_lines, sources
 from reports.core.section import Drawing, Section
 from reports.core.summary import details_blocks, first_page, notes
 
@@ -167,11 +167,14 @@ def _section(section: Section, runs: list[Run], folder: Path) -> tuple[list[Bloc
         return [*blocks, Text(f"Not measured here; run `{command(section.experiment)}`.")], []
     if note := section.note(measured):
         blocks.append(Text(note))
-    if section.protocol:
-        frame = protocol(section, measured)
-        widths = (14, 38, *([38] * (frame.shape[1] - 2)))
-        blocks.append(Table(frame, "The paper's protocol and what was done here.", widths))
     more: list[Block] = []
+    if section.protocol:
+        frame, caption = protocol(section, measured), "The paper's protocol and what was done here."
+        if frame.shape[1] - 2 > MOST_COLUMNS:
+            more.append(Table(frame, f"{caption[:-1]}, run by run."))
+            frame = at_a_glance(section, measured)
+        widths = (14, 38, *([38 * (1 + (frame.shape[1] == 3))] * (frame.shape[1] - 2)))
+        blocks.append(Table(frame, caption, widths))
     several = len(runs) > 1
     if not section.by_run:
         blocks += _sources(section, measured, len(measured) > 1)
@@ -189,8 +192,7 @@ def _section(section: Section, runs: list[Run], folder: Path) -> tuple[list[Bloc
 def _sources(section: Section, runs: list[Run], several: bool) -> list[Block]:
     """When, how long and at which commit each run was measured, and which tables a single one lacks."""
     if several:
-        named = "; ".join(f"{escape(run.label)}, {source(run, section.experiment)}" for run in runs)
-        return [Text(f"*Provenance:* {named}.", with_next=True)]
+        return [Text(f"*Provenance:* {'; '.join(sources(runs, section.experiment))}.", with_next=True)]
     (run,) = runs
     blocks: list[Block] = [Text(provenance_line(run, section.experiment), with_next=True)]
     lacks = [t.table for t in section.tables if not t.samples and run.table(t) is None]
