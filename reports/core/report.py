@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -64,12 +64,14 @@ class Part:
         suffix: of the names of its figures' files.
         label: before its captions; empty where there is nothing to tell apart.
         members: the runs that it is made of.
+        again: whether a part before it has measured some of the same on the same machine.
     """
 
     run: Run
     suffix: str
     label: str
     members: tuple[Run, ...] = ()
+    again: bool = False
 
 
 def build(runs: list[Run], sections: list[Section], judged: pd.DataFrame, folder: Path) -> Report:
@@ -109,11 +111,13 @@ def parts(section: Section, runs: list[Run]) -> list[Part]:
             by_machine.setdefault(machine(run), []).append(run)
         several = len(runs) > 1
         return [
-            _part(members, section, several) for own in by_machine.values() for members in grouped(own, section.tables)
+            replace(_part(members, section, several), again=number > 0)
+            for own in by_machine.values()
+            for number, members in enumerate(grouped(own, section.tables))
         ]
     groups = together(runs, section.tables)
     return [
-        Part(run, f"_{number}" * (number > 1), escape(run.label) * (len(groups) > 1))
+        Part(run, f"_{number}" * (number > 1), escape(run.label) * (len(groups) > 1), again=number > 1)
         for number, run in enumerate(groups, 1)
     ]
 
@@ -179,12 +183,15 @@ def _section(section: Section, runs: list[Run], folder: Path) -> tuple[list[Bloc
     if not section.by_run:
         blocks += _sources(section, measured, len(measured) > 1)
     for part in parts(section, runs):
+        main = more if part.again else blocks
+        if part.again:
+            blocks.append(Text(f"*{part.label}* measured the same again: among the further tables and figures."))
         if section.by_run:
-            blocks += [Heading(2, f"{part.label}: {escape(machine(part.run))}")] if several else []
-            blocks += _sources(section, list(part.members), len(part.members) > 1)
+            main += [Heading(2 + part.again, f"{part.label}: {escape(machine(part.run))}")] if several else []
+            main += _sources(section, list(part.members), len(part.members) > 1)
         for drawing in section.figures:
-            (more if drawing.secondary else blocks).extend(_pictures(drawing, part, folder))
-        blocks += section.contents(part.run)
+            (more if drawing.secondary else main).extend(_pictures(drawing, part, folder))
+        main += section.contents(part.run)
         more += section.more(part.run)
     return blocks, more
 
