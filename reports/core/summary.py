@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from reports.core import style
-from reports.core.claims import CLAIMS, Claim, counts, plain, rule_text, rules_of
+from reports.core.claims import CLAIMS, Claim, counts, findings_of, plain, rule_text, rules_of
 from reports.core.document import Block, Heading, Picture, Table, Text, escape
 from reports.core.load import Run
 from reports.core.section import Section
@@ -121,7 +121,7 @@ def summary(judged: pd.DataFrame) -> pd.DataFrame:
 
 def _cell(judged: pd.DataFrame, claim: Claim, column: str) -> str:
     """`**holds here** (Mistral-7B)`, one part per aspect and verdict; models by name."""
-    rows = judged[(judged["claim"] == claim.id) & (judged["column"] == column)]
+    rows = findings_of(judged, claim, column)
     if rows.empty:
         return NOT_TESTED
     if rows["verdict"].ne(NOT_TESTED).any():  # models that cannot decide the claim stand in the details only
