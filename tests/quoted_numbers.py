@@ -33,9 +33,10 @@ from reports.core.load import Run, load_run, paper_table
 from reports.core.section import discover, row_types
 from reports.e08.tables import text_rows
 from reports.measures.accuracy import zero_shot_means
+from reports.measures.finetuning import finetuning_means
 from reports.measures.frontier import fastest
 from reports.measures.generation import figure_4, generation_speedups
-from reports.measures.latency import OURS, batch_one, kernel_speedups
+from reports.measures.latency import OURS, SHAPES, batch_one, kernel_speedups
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -68,7 +69,7 @@ def mlp(run: str, column: str = "speedup", pick: str = "", **where: object) -> f
     """e05 at batch 1: speed-up of our kernel over the fastest dense (or ``over_torch``, ``over_own``); ``pick``: the
     smallest or largest (min, max) of the rows."""
     rows = batch_one(kernel_speedups(run_at(run).tables[LatencyRow.table]))
-    rows = rows[(rows["implementation"] == OURS) & rows["shape"].isin(["Mistral-7B", "Llama2-7B"])]
+    rows = rows[(rows["implementation"] == OURS) & rows["shape"].isin(SHAPES) & (rows["condition"] == "figure")]
     if not pick:
         return one(rows, column, **where)
     level = where.pop("sparsity_target")
@@ -154,6 +155,11 @@ def finetuned_increase(run: str, variant: str, step: int) -> float:
     return 100 * math.expm1(losses[variant] - losses["dense"])
 
 
+def finetuned_accuracy(run: str, variant: str, step: int) -> float:
+    """e03: mean over tasks and seeds."""
+    return one(finetuning_means(run_at(run).tables[FinetuningRow.table]), "accuracy", variant=variant, step=step)
+
+
 def criterion_tokens(run: str, variant: str) -> float:
     """e08: tokens per second."""
     return one(run_at(run).tables[CriterionSpeedRow.table], "value", variant=variant, what="token")
@@ -217,7 +223,7 @@ def value_of(entry: dict[str, object]) -> float:
 KNOWN = (
     mlp, generation, accuracy, accuracy_change, perplexity, perplexity_ratio, perplexity_increase, criterion_increase,
     answers, criterion_sparsity, quantized_increase, criterion_speed, criterion_tokens, finetuned_increase,
-    paper, quantized_generation, quantized_mlp,
+    finetuned_accuracy,    paper, quantized_generation, quantized_mlp,
 )  # fmt: skip
 
 

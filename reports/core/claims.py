@@ -127,12 +127,14 @@ def verdict_in(judged: pd.DataFrame, claim: Claim, column: str) -> str:
 
 
 def findings_of(judged: pd.DataFrame, claim: Claim, column: str) -> pd.DataFrame:
-    """The findings of a claim in a column, without those undecided where another run of the same model, condition and
-    aspect decides."""
+    """The findings of a claim in a column, without those of a single prompt, repeat or seed where another run of the
+    same model, condition and aspect decides."""
     rows = judged[(judged["claim"] == claim.id) & (judged["column"] == column)]
     decided = rows["verdict"].map(plain).isin([HOLDS, FAILS])
-    elsewhere = decided.groupby([rows[name] for name in ("aspect", "model", "condition")]).transform("any")
-    return rows[decided | ~elsewhere | (rows["verdict"] != UNDECIDED)]
+    alike = [rows[name].fillna("") for name in ("aspect", "model", "condition")]
+    elsewhere = decided.groupby(alike).transform("any")
+    weak = (rows["verdict"] == UNDECIDED) & rows["reason"].fillna("").str.contains("a single ")
+    return rows[~(weak & elsewhere)]
 
 
 def counts(judged: pd.DataFrame) -> dict[str, dict[str, int]]:

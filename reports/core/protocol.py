@@ -113,8 +113,9 @@ def at_a_glance(section: Section, runs: list[Run]) -> pd.DataFrame:
     said = []
     for aspect in section.protocol:
         counts = pd.Series([aspect.ours(run) for run in runs]).replace("", None).dropna().value_counts(sort=True)
-        parts = [f"{words} ({count})" if len(counts) > 1 else words for words, count in counts.items()]
-        said.append(escape("; ".join(map(str, parts))) or style.DASH)
+        several = counts.sum() < len(runs) or len(counts) > 1
+        parts = [f"{words} ({count})" if several else str(words) for words, count in counts.items()]
+        said.append(escape(" / ".join(parts)) or style.DASH)
     names = [aspect.name for aspect in section.protocol]
     papers = [escape(aspect.paper) for aspect in section.protocol]
     return pd.DataFrame({"": names, "The paper": papers, f"{len(runs)} runs (how many of them)": said})

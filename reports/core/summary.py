@@ -15,7 +15,8 @@ TITLES = {column: column[0].upper() + column[1:] for column in COLUMNS}
 DETAIL_WIDTHS = (3.4, 14, 24, 23, 22)
 HOW_TO_READ = (
     "In the count of claims, one holds in a column when it holds for every model and condition tested there; one that "
-    "does not outweighs those that do. What cannot decide a claim stands in the details of the HTML and Markdown alone."
+    "does not outweighs those that do; a run of a single prompt or repeat is not counted where another run of the same "
+    "model and condition decides. What cannot decide a claim stands in the details of the HTML and Markdown alone."
 )
 POCKET_NOTE = (
     "The pocket model is the project's own and small: it says whether everything works. A claim about models of 7 "
@@ -157,7 +158,7 @@ def details(judged: pd.DataFrame, several_runs: bool) -> pd.DataFrame:
     for row in judged.to_dict("records"):
         first, last = row["claim"] != last, row["claim"]
         where = ", ".join(filter(None, [style.model_name(row["model"]), row["condition"], row["aspect"]]))
-        run = row["run"].replace(style.plain_name(row["model"]), "").strip()  # a run is often named after its model
+        run = row["run"].replace(style.plain_name(row["model"]), "").strip(" -")  # a run is often named after its model
         where = escape(where) + (f" ({escape(run)})" if several_runs and run else "")
         clear = plain(row["verdict"]) in (HOLDS, FAILS)
         verdict = f"**{row['verdict']}**" if clear else row["verdict"]

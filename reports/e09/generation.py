@@ -18,7 +18,8 @@ from reports.rules.e09 import PLAIN
 
 GENERATION_CAPTION = """
 Tokens per second of greedy generation at batch 1 by format of the MLPs' weights, dense (pale) and sparse, in one loop,
-geometric means over prompts and repeats. Other programs: *not measured*."""
+geometric means over prompts and repeats, all of one run: inductor finds another program in each. Other programs: *not
+measured*."""
 GENERATION_TABLE = """
 greedy generation at batch 1, geometric means over prompts and repeats. “Over dense”: over the dense model of the same
 format, ± one standard error, paired by prompt and repeat. “Over unquantised”: over the unquantised model of the same

@@ -28,7 +28,7 @@ measured*."""
 SUMMARY_TABLE = """
 Speed, memory and quality side by side. Memory: of the MLPs' weights, over unquantised ones of the first block.
 Perplexity: increase over the unquantised dense model. Block: speed-up of one MLP block over torch's fastest
-unquantised dense one. Tokens: those generated per second over the unquantised dense model in the same loop."""
+unquantised dense one. Tokens: those generated per second over the unquantised dense model in the same loop and run."""
 Key = tuple[str, float]
 
 

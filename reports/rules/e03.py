@@ -9,7 +9,7 @@ from experiments.framework.tables import FinetuningRow, FinetuningSample, Sparsi
 from reports.core.load import Run
 from reports.core.statistics import Estimate, mean_estimate
 from reports.core.style import number, percent, points, variant_name
-from reports.core.verdicts import FAILS, NOT_TESTED, Finding, column_of, decide, untested
+from reports.core.verdicts import FAILS, NOT_TESTED, UNDECIDED, Finding, column_of, decide, untested
 from reports.measures.accuracy import LEVELS, of_the_paper, points_interval
 from reports.measures.finetuning import Trained, lead, sparsity_means
 from reports.rules.e02 import RAISED_BY, perplexity_finding
@@ -22,7 +22,7 @@ def c4_finetuned(run: Run) -> list[Finding]:
     2 points below the base model before fine-tuning at the last step evaluated within the first 500.
 
     Both the items' and the seeds' errors count; a single seed decides nothing. A level that was not measured leaves the
-    claim untested unless another has failed it.
+    claim untested or undecided unless another has failed it.
     """
     table, samples = run.table(FinetuningRow), run.table(FinetuningSample)
     if table is None:
@@ -36,23 +36,25 @@ def c4_finetuned(run: Run) -> list[Finding]:
         within = [step for step in steps if 0 < step <= 500]
         unmeasured = [level for level in LEVELS if not any(variant == level for variant, _ in at)]
         pairs = [(level, step) for level in LEVELS if level not in unmeasured for step in steps]
-        needed = [*pairs, ("dense", 0), *(("cats-70", step) for step in within[-1:])]
+        needed = [*pairs, ("dense", 0)]
         absent = [f"{variant_name(v)} at step {step}" for v, step in dict.fromkeys(needed) if (v, step) not in at]
         if absent or not within or not pairs:
             text = ", ".join(absent[:3]) or "ReLUfication at a step within the first 500"
             findings.append(untested(model, f"{text} not measured on all tasks"))
             continue
         leads = {(level, step): lead(at[level, step], at["relufication", step]) for level, step in pairs}
-        gap = lead(at["cats-70", within[-1]], at["dense", 0])
+        gap = lead(at["cats-70", within[-1]], at["dense", 0]) if "cats-70" not in unmeasured else None
         findings.append(without(unmeasured, _c4_finding(model, leads, gap, within[-1])))
     return findings
 
 
 def without(unmeasured: list[str], finding: Finding) -> Finding:
-    """What a claim about every level comes to when some were not measured: one that fails it is enough."""
+    """What a claim about every level comes to when some were not measured: one that fails it is enough, and none that
+    is undecided becomes more."""
     if not unmeasured or finding.verdict == FAILS:
         return finding
-    return finding.because(NOT_TESTED, f"{', '.join(map(variant_name, unmeasured))} not measured")
+    verdict = UNDECIDED if finding.verdict == UNDECIDED else NOT_TESTED
+    return finding.because(verdict, f"{', '.join(map(variant_name, unmeasured))} not measured")
 
 
 def _trained(part: pd.DataFrame, samples: pd.DataFrame | None) -> dict[tuple[str, int], Trained]:
@@ -68,13 +70,17 @@ def _trained(part: pd.DataFrame, samples: pd.DataFrame | None) -> dict[tuple[str
     return at
 
 
-def _c4_finding(model: str, leads: dict[tuple[str, int], Estimate], gap: Estimate, step: int) -> Finding:
+def _c4_finding(model: str, leads: dict[tuple[str, int], Estimate], gap: Estimate | None, step: int) -> Finding:
     named = [(f"{variant_name(level)} at step {at}", one) for (level, at), one in leads.items()]
-    verdict, reason = decide([*named, (f"CATS-70 against base at step {step}", gap.shifted(0.02))])
     won = sum(one.value > 0 for one in leads.values())
-    ours = f"{won} of {len(leads)} comparisons won; CATS-70 at step {step} {points(gap.value)} points from base"
+    ours = f"{won} of {len(leads)} comparisons won"
     worst = min(named, key=lambda pair: pair[1].value)
-    uncertainty = f"smallest lead {worst[0]}: {points_interval(worst[1])}; CATS-70: {points_interval(gap)}"
+    uncertainty = f"smallest lead {worst[0]}: {points_interval(worst[1])}"
+    if gap is not None:
+        named.append((f"CATS-70 against base at step {step}", gap.shifted(0.02)))
+        ours += f"; CATS-70 at step {step} {points(gap.value)} points from base"
+        uncertainty += f"; CATS-70: {points_interval(gap)}"
+    verdict, reason = decide(named)
     return Finding(model, column_of(model), verdict, ours, uncertainty, reason)
 
 
