@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from reports.core.load import Run, command
+from reports.core.provenance import machine
 from reports.core.section import Section
 from reports.core.verdicts import (
     COLUMNS,
@@ -23,6 +24,8 @@ from reports.core.verdicts import (
     combined,
 )
 
+SINGLE = "a single "
+"""In the reason of a finding that one prompt, repeat or seed cannot decide."""
 ACCURACY, SPEED = (REAL, POCKET), (GPU, CPU)
 
 
@@ -78,14 +81,40 @@ def judge(runs: list[Run], sections: list[Section]) -> pd.DataFrame:
     for claim in CLAIMS:
         of_claim = []
         for section, rule in rules_of(claim, sections):
-            for run in runs:
-                of_claim += [_row(claim, section, rule, run, finding) for finding in _findings(section, rule, run)]
+            made = [(run, finding) for run in runs for finding in _findings(section, rule, run)]
+            latest = _latest(made, section.experiment)
+            for run, finding in made:
+                newer = latest.get(_condition(run, finding), run)
+                later = _started(newer, section.experiment) > _started(run, section.experiment)
+                if later and finding.verdict != NOT_TESTED:
+                    finding = finding.because(NOT_TESTED, f"measured again later, in {newer.label}")
+                of_claim.append(_row(claim, section, rule, run, finding))
         if not of_claim:
             rules = rules_of(claim, sections)
             missing = Finding("", "", NOT_TESTED, reason="not measured")
             of_claim = [_row(claim, rules[0][0] if rules else None, rules[0][1] if rules else None, None, missing)]
         rows += of_claim
     return pd.DataFrame(rows)
+
+
+def _condition(run: Run, finding: Finding) -> tuple[str, ...]:
+    return machine(run), finding.column, finding.aspect, finding.model, finding.condition
+
+
+def _latest(made: list[tuple[Run, Finding]], experiment: str) -> dict[tuple[str, ...], Run]:
+    """The run measured last of each condition on a machine, among those that could decide: its code is the newest."""
+    latest: dict[tuple[str, ...], Run] = {}
+    for run, finding in made:
+        if finding.verdict == NOT_TESTED or SINGLE in finding.reason:
+            continue
+        other = latest.get(_condition(run, finding))
+        if other is None or _started(run, experiment) > _started(other, experiment):
+            latest[_condition(run, finding)] = run
+    return latest
+
+
+def _started(run: Run, experiment: str) -> str:
+    return str(run.provenance.get(experiment, {}).get("started") or "")
 
 
 def _findings(section: Section, rule: Rule, run: Run) -> list[Finding]:
@@ -133,7 +162,7 @@ def findings_of(judged: pd.DataFrame, claim: Claim, column: str) -> pd.DataFrame
     decided = rows["verdict"].map(plain).isin([HOLDS, FAILS])
     alike = [rows[name].fillna("") for name in ("aspect", "model", "condition")]
     elsewhere = decided.groupby(alike).transform("any")
-    weak = (rows["verdict"] == UNDECIDED) & rows["reason"].fillna("").str.contains("a single ")
+    weak = (rows["verdict"] == UNDECIDED) & rows["reason"].fillna("").str.contains(SINGLE)
     return rows[~(weak & elsewhere)]
 
 
