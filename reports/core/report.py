@@ -185,8 +185,8 @@ def _section(section: Section, runs: list[Run], folder: Path) -> tuple[list[Bloc
     for part in parts(section, runs):
         main = more if part.again else blocks
         if part.again:
-            names = ", ".join(escape(run.label) for run in part.members) or part.label
-            blocks.append(Text(f"*{names}* measured some of it again: among the further tables and figures."))
+            again = ", ".join(escape(run.label) for run in part.members) or part.label
+            blocks.append(Text(f"*{again}* measured some of it again: among the further tables and figures."))
         if section.by_run:
             main += [Heading(2 + part.again, f"{part.label}: {escape(machine(part.run))}")] if several else []
             main += _sources(section, list(part.members), len(part.members) > 1)

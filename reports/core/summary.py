@@ -14,9 +14,10 @@ from reports.core.verdicts import COLUMNS, FAILS, HOLDS, NOT_TESTED, POCKET, REA
 TITLES = {column: column[0].upper() + column[1:] for column in COLUMNS}
 DETAIL_WIDTHS = (3.4, 14, 24, 23, 22)
 HOW_TO_READ = (
-    "In the count of claims, one holds in a column when it holds for every model and condition tested there; one that "
-    "does not outweighs those that do; of runs of the same model and condition on a machine the "
-    "latest counts, and one of a single prompt or repeat only where no other decides. What cannot decide a claim stands in the details of the HTML and Markdown alone."
+    "In the count of claims, one holds in a column when it holds for every model and condition tested there; one "
+    "that does not outweighs those that do; of runs of the same model and condition on a machine the latest counts,"
+    " and one of a single prompt or repeat only where no other decides. What cannot decide a claim stands in the "
+    "details of the HTML and Markdown alone."
 )
 POCKET_NOTE = (
     "The pocket model is the project's own and small: it says whether everything works. A claim about models of 7 "
