@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reports.core.claims import CLAIMS, counts, judge, rules_of, verdict_in
+from reports.core.claims import CLAIMS, counts, findings_of, judge, rules_of, verdict_in
 from reports.core.load import Run, paper_table
 from reports.core.section import discover
 from reports.core.statistics import Estimate
@@ -130,6 +130,16 @@ def test_counts_are_by_claim_and_not_by_row() -> None:
     assert sum(by_column[GPU].values()) == sum(by_column[CPU].values()) == 3
     c9_claim = next(claim for claim in CLAIMS if claim.id == "C9")
     assert verdict_in(judged, c9_claim, CPU) == HOLDS and verdict_in(judged, c9_claim, GPU) == NOT_TESTED
+
+
+def test_what_one_run_decides_another_leaves_no_doubt_about() -> None:
+    claim = CLAIMS[6]
+    columns = {"claim": claim.id, "column": GPU, "aspect": "", "condition": "float32", "run": "", "reason": ""}
+    findings = [("one", UNDECIDED), ("one", HOLDS), ("two", UNDECIDED), ("three", HOLDS), ("three", FAILS)]
+    judged = pd.DataFrame([{**columns, "model": model, "verdict": verdict} for model, verdict in findings])
+    kept = findings_of(judged, claim, GPU)
+    assert list(zip(kept["model"], kept["verdict"], strict=True)) == findings[1:]
+    assert len(findings_of(judged.assign(condition=["a", *["b"] * 4]), claim, GPU)) == 5
 
 
 def test_the_papers_own_numbers_pass_the_rules_except_where_the_report_says_so() -> None:

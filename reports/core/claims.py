@@ -8,7 +8,20 @@ import pandas as pd
 
 from reports.core.load import Run, command
 from reports.core.section import Section
-from reports.core.verdicts import COLUMNS, CPU, GPU, NOT_TESTED, POCKET, REAL, Finding, Rule, combined
+from reports.core.verdicts import (
+    COLUMNS,
+    CPU,
+    FAILS,
+    GPU,
+    HOLDS,
+    NOT_TESTED,
+    POCKET,
+    REAL,
+    UNDECIDED,
+    Finding,
+    Rule,
+    combined,
+)
 
 ACCURACY, SPEED = (REAL, POCKET), (GPU, CPU)
 
@@ -110,8 +123,16 @@ def plain(words: str) -> str:
 
 def verdict_in(judged: pd.DataFrame, claim: Claim, column: str) -> str:
     """A claim's verdict in one column of the summary, over all models and conditions there."""
+    return combined(plain(words) for words in findings_of(judged, claim, column)["verdict"])
+
+
+def findings_of(judged: pd.DataFrame, claim: Claim, column: str) -> pd.DataFrame:
+    """The findings of a claim in a column, without those undecided where another run of the same model, condition and
+    aspect decides."""
     rows = judged[(judged["claim"] == claim.id) & (judged["column"] == column)]
-    return combined(plain(words) for words in rows["verdict"])
+    decided = rows["verdict"].map(plain).isin([HOLDS, FAILS])
+    elsewhere = decided.groupby([rows[name] for name in ("aspect", "model", "condition")]).transform("any")
+    return rows[decided | ~elsewhere | (rows["verdict"] != UNDECIDED)]
 
 
 def counts(judged: pd.DataFrame) -> dict[str, dict[str, int]]:

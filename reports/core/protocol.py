@@ -15,6 +15,7 @@ from reports.core.load import Run
 from reports.core.section import Section
 
 MOST_NAMED = 3  # runs in the heading of a column
+MOST_COLUMNS = 4  # of runs: more are too narrow to read
 Words = Callable[[Run], str]
 
 
@@ -105,3 +106,15 @@ def protocol(section: Section, runs: list[Run]) -> pd.DataFrame:
         label += f" and {len(members) - MOST_NAMED} more" * (len(members) > MOST_NAMED)
         columns[label] = [escape(words) or style.DASH for words in (", ".join(leading), *said)]
     return pd.DataFrame({**first, **columns})
+
+
+def at_a_glance(section: Section, runs: list[Run]) -> pd.DataFrame:
+    """`protocol` with one column for all runs: what each aspect was, the commonest first, with the number of runs."""
+    said = []
+    for aspect in section.protocol:
+        counts = pd.Series([aspect.ours(run) for run in runs]).replace("", None).dropna().value_counts(sort=True)
+        parts = [f"{words} ({count})" if len(counts) > 1 else words for words, count in counts.items()]
+        said.append(escape("; ".join(map(str, parts))) or style.DASH)
+    names = [aspect.name for aspect in section.protocol]
+    papers = [escape(aspect.paper) for aspect in section.protocol]
+    return pd.DataFrame({"": names, "The paper": papers, f"{len(runs)} runs (how many of them)": said})
