@@ -227,8 +227,8 @@ def decode_attention_kernel(
     PDL: tl.constexpr,
 ):
     """HELD: tiles are read into registers, one before it is needed; always so without DOT. AHEAD: where the first tile
-    lies is read, and it is asked for, before the previous kernel is waited for. TOGETHER: see `combine_together`; and
-    the new token's key and value are read before the older ones, not after them."""
+    lies is read, and it is asked for, before the previous kernel is waited for. TOGETHER: groups by `combine_together`;
+    and the new token's key and value are read before the older ones, not after them."""
     split = tl.program_id(0)
     head = tl.program_id(1)  # of all sequences
     sequence = head // KV_HEADS
@@ -293,7 +293,7 @@ def decode_attention_kernel(
         before = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel")
         if before == active - 1:
             tl.store(arrived_ptr + head, 0)
-            if TOGETHER:
+            if TOGETHER and GROUP > 1:
                 combine_together(partial_ptr, stats_ptr, out_ptr, head, active, GROUP, D, SPLITS, BLOCK_SPLITS, MEMBERS)
             else:
                 combine(partial_ptr, stats_ptr, out_ptr, head, active, GROUP, D, SPLITS, BLOCK_SPLITS)
