@@ -13,7 +13,7 @@ from experiments.framework.tables import FinetuningRow, FinetuningSample, Sparsi
 from reports.core import style
 from reports.core.document import Block, Table, escape
 from reports.core.load import Run, paper_models, paper_table
-from reports.core.protocol import TRAINING, of, phrases, span, swept, values
+from reports.core.protocol import TRAINING, of, options, phrases, span, swept, values
 from reports.core.section import Aspect, Drawing, Section
 from reports.core.tables import sweep
 from reports.measures.accuracy import variants
@@ -46,9 +46,12 @@ The learning-rate sweep: loss on held-out text that nothing else is measured on,
 
 
 def _rates(run: Run) -> str:
+    rates = options(run, "e03").get("learning_rates") or []
+    if len(rates) == 1:
+        return f"{rates[0]:g}, not swept"
     tried = phrases("e03", "the best of {learning_rates} at {sweep_steps} steps")(run)
-    rates = run.table(SweepRow)
-    return ", ".join(filter(None, [tried, swept(rates) if rates is not None else ""]))
+    table = run.table(SweepRow)
+    return ", ".join(filter(None, [tried, swept(table) if table is not None else ""]))
 
 
 def _evaluation(table: pd.DataFrame) -> str:

@@ -55,7 +55,7 @@ def attention_figure(run: Run) -> Figure:
     table = named(run.tables[AttentionRow.table])
     means = zero_shot_means(table)
     models = [str(model) for model in means["model"].unique()]
-    size, ratios = (style.WIDTH, 2.3 if len(models) == 1 else 1.7 * len(models)), {"width_ratios": [1.3, 1, 1.2]}
+    size, ratios = (style.WIDTH, 2.3 if len(models) == 1 else 1.45 * len(models)), {"width_ratios": [1.3, 1, 1.2]}
     figure, axes = plt.subplots(len(models), 3, figsize=size, squeeze=False, gridspec_kw=ratios)
     paper = paper_table("appendix_b_attention").rename(columns={"average_accuracy": "value"}).assign(stderr=np.nan)
     for (ours, theirs, sparsity), model in zip(axes, models, strict=True):

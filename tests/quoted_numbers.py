@@ -21,6 +21,7 @@ import pandas as pd
 from experiments.framework.tables import (
     CriterionRow,
     CriterionSpeedRow,
+    FinetuningRow,
     LatencyRow,
     QuantizationRow,
     QuantizationSpeedRow,
@@ -32,9 +33,10 @@ from reports.core.load import Run, load_run, paper_table
 from reports.core.section import discover, row_types
 from reports.e08.tables import text_rows
 from reports.measures.accuracy import zero_shot_means
+from reports.measures.finetuning import finetuning_means
 from reports.measures.frontier import fastest
 from reports.measures.generation import figure_4, generation_speedups
-from reports.measures.latency import OURS, batch_one, kernel_speedups
+from reports.measures.latency import OURS, SHAPES, batch_one, kernel_speedups
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -67,16 +69,33 @@ def mlp(run: str, column: str = "speedup", pick: str = "", **where: object) -> f
     """e05 at batch 1: speed-up of our kernel over the fastest dense (or ``over_torch``, ``over_own``); ``pick``: the
     smallest or largest (min, max) of the rows."""
     rows = batch_one(kernel_speedups(run_at(run).tables[LatencyRow.table]))
-    rows = rows[(rows["implementation"] == OURS) & rows["shape"].isin(["Mistral-7B", "Llama2-7B"])]
+    rows = rows[(rows["implementation"] == OURS) & rows["shape"].isin(SHAPES) & (rows["condition"] == "figure")]
     if not pick:
         return one(rows, column, **where)
     level = where.pop("sparsity_target")
     return float(rows.loc[np.isclose(rows["sparsity_target"], level), column].agg(pick))
 
 
-def generation(run: str, column: str = "speedup", **where: object) -> float:
-    """e06, Figure 4's rows: ``speedup``, ``tokens_per_second``, ``dense_tokens_per_second``."""
-    return one(figure_4(generation_speedups(run_at(run).tables[ThroughputRow.table])), column, **where)
+def generation(run: str, column: str = "speedup", over: str = "", **where: object) -> float:
+    """e06, Figure 4's rows: ``speedup``, ``tokens_per_second``, ``dense_tokens_per_second``; with ``over`` the dense of
+    that run is meant.
+
+    Raises:
+        ValueError: ``over`` is slower than the run's own dense.
+    """
+
+    def of(name: str, wanted: str) -> float:
+        return one(figure_4(generation_speedups(run_at(name).tables[ThroughputRow.table])), wanted, **where)
+
+    if not over:
+        return of(run, column)
+    dense = of(over, "dense_tokens_per_second")
+    if dense < of(run, "dense_tokens_per_second"):
+        raise ValueError(f"dense is slower in {over} than in {run}")
+    return {
+        "dense_tokens_per_second": dense,
+        "speedup": of(run, "tokens_per_second") / dense,
+    }[column]
 
 
 def quantized_generation(run: str, format: str, variant: str) -> float:
@@ -88,16 +107,19 @@ def quantized_generation(run: str, format: str, variant: str) -> float:
     return float(rows["tokens_per_second"].median())
 
 
-def quantized_mlp(run: str, format: str, sparsity_target: float, over: str) -> float:
-    """e09: speed-up of our kernel over the fastest dense of the same bits (``over="dense"``; of the same format where
-    that is ``none``), or over itself on bfloat16 weights at the same sparsity (``over="bfloat16"``)."""
+def quantized_mlp(run: str, format: str, sparsity_target: float, over: str, beside: str = "") -> float:
+    """e09: speed-up of our kernel over the fastest dense of the same bits, of this run and of ``beside``
+    (``over="dense"``; of the same format where that is ``none``), or over itself on bfloat16 weights at the same
+    sparsity (``over="bfloat16"``)."""
     table = run_at(run).tables[QuantizationSpeedRow.table]
+    dense = pd.concat([table, *([run_at(beside).tables[QuantizationSpeedRow.table]] if beside else [])])
+    dense = dense[dense["implementation"] != "cats"]
     ours = table[(table["implementation"] == "cats") & np.isclose(table["sparsity_target"], sparsity_target)]
     if over == "bfloat16":
         other = one(ours, "p50_ms", format="none")
     else:
-        alike = table["format"] == "none" if format == "none" else table["bits"] == one(ours, "bits", format=format)
-        other = float(table.loc[alike & (table["implementation"] != "cats"), "p50_ms"].min())
+        alike = dense["format"] == "none" if format == "none" else dense["bits"] == one(ours, "bits", format=format)
+        other = float(dense.loc[alike, "p50_ms"].min())
     return other / one(ours, "p50_ms", format=format)
 
 
@@ -124,6 +146,23 @@ def perplexity_ratio(run: str, variant: str) -> float:
 def perplexity_increase(run: str, variant: str) -> float:
     """e02: over dense, in percent."""
     return 100 * (perplexity_ratio(run, variant) - 1)
+
+
+def finetuned_increase(run: str, variant: str, step: int) -> float:
+    """e03: increase of perplexity over dense fine-tuned alike, mean over seeds, in percent."""
+    table = run_at(run).tables[FinetuningRow.table]
+    losses = table[table["step"] == step].drop_duplicates(["variant", "seed"]).groupby("variant")["eval_loss"].mean()
+    return 100 * math.expm1(losses[variant] - losses["dense"])
+
+
+def finetuned_accuracy(run: str, variant: str, step: int) -> float:
+    """e03: mean over tasks and seeds."""
+    return one(finetuning_means(run_at(run).tables[FinetuningRow.table]), "accuracy", variant=variant, step=step)
+
+
+def criterion_tokens(run: str, variant: str) -> float:
+    """e08: tokens per second."""
+    return one(run_at(run).tables[CriterionSpeedRow.table], "value", variant=variant, what="token")
 
 
 def criterion_increase(run: str, variant: str, scope: str = "mlp") -> float:
@@ -183,7 +222,8 @@ def value_of(entry: dict[str, object]) -> float:
 
 KNOWN = (
     mlp, generation, accuracy, accuracy_change, perplexity, perplexity_ratio, perplexity_increase, criterion_increase,
-    answers, criterion_sparsity, quantized_increase, criterion_speed, paper, quantized_generation, quantized_mlp,
+    answers, criterion_sparsity, quantized_increase, criterion_speed, criterion_tokens, finetuned_increase,
+    finetuned_accuracy,    paper, quantized_generation, quantized_mlp,
 )  # fmt: skip
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from reports.core.claims import CLAIMS, counts, judge, rules_of, verdict_in
+from reports.core.claims import CLAIMS, counts, findings_of, judge, rules_of, verdict_in
 from reports.core.load import Run, paper_table
 from reports.core.section import discover
 from reports.core.statistics import Estimate
@@ -130,6 +131,38 @@ def test_counts_are_by_claim_and_not_by_row() -> None:
     assert sum(by_column[GPU].values()) == sum(by_column[CPU].values()) == 3
     c9_claim = next(claim for claim in CLAIMS if claim.id == "C9")
     assert verdict_in(judged, c9_claim, CPU) == HOLDS and verdict_in(judged, c9_claim, GPU) == NOT_TESTED
+
+
+def test_what_was_measured_again_later_decides() -> None:
+    def run(day: int, gain: float, **options: int) -> Run:
+        table = made.throughput(machine="NVIDIA H200", speedup=gain, loops=("eager", "graph-tuned"), **options)
+        entry = {"started": f"2001-01-0{day}T00:00:00+00:00"} if day else {}
+        return replace(made.loaded(e06_throughput=table), label=f"day {day}", provenance={"e06": entry})
+
+    def verdicts(*runs: Run) -> dict[str, set[str]]:
+        judged = judge(list(runs), discover())
+        c9 = judged[(judged["claim"] == "C9") & (judged["column"] == GPU)]
+        return {label: set(of["verdict"]) for label, of in c9.groupby("run")}
+
+    assert verdicts(run(1, 1.1), run(2, 1.4)) == {"day 1": {NOT_TESTED}, "day 2": {HOLDS}}
+    assert verdicts(run(3, 1.1), run(2, 1.4)) == {"day 3": {FAILS}, "day 2": {NOT_TESTED}}
+    assert verdicts(run(1, 1.1), run(2, 1.4, prompts=1)) == {"day 1": {FAILS}, "day 2": {UNDECIDED}}
+    assert verdicts(run(0, 1.1), run(0, 1.4))["day 0"] == {FAILS, HOLDS}  # when is not recorded
+    elsewhere = run(2, 1.4)
+    elsewhere.tables["e06_throughput"]["machine"] = "NVIDIA H100"
+    assert verdicts(run(1, 1.1), elsewhere) == {"day 1": {FAILS}, "day 2": {HOLDS}}
+
+
+def test_a_run_of_a_single_prompt_does_not_blur_what_another_decides() -> None:
+    claim = CLAIMS[6]
+    columns = {"claim": claim.id, "column": GPU, "aspect": "", "condition": np.nan, "run": ""}
+    findings = [
+        ("one", UNDECIDED, "a single repeat: unknown"), ("one", HOLDS, ""), ("one", UNDECIDED, "within the error"),
+        ("two", UNDECIDED, "a single prompt"), ("three", HOLDS, np.nan), ("three", FAILS, ""),
+    ]  # fmt: skip
+    rows = [{**columns, "model": model, "verdict": verdict, "reason": why} for model, verdict, why in findings]
+    kept = findings_of(pd.DataFrame(rows), claim, GPU)
+    assert list(kept.index) == [1, 2, 3, 4, 5]
 
 
 def test_the_papers_own_numbers_pass_the_rules_except_where_the_report_says_so() -> None:

@@ -192,6 +192,23 @@ def test_c4_needs_every_level_at_every_step(end: float, expected: str) -> None:
     assert verdict(e03.c4_finetuned, **tuned(cats_70=0.72, cats_90=end)) == expected
 
 
+@pytest.mark.parametrize("end, expected", [(0.62, NOT_TESTED), (0.551, NOT_TESTED), (0.50, FAILS)])
+def test_without_a_level_c4_is_not_tested_unless_another_fails(end: float, expected: str) -> None:
+    tables = {name: of[of["variant"] != "cats-90"] for name, of in tuned(cats_70=0.72, cats_50=end).items()}
+    finding = only(e03.c4_finetuned(made.loaded(**tables)))
+    assert finding.verdict == expected and "comparisons won" in finding.ours
+    assert finding.reason.endswith("CATS-90 not measured") == (expected == NOT_TESTED)
+
+
+@pytest.mark.parametrize("drift, expected", [(0.01, NOT_TESTED), (0.09, FAILS)])
+def test_without_a_level_c5_is_not_tested_unless_another_fails(drift: float, expected: str) -> None:
+    sparsity = made.finetuned_sparsity()
+    sparsity = sparsity[sparsity["variant"] != "cats-90"]
+    sparsity.loc[sparsity["variant"] == "cats-50", "sparsity_measured"] = 0.5 - drift
+    finding = only(e03.c5_sparsity_kept(made.loaded(e03_sparsity=sparsity)))
+    assert finding.verdict == expected and "CATS-70" in finding.ours and "CATS-90" not in finding.ours
+
+
 def test_c4_with_a_single_seed_is_undecided() -> None:
     finding = only(e03.c4_finetuned(made.loaded(**tuned(cats_70=0.72, seeds=1))))
     assert finding.verdict == UNDECIDED and "1 seed" in finding.reason

@@ -11,6 +11,7 @@ from experiments.framework.cost import Cost, Work, evaluation, text, training
 from experiments.framework.plan import (
     LOGIT,
     PROCESS,
+    READ,
     Machine,
     cost_of,
     h200,
@@ -27,29 +28,42 @@ MODELS = {
     "qwen2.5-coder-1.5b-instruct.Q4_K_M.gguf": (1.54e9, 28),
     "shape:mistral-7b": (7.24e9, 32),
     "shape:llama2-7b": (6.74e9, 32),
+    "shape:llama2-13b": (13.02e9, 40),
 }
 """Parameters and layers."""
 TWO_LAYERS = {"shape:mistral-7b": (0.70e9, 2), "shape:llama2-7b": (0.67e9, 2)}
 XEON = Machine(308e9, 22.7e9, 4e-4)
 """Two cores of the machine of results/cpu/pocket, idle: what `plan.speed` measured."""
-H100 = Machine(989e12, 0.4 * 3.35e12, 1e-3)
+H100 = Machine(989e12, READ * 3.35e12, 1e-3)
 ALONE = {
     "cpu/pocket": ("cpu", XEON, ("e01", "e02", "e03", "e04", "e05", "e06", "e07", "e08", "e09")),
+    "cpu/qwen2.5-coder-1.5b-quantized-generation": ("cpu", XEON, ("e09",)),
     "h100/paper": ("cuda", H100, ("e05",)),
+    "h100/llama2-13b-mlp": ("cuda", H100, ("e05",)),
     "h100/mistral-7b-generation": ("cuda", H100, ("e06",)),
-    "h100/llama2-7b-generation": ("cuda", H100, ("e06",)),
     "h100/mistral-7b-generation-tuned": ("cuda", H100, ("e06",)),
+    "h100/mistral-7b-generation-tuned-earlier": ("cuda", H100, ("e06",)),
+    "h100/mistral-7b-generation-float32": ("cuda", H100, ("e06",)),
+    "h100/mistral-7b-generation-eager": ("cuda", H100, ("e06",)),
+    "h100/llama2-7b-generation": ("cuda", H100, ("e06",)),
     "h100/llama2-7b-generation-tuned": ("cuda", H100, ("e06",)),
+    "h100/llama2-7b-generation-float32": ("cuda", H100, ("e06",)),
+    "h100/llama2-13b-generation": ("cuda", H100, ("e06",)),
     "h100/qwen2.5-coder-1.5b-instruct-generation": ("cuda", H100, ("e06",)),
+    "h100/qwen2.5-coder-0.5b-instruct-generation": ("cuda", H100, ("e06",)),
     "h100/gemma-3-270m-generation": ("cuda", H100, ("e06",)),
+    "h100/mistral-7b-quantized-generation": ("cuda", H100, ("e09",)),
     "h100/mistral-7b-quantized-mlp": ("cuda", H100, ("e09",)),
+    "h100/mistral-7b-quantized-mlp-earlier": ("cuda", H100, ("e09",)),
+    "h100/llama2-7b-quantized-mlp": ("cuda", H100, ("e09",)),
     "h100/gemma-3-270m-speed": ("cuda", H100, ("e08",)),
     "h100/qwen2.5-coder-0.5b-instruct-speed": ("cuda", H100, ("e08",)),
     "h100/qwen2.5-coder-1.5b-instruct-speed": ("cuda", H100, ("e08",)),
+    "h100/qwen2.5-coder-0.5b-instruct-tokens": ("cuda", H100, ("e08",)),
+    "h100/qwen2.5-coder-1.5b-instruct-tokens": ("cuda", H100, ("e08",)),
 }
-"""Runs that nothing ran beside, of the present kind: device, machine, experiments. Prompts of quantised models on a
-GPU took seconds when e09's generation was measured, which is mended, so that run says nothing about the plan. The
-other real-model runs shared a card with up to eleven others, so that their seconds are no timings."""
+"""Runs that nothing ran beside on their card, of the present kind: device, machine, experiments. The other real-model
+runs shared a card with up to eleven others, so that their seconds are no timings."""
 
 
 def planned(entry: dict[str, Any], experiment: str, device: str, machine: Machine) -> float:

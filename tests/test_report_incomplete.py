@@ -75,7 +75,7 @@ def test_a_whole_run_is_nowhere_called_incomplete(tmp_path: Path) -> None:
     sections = discover()
     text = document.to_markdown("T", [*recorded([loaded]), *appendix([loaded], sections)])
     judged = judge([loaded], sections)
-    said = [text, provenance.run_line(loaded), *judged["reason"], str(protocol(sections[1], [loaded]).columns)]
+    said = [text, *provenance.run_lines([loaded]), *judged["reason"], str(protocol(sections[1], [loaded]).columns)]
     assert not any("ncomplete" in words or "not recorded" in words for words in said)
 
 
@@ -131,3 +131,22 @@ def test_parts_of_experiments_are_shown_without_what_they_lack() -> None:
     tables = {"e08_criteria": table[table["criterion"] != "dense"], "e08_speed": made.all_tables()["e08_speed"]}
     lacking = made.loaded(**tables)
     assert CriterionRow.table in lacking.tables and frontier_figure(lacking) is None
+
+
+@pytest.mark.parametrize("place", [{"gpus": ["H100"]}, None])
+def test_a_run_that_has_ended_counts_before_a_later_one_that_has_not(place: dict[str, Any] | None) -> None:
+    """On one machine; two runs of machines that are not recorded are not known to be of the same."""
+    tables = {"e02_zero_shot": made.zero_shot()}
+    whole = entry(hardware=place, started="2001-01-01T00:00:00")
+    part = entry(hardware=place, started="2001-02-01T00:00:00", **INCOMPLETE)
+    older, newer = (Run(name, Path(), tables, provenance={"e02": of}) for name, of in (("old", whole), ("new", part)))
+    judged = judge([older, newer], discover()).query("claim == 'C2'").set_index("run")
+    assert judged["verdict"]["old"] != "not tested" and LACKS in judged["reason"]["new"]
+    if place:
+        assert judged["verdict"]["new"] == "not tested" and "measured to its end in old" in judged["reason"]["new"]
+        later = Run("later", Path(), tables, provenance={"e02": {**part, "incomplete": None, "started": "2001-03-01"}})
+        judged = judge([older, newer, later], discover()).query("claim == 'C2'").set_index("run")
+        assert list(judged["verdict"] == "not tested") == [True, True, False]
+        assert "measured again later, in later" in judged["reason"]["old"]
+    else:
+        assert judged["verdict"]["new"] == judged["verdict"]["old"]

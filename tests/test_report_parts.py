@@ -78,8 +78,18 @@ def test_a_run_over_two_commits_says_both_and_all_attempts_count() -> None:
     assert np.isnan(provenance.seconds({"attempts": [10, None]})) and np.isnan(provenance.seconds({}))
     entry = {"commit": "a", "differs_from_profile": {"prompts": [50, 3]}, "started": "2001-01-01T00:00:00Z"}
     run = Run("r", Path(), {}, {}, {"e06": {**entry, "settings": {"profile": "paper"}}})
-    assert "profile paper (changed)" in provenance.run_line(run)
+    assert "profile paper (changed)" in provenance.run_origin(run)
     assert "differs from its profile in prompts 50, 3" in provenance.provenance_line(run, "e06")
+
+
+def test_runs_of_one_machine_day_and_commit_share_a_line() -> None:
+    entry = {"started": "2001-01-07", "commit": "b" * 40, "dirty": False, "hardware": "Imaginary GPU"}
+    runs = [Run(name, Path(), {}, {}, {"e06": entry}) for name in ("one", "two")]
+    runs.insert(1, Run("old", Path(), {}, {}, {"e06": {**entry, "commit": "a" * 40}}))
+    assert provenance.run_lines(runs) == [
+        f"one, two: Imaginary GPU; measured 2001-01-07; commit {'b' * 10}, clean",
+        f"old: Imaginary GPU; measured 2001-01-07; commit {'a' * 10}, clean",
+    ]
 
 
 def test_settings_are_written_in_words(tmp_path: Path) -> None:

@@ -46,15 +46,20 @@ def lane_places(start, TILE: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def load_tile(cache_ptr, start, end, D: tl.constexpr, TILE: tl.constexpr):
+    """A tile of the cache's rows [TILE, D]; zeros from ``end`` on."""
+    place = start + tl.arange(0, TILE)[:, None]
+    column = tl.arange(0, D)[None, :]
+    return tl.load(cache_ptr + place * D + column, mask=place < end, other=0.0)
+
+
+@triton.jit
 def load_lanes(cache_ptr, start, end, D: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr):
     """A tile of the cache's rows as [1, TILE / LANES, LANES, D]; zeros from ``end`` on.
 
     It is loaded as rows and columns, whose layout all versions of Triton choose alike: a lane's places are its own.
     """
-    place = start + tl.arange(0, TILE)[:, None]
-    column = tl.arange(0, D)[None, :]
-    tile = tl.load(cache_ptr + place * D + column, mask=place < end, other=0.0)
-    return tl.reshape(tile, [1, TILE // LANES, LANES, D])
+    return tl.reshape(load_tile(cache_ptr, start, end, D, TILE), [1, TILE // LANES, LANES, D])
 
 
 @triton.jit
@@ -96,10 +101,11 @@ def attend_by_lanes(
 
 @triton.jit
 def attend_by_tiles(
-    q_row, first_head, cos_row, sin_row, keys_ptr, values_ptr, start, end, first, scale,
+    q_row, first_head, cos_row, sin_row, keys_ptr, values_ptr, early_k, early_v, start, end, first, scale,
     GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    HELD: tl.constexpr,
 ):  # fmt: skip
-    """`attend_by_lanes` on tensor cores."""
+    """`attend_by_lanes` on tensor cores. HELD: early_k and early_v are the first tile, else not used."""
     dtype = keys_ptr.dtype.element_ty
     member = tl.arange(0, BLOCK_GROUP)[:, None]
     column = tl.arange(0, D)[None, :]
@@ -109,9 +115,14 @@ def attend_by_tiles(
     sums = tl.zeros([BLOCK_GROUP, D], tl.float32)
     for begin in tl.range(start, end, TILE, num_stages=STAGES):
         place = begin + tl.arange(0, TILE)
-        row = place[:, None] * D + column
-        k = tl.load(keys_ptr + row, mask=(place < end)[:, None], other=0.0)
-        v = tl.load(values_ptr + row, mask=(place < end)[:, None], other=0.0)
+        if HELD:
+            k, v = early_k, early_v
+            early_k = load_tile(keys_ptr, begin + TILE, end, D, TILE)
+            early_v = load_tile(values_ptr, begin + TILE, end, D, TILE)
+        else:
+            row = place[:, None] * D + column
+            k = tl.load(keys_ptr + row, mask=(place < end)[:, None], other=0.0)
+            v = tl.load(values_ptr + row, mask=(place < end)[:, None], other=0.0)
         scores = dot(q, tl.trans(k), tl.zeros([BLOCK_GROUP, TILE], tl.float32)) * scale
         scores = tl.where(((place >= first) & (place < end))[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
@@ -142,6 +153,39 @@ def combine(
         factors = tl.exp2(tops - tl.max(tops, 0))
         out = tl.sum(parts * factors[:, None], 0) / tl.sum(totals * factors, 0)
         tl.store(out_ptr + (head * GROUP + index) * D + column, out.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def combine_together(
+    partial_ptr, stats_ptr, out_ptr, head, active,
+    GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, MEMBERS: tl.constexpr,
+):  # fmt: skip
+    """`combine` for all queries of a group at once: as many splits at a time as make the bytes that `combine` reads for
+    one query, so that few splits are read in one go."""
+    CHUNK: tl.constexpr = BLOCK_SPLITS // MEMBERS if BLOCK_SPLITS > MEMBERS else 1
+    member = tl.arange(0, MEMBERS)[None, :]
+    column = tl.arange(0, D)[None, None, :]
+    top = tl.full([MEMBERS], float("-inf"), tl.float32)
+    total = tl.zeros([MEMBERS], tl.float32)
+    sums = tl.zeros([MEMBERS, D], tl.float32)
+    for begin in tl.range(0, active, CHUNK, num_stages=1):
+        each = begin + tl.arange(0, CHUNK)[:, None]
+        valid = (each < active) & (member < GROUP)
+        stats = stats_ptr + (2 * head * SPLITS + each) * GROUP + member
+        rows = ((head * SPLITS + each) * GROUP + member)[:, :, None] * D + column
+        tops = tl.load(stats, mask=valid, other=float("-inf"), cache_modifier=".cg")
+        totals = tl.load(stats + SPLITS * GROUP, mask=valid, other=0.0, cache_modifier=".cg")
+        parts = tl.load(partial_ptr + rows, mask=valid[:, :, None], other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(top, tl.max(tops, 0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        factors = tl.exp2(tops - base[None, :])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(totals * factors, 0)
+        sums = sums * shrink[:, None] + tl.sum(parts * factors[:, :, None], 0)
+        top = higher
+    row = tl.arange(0, MEMBERS)[:, None]
+    out = (sums / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (head * GROUP + row) * D + tl.arange(0, D)[None, :], out, mask=row < GROUP)
 
 
 @triton.jit
@@ -176,10 +220,15 @@ def decode_attention_kernel(
     BLOCK_SPLITS: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
+    HELD: tl.constexpr,
     AHEAD: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    MEMBERS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """AHEAD: the first tile of older keys and values is asked for before the previous kernel is waited for."""
+    """HELD: tiles are read into registers, one before it is needed; always so without DOT. AHEAD: where the first tile
+    lies is read, and it is asked for, before the previous kernel is waited for. TOGETHER: groups by `combine_together`;
+    and the new token's key and value are read before the older ones, not after them."""
     split = tl.program_id(0)
     head = tl.program_id(1)  # of all sequences
     sequence = head // KV_HEADS
@@ -191,9 +240,13 @@ def decode_attention_kernel(
     position = tl.load(position_ptr).to(tl.int32)
     first = tl.maximum(tl.load(first_ptr + sequence).to(tl.int32), position - window + 1)
     start, end, active = share_of(split, first, position, TILE, SPLITS)
+    early_k, early_v = None, None
     if not DOT:
         early_k = load_lanes(keys_ptr, start, end, D, TILE, LANES)
         early_v = load_lanes(values_ptr, start, end, D, TILE, LANES)
+    elif HELD:
+        early_k = load_tile(keys_ptr, start, end, D, TILE)
+        early_v = load_tile(values_ptr, start, end, D, TILE)
     if AHEAD:
         await_previous_kernel(PDL, False)
     if split < active:
@@ -201,10 +254,14 @@ def decode_attention_kernel(
         q_row = q_ptr + sequence * q_stride
         member = tl.arange(0, BLOCK_GROUP)
         column = tl.arange(0, D)[None, :]
+        dtype = keys_ptr.dtype.element_ty
+        if TOGETHER:
+            new_k = rotated(k_ptr + sequence * k_stride, kv_head, column, column >= 0, cos_row, sin_row, D).to(dtype)
+            new_v = tl.load(v_ptr + sequence * v_stride + kv_head * D + column)
         if DOT:
             top, total, sums = attend_by_tiles(
-                q_row, kv_head * GROUP, cos_row, sin_row, keys_ptr, values_ptr, start, end, first, scale,
-                GROUP, BLOCK_GROUP, D, TILE, STAGES,
+                q_row, kv_head * GROUP, cos_row, sin_row, keys_ptr, values_ptr, early_k, early_v, start, end, first,
+                scale, GROUP, BLOCK_GROUP, D, TILE, STAGES, HELD,
             )  # fmt: skip
         else:
             top, total, sums = attend_by_lanes(
@@ -213,10 +270,11 @@ def decode_attention_kernel(
             )  # fmt: skip
 
         if split == active - 1:  # the new token's own key and value
-            dtype = keys_ptr.dtype.element_ty
             q = rotated(q_row, kv_head * GROUP + member[:, None], column, member[:, None] < GROUP, cos_row, sin_row, D)
-            new_k = rotated(k_ptr + sequence * k_stride, kv_head, column, column >= 0, cos_row, sin_row, D).to(dtype)
-            new_v = tl.load(v_ptr + sequence * v_stride + kv_head * D + column)
+            if not TOGETHER:
+                k_row = k_ptr + sequence * k_stride
+                new_k = rotated(k_row, kv_head, column, column >= 0, cos_row, sin_row, D).to(dtype)
+                new_v = tl.load(v_ptr + sequence * v_stride + kv_head * D + column)
             tl.store(keys_ptr + position * D + column, new_k)
             tl.store(values_ptr + position * D + column, new_v)
             own = tl.sum(q.to(dtype).to(tl.float32) * new_k.to(tl.float32), 1) * scale
@@ -235,4 +293,7 @@ def decode_attention_kernel(
         before = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel")
         if before == active - 1:
             tl.store(arrived_ptr + head, 0)
-            combine(partial_ptr, stats_ptr, out_ptr, head, active, GROUP, D, SPLITS, BLOCK_SPLITS)
+            if TOGETHER and GROUP > 1:
+                combine_together(partial_ptr, stats_ptr, out_ptr, head, active, GROUP, D, SPLITS, BLOCK_SPLITS, MEMBERS)
+            else:
+                combine(partial_ptr, stats_ptr, out_ptr, head, active, GROUP, D, SPLITS, BLOCK_SPLITS)

@@ -41,8 +41,10 @@ SHAPES = {
     "Llama2-13B": (5120, 13824),
     "small": (512, 1408),
 }
-COMPILE_SECONDS = {"cpu": 30.0, "cuda": 22.0}
-"""To compile what one unit compares, of which the dense baseline takes most."""
+COMPILE_SECONDS, COMPILE_SECONDS_OF_A_ROW = {"cpu": 30.0, "cuda": 22.0}, 5.0
+"""To compile the dense baseline, which is most of it; on a GPU for several rows and for one."""
+KERNEL_SECONDS, UNIT_SECONDS = 25.0, 5.0
+"""On a GPU: to compile all our kernels in parallel, and the rest of a unit."""
 COPIES = {"cpu": 1, "cuda": 3}  # of the weights, taken in turn; on a GPU one copy would leave a third of itself in L2
 
 DtypeName = Annotated[str, OneOf(("float32", "float16", "bfloat16"))]
@@ -109,8 +111,8 @@ def run(config: Config[Options]) -> Iterable[Row]:
 
 
 def cost(config: Config[Options]) -> Cost:
-    """Time does not depend on the models: half a minute per comparison on a GPU, mostly compilation; on a CPU weights
-    and buffers are read at 10 GB/s, beside half a minute to compile the dense baseline."""
+    """Time does not depend on the models: on a GPU it is that of compilation; on a CPU weights and buffers are read at
+    10 GB/s, beside half a minute to compile the dense baseline."""
     options, on_gpu = config.options, config.device.startswith("cuda")
     work = memory = 0.0
     for shape, dtype, _ in options.units():
@@ -122,7 +124,8 @@ def cost(config: Config[Options]) -> Cost:
         calls = 7 + 2 * len(targets) + 3 * len(options.ablations.get(dtype, ()))
         work += calls * (options.warmups + options.rounds) * (0.7 * weights + FLUSH_BYTES)
     if on_gpu:
-        seconds = COMPILE_SECONDS["cuda"] * options.compilations * len(options.units())
+        each = [COMPILE_SECONDS["cuda"] if rows > 1 else COMPILE_SECONDS_OF_A_ROW for _, _, rows in options.units()]
+        seconds = KERNEL_SECONDS + UNIT_SECONDS * len(each) + options.compilations * sum(each)
         memory += BUFFER_BYTES
         return Cost(fixed_seconds=seconds, fixed_memory=memory, uses_models=False)
     seconds = work / 10e9 + COMPILE_SECONDS["cpu"] * len(options.units())

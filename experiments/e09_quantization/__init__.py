@@ -20,14 +20,14 @@ from functools import partial
 from typing import Annotated
 
 from experiments.e05_mlp_latency import SHAPES
-from experiments.e06_throughput import COMPILE_SECONDS, KERNEL_SECONDS
+from experiments.e06_throughput import COMPILE_SECONDS, KERNEL_SECONDS, PREFILL
 from experiments.e09_quantization import generation, speed
 from experiments.e09_quantization.formats import NAMES, PLAIN
 from experiments.e09_quantization.generation import Generation
 from experiments.e09_quantization.quality import ROWS, Case, QuantizedSubject, cases, measure
 from experiments.framework.common_options import EvaluationOptions
 from experiments.framework.config import Config
-from experiments.framework.cost import BYTES, Cost, evaluation, memory_per_parameter, text
+from experiments.framework.cost import BYTES, FORWARD, Cost, Work, evaluation, memory_per_parameter, text
 from experiments.framework.options import Count, MayBeEmpty, OneOf, Sparsity, Whole
 from experiments.framework.subject import check, check_models
 from experiments.framework.tables import Row
@@ -129,12 +129,14 @@ def cost(config: Config[Options]) -> Cost:
             fixed = max(fixed, 8 * weights)  # float32 and float64 for the reference, and copies
             calls = (len(options.formats) + 1) * (len(options.sparsities) + 3) * (options.warmups + options.rounds)
             work = calls * (0.5 * weights + FLUSH_BYTES) / 20e9
-            seconds += 8.0 * (len(options.formats) + 1) if on_gpu else work + 10.0  # to compile
+            seconds += 6.5 * (len(options.formats) + 1) if on_gpu else work + 10.0  # to compile
     generated = options.generation
-    tokens = generated.prompts * sum(max(lengths) for lengths in generated.lengths.values())
+    models = (1 + len(generated.formats)) * bool(generated.lengths)
+    through += Work(FORWARD * generated.calibration_tokens) * models
+    tokens = generated.prompts * sum(max(lengths) + PREFILL for lengths in generated.lengths.values())
     turns = generated.repeats * (1 + len(generated.sparsities)) * (1 + len(generated.formats))
     compiled = sum(COMPILE_SECONDS[loop] for loop in generated.lengths) * (1 + len(generated.sparsities)) * on_gpu
-    seconds += len(config.models) * (1 + len(generated.formats)) * (compiled + KERNEL_SECONDS * bool(generated.lengths))
+    seconds += len(config.models) * models * (compiled + KERNEL_SECONDS)
     uses = options.quality or bool(generated.lengths)
     return Cost(
         through,
@@ -142,5 +144,6 @@ def cost(config: Config[Options]) -> Cost:
         memory=1.5 * memory_per_parameter([config.dtype]) if uses else 0.0,
         fixed_memory=fixed,
         fixed_seconds=seconds,
+        loads=options.quality + models,
         uses_models=uses,
     )

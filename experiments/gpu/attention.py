@@ -49,12 +49,16 @@ COLD_BYTES = 200 * 10**6
 """Of all caches together: four times an H100's L2 cache."""
 TOLERANCE = {torch.bfloat16: 0.01, torch.float16: 0.002, torch.float32: 1e-5}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FEWER_WAITS = ((2, True), (1, False), (1, True))
+"""Stages and `AttentionConfig.together` beside the chosen configuration's own: fewer reads wait for another."""
 CONFIGS = {
     1: (
         *(AttentionConfig(tile, programs=programs) for tile in (16, 32, 64) for programs in (1, 2, 4)),
         *(AttentionConfig(tile, warps=8, programs=programs) for tile in (32, 64) for programs in (1, 2)),
         *(AttentionConfig(tile, warps=2, programs=programs) for tile in (16, 32) for programs in (4, 8)),
+        AttentionConfig(32, warps=1, programs=8),
         AttentionConfig(32, ahead=False),
+        AttentionConfig(32, warps=2, programs=4, together=True),
     ),
     4: (
         *(AttentionConfig(tile, programs=programs) for tile in (8, 16, 32) for programs in (1, 2, 4)),
@@ -62,6 +66,9 @@ CONFIGS = {
         *(AttentionConfig(tile, warps=2, programs=4) for tile in (8, 16)),
         AttentionConfig(16, ahead=False),
         *(AttentionConfig(tile, programs=programs, dot=True) for tile in (32, 64) for programs in (1, 2)),
+        *(AttentionConfig(32, dot=True, stages=stages, together=together) for stages, together in FEWER_WAITS),
+        *(AttentionConfig(tile, warps=2, programs=4, together=True) for tile in (8, 16)),
+        *(AttentionConfig(16, warps, 8 // warps, dot=True, stages=1, together=True) for warps in (2, 4)),
     ),
 }
 """By queries per key-value head."""

@@ -7,10 +7,25 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from reports.core.load import Run, command
-from reports.core.provenance import incomplete
+from reports.core.provenance import UNKNOWN_MACHINES, incomplete, machine
 from reports.core.section import Section
-from reports.core.verdicts import COLUMNS, CPU, GPU, NOT_TESTED, POCKET, REAL, Finding, Rule, combined
+from reports.core.verdicts import (
+    COLUMNS,
+    CPU,
+    FAILS,
+    GPU,
+    HOLDS,
+    NOT_TESTED,
+    POCKET,
+    REAL,
+    UNDECIDED,
+    Finding,
+    Rule,
+    combined,
+)
 
+SINGLE = "a single "
+"""In the reason of a finding that one prompt, repeat or seed cannot decide."""
 ACCURACY, SPEED = (REAL, POCKET), (GPU, CPU)
 
 
@@ -66,14 +81,52 @@ def judge(runs: list[Run], sections: list[Section]) -> pd.DataFrame:
     for claim in CLAIMS:
         of_claim = []
         for section, rule in rules_of(claim, sections):
-            for run in runs:
-                of_claim += [_row(claim, section, rule, run, finding) for finding in _findings(section, rule, run)]
+            made = [(run, finding) for run in runs for finding in _findings(section, rule, run)]
+            latest = _latest(made, section.experiment)
+            for run, finding in made:
+                other = latest.get(_condition(run, finding), run)
+                if finding.verdict != NOT_TESTED and (why := _outweighed(run, other, section.experiment)):
+                    finding = finding.because(NOT_TESTED, why)
+                of_claim.append(_row(claim, section, rule, run, finding))
         if not of_claim:
             rules = rules_of(claim, sections)
             missing = Finding("", "", NOT_TESTED, reason="not measured")
             of_claim = [_row(claim, rules[0][0] if rules else None, rules[0][1] if rules else None, None, missing)]
         rows += of_claim
     return pd.DataFrame(rows)
+
+
+def _condition(run: Run, finding: Finding) -> tuple[str, ...]:
+    place = machine(run)
+    place = run.label if place in UNKNOWN_MACHINES else place  # two that nobody knows are not the same
+    return place, finding.column, finding.aspect, finding.model, finding.condition
+
+
+def _latest(made: list[tuple[Run, Finding]], experiment: str) -> dict[tuple[str, ...], Run]:
+    """The run that counts of each condition on a machine, among those that could decide: the one measured last, since
+    its code is the newest; one that has ended before one that has not."""
+    latest: dict[tuple[str, ...], Run] = {}
+    for run, finding in made:
+        if finding.verdict == NOT_TESTED or SINGLE in finding.reason:
+            continue
+        other = latest.get(_condition(run, finding))
+        if other is None or _rank(run, experiment) > _rank(other, experiment):
+            latest[_condition(run, finding)] = run
+    return latest
+
+
+def _rank(run: Run, experiment: str) -> tuple[bool, str]:
+    """Whether the run has ended, and when it began."""
+    entry = run.provenance.get(experiment, {})
+    return not incomplete(entry), str(entry.get("started") or "")
+
+
+def _outweighed(run: Run, other: Run, experiment: str) -> str:
+    """Why ``other`` counts instead of ``run``; empty where it does not."""
+    ours, theirs = _rank(run, experiment), _rank(other, experiment)
+    if theirs <= ours:
+        return ""
+    return f"measured again later, in {other.label}" if theirs[1] > ours[1] else f"measured to its end in {other.label}"
 
 
 def _findings(section: Section, rule: Rule, run: Run) -> list[Finding]:
@@ -113,8 +166,18 @@ def plain(words: str) -> str:
 
 def verdict_in(judged: pd.DataFrame, claim: Claim, column: str) -> str:
     """A claim's verdict in one column of the summary, over all models and conditions there."""
+    return combined(plain(words) for words in findings_of(judged, claim, column)["verdict"])
+
+
+def findings_of(judged: pd.DataFrame, claim: Claim, column: str) -> pd.DataFrame:
+    """The findings of a claim in a column, without those of a single prompt, repeat or seed where another run of the
+    same model, condition and aspect decides."""
     rows = judged[(judged["claim"] == claim.id) & (judged["column"] == column)]
-    return combined(plain(words) for words in rows["verdict"])
+    decided = rows["verdict"].map(plain).isin([HOLDS, FAILS])
+    alike = [rows[name].fillna("") for name in ("aspect", "model", "condition")]
+    elsewhere = decided.groupby(alike).transform("any")
+    weak = (rows["verdict"] == UNDECIDED) & rows["reason"].fillna("").str.contains(SINGLE)
+    return rows[~(weak & elsewhere)]
 
 
 def counts(judged: pd.DataFrame) -> dict[str, dict[str, int]]:

@@ -16,6 +16,7 @@ from reports.core.provenance import incomplete
 from reports.core.section import Section
 
 MOST_NAMED = 3  # runs in the heading of a column
+MOST_COLUMNS = 4  # of runs: more are too narrow to read
 Words = Callable[[Run], str]
 
 
@@ -112,3 +113,16 @@ def protocol(section: Section, runs: list[Run]) -> pd.DataFrame:
         label += f" and {len(members) - MOST_NAMED} more" * (len(members) > MOST_NAMED)
         columns[label] = [escape(words) or style.DASH for words in (", ".join(leading), *said)]
     return pd.DataFrame({**first, **columns})
+
+
+def at_a_glance(section: Section, runs: list[Run]) -> pd.DataFrame:
+    """`protocol` with one column for all runs: what each aspect was, the commonest first, with the number of runs."""
+    said = []
+    for aspect in section.protocol:
+        counts = pd.Series([aspect.ours(run) for run in runs]).replace("", None).dropna().value_counts(sort=True)
+        several = counts.sum() < len(runs) or len(counts) > 1
+        parts = [f"{words} ({count})" if several else str(words) for words, count in counts.items()]
+        said.append(escape(" / ".join(parts)) or style.DASH)
+    names = [aspect.name for aspect in section.protocol]
+    papers = [escape(aspect.paper) for aspect in section.protocol]
+    return pd.DataFrame({"": names, "The paper": papers, f"{len(runs)} runs (how many of them)": said})

@@ -11,6 +11,7 @@ from reports.core.load import Run
 from reports.core.verdicts import CPU, GPU
 
 NOT_RECORDED = "not recorded"  # of a null in provenance.json: known not to be known
+UNKNOWN_MACHINES = ("unknown machine", f"machine {NOT_RECORDED}")
 LONGEST = 120  # characters of what differs from the profile; all of it is in provenance.json
 _GPU_NAME = re.compile(r"\bGPU\b|NVIDIA|GeForce|Quadro|Tesla|Radeon|Instinct", re.IGNORECASE)
 
@@ -28,7 +29,7 @@ def machine(run: Run) -> str:
         if isinstance(hardware, str):
             return hardware
     unrecorded = any("hardware" in entry and entry["hardware"] is None for entry in run.provenance.values())
-    return f"machine {NOT_RECORDED}" if unrecorded else "unknown machine"
+    return UNKNOWN_MACHINES[unrecorded]
 
 
 def processor(run: Run, name: str) -> str:
@@ -116,17 +117,28 @@ def provenance_line(run: Run, experiment: str) -> str:
     return f"*Provenance:* {escape(', '.join(words))}."
 
 
-def source(run: Run, experiment: str) -> str:
-    """`2001-01-01, 42 s, commit 0123456789, clean` (Markdown)."""
-    entry = run.provenance.get(experiment)
-    if entry is None:
-        return "no provenance"
-    words = [started(entry)[:10], style.duration(seconds(entry)), f"commit {commit(entry)}", incomplete(entry)]
-    return escape(", ".join(filter(None, words)))
+def sources(runs: list[Run], experiment: str) -> list[str]:
+    """`one (42 s), two (50 s): 2001-01-01, commit 0123456789, clean`, an entry per day and commit (Markdown)."""
+    alike: dict[str, list[str]] = {}
+    for run in runs:
+        if (entry := run.provenance.get(experiment)) is None:
+            alike.setdefault("no provenance", []).append(run.label)
+            continue
+        label = f"{run.label} ({', '.join(filter(None, [style.duration(seconds(entry)), incomplete(entry)]))})"
+        alike.setdefault(f"{started(entry)[:10]}, commit {commit(entry)}", []).append(label)
+    return [escape(f"{', '.join(labels)}: {origin}") for origin, labels in alike.items()]
 
 
-def run_line(run: Run) -> str:
-    """`pocket: Imaginary CPU, 2 cores; profile pocket; measured 2001-01-07; commit 0123456789, clean`."""
+def run_lines(runs: list[Run]) -> list[str]:
+    """A line per machine, profile, day and commit: `h100 one, h100 two: Imaginary GPU; profile paper; ...`."""
+    labels: dict[str, list[str]] = {}
+    for run in runs:
+        labels.setdefault(run_origin(run), []).append(run.label)
+    return [f"{', '.join(of)}: {origin}" for origin, of in labels.items()]
+
+
+def run_origin(run: Run) -> str:
+    """`Imaginary CPU, 2 cores; profile pocket; measured 2001-01-07; commit 0123456789, clean`."""
     entries = list(run.provenance.values())
     words = [machine(run), *filter(None, [incomplete_experiments(run)])]
     days = sorted({str(entry["started"])[:10] for entry in entries if entry.get("started")})
@@ -142,4 +154,4 @@ def run_line(run: Run) -> str:
         )
     else:
         words.append("no provenance")
-    return f"{run.label}: {'; '.join(words)}"
+    return "; ".join(words)

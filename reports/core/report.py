@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,8 +14,8 @@ from reports.core.appendix import appendix, recorded
 from reports.core.document import Block, Heading, Layout, Picture, Table, Text, escape
 from reports.core.load import Run, command
 from reports.core.merge import grouped, joined, models, of_model, together
-from reports.core.protocol import protocol
-from reports.core.provenance import machine, provenance_line, run_line, source
+from reports.core.protocol import MOST_COLUMNS, at_a_glance, protocol
+from reports.core.provenance import machine, provenance_line, run_lines, sources
 from reports.core.section import Drawing, Section
 from reports.core.summary import details_blocks, first_page, notes
 
@@ -64,21 +64,23 @@ class Part:
         suffix: of the names of its figures' files.
         label: before its captions; empty where there is nothing to tell apart.
         members: the runs that it is made of.
+        again: whether a part before it has measured some of the same on the same machine.
     """
 
     run: Run
     suffix: str
     label: str
     members: tuple[Run, ...] = ()
+    again: bool = False
 
 
 def build(runs: list[Run], sections: list[Section], judged: pd.DataFrame, folder: Path) -> Report:
     """Every block of the report; the figures are drawn into ``folder``."""
     main = first_page(runs, judged, _draw_headline(runs, sections, folder))
-    lines = "\n".join(f"- {escape(run_line(run))}" for run in runs)
+    lines = "\n".join(f"- {escape(line)}" for line in run_lines(runs))
     main += [Layout("#pagebreak(weak: true)"), Heading(1, "Runs shown"), Text(lines), *notes(judged), Layout(OUTLINE)]
-    main += details_blocks(runs, sections, judged)
-    further: list[Block] = []
+    detailed, further = details_blocks(runs, sections, judged)
+    main += detailed
     for section in sections:
         shown, more = _section(section, runs, folder)
         main += shown
@@ -109,11 +111,13 @@ def parts(section: Section, runs: list[Run]) -> list[Part]:
             by_machine.setdefault(machine(run), []).append(run)
         several = len(runs) > 1
         return [
-            _part(members, section, several) for own in by_machine.values() for members in grouped(own, section.tables)
+            replace(_part(members, section, several), again=number > 0)
+            for own in by_machine.values()
+            for number, members in enumerate(grouped(own, section.tables))
         ]
     groups = together(runs, section.tables)
     return [
-        Part(run, f"_{number}" * (number > 1), escape(run.label) * (len(groups) > 1))
+        Part(run, f"_{number}" * (number > 1), escape(run.label) * (len(groups) > 1), again=number > 1)
         for number, run in enumerate(groups, 1)
     ]
 
@@ -167,21 +171,28 @@ def _section(section: Section, runs: list[Run], folder: Path) -> tuple[list[Bloc
         return [*blocks, Text(f"Not measured here; run `{command(section.experiment)}`.")], []
     if note := section.note(measured):
         blocks.append(Text(note))
-    if section.protocol:
-        frame = protocol(section, measured)
-        widths = (14, 38, *([38] * (frame.shape[1] - 2)))
-        blocks.append(Table(frame, "The paper's protocol and what was done here.", widths))
     more: list[Block] = []
+    if section.protocol:
+        frame, caption = protocol(section, measured), "The paper's protocol and what was done here."
+        if frame.shape[1] - 2 > MOST_COLUMNS:
+            more.append(Table(frame, f"{caption[:-1]}, run by run."))
+            frame = at_a_glance(section, measured)
+        widths = (14, 38, *([38 * (1 + (frame.shape[1] == 3))] * (frame.shape[1] - 2)))
+        blocks.append(Table(frame, caption, widths))
     several = len(runs) > 1
     if not section.by_run:
         blocks += _sources(section, measured, len(measured) > 1)
     for part in parts(section, runs):
+        main = more if part.again else blocks
+        if part.again:
+            again = ", ".join(escape(run.label) for run in part.members) or part.label
+            blocks.append(Text(f"*{again}* measured some of it again: among the further tables and figures."))
         if section.by_run:
-            blocks += [Heading(2, f"{part.label}: {escape(machine(part.run))}")] if several else []
-            blocks += _sources(section, list(part.members), len(part.members) > 1)
+            main += [Heading(2 + part.again, f"{part.label}: {escape(machine(part.run))}")] if several else []
+            main += _sources(section, list(part.members), len(part.members) > 1)
         for drawing in section.figures:
-            (more if drawing.secondary else blocks).extend(_pictures(drawing, part, folder))
-        blocks += section.contents(part.run)
+            (more if drawing.secondary else main).extend(_pictures(drawing, part, folder))
+        main += section.contents(part.run)
         more += section.more(part.run)
     return blocks, more
 
@@ -189,8 +200,7 @@ def _section(section: Section, runs: list[Run], folder: Path) -> tuple[list[Bloc
 def _sources(section: Section, runs: list[Run], several: bool) -> list[Block]:
     """When, how long and at which commit each run was measured, and which tables a single one lacks."""
     if several:
-        named = "; ".join(f"{escape(run.label)}, {source(run, section.experiment)}" for run in runs)
-        return [Text(f"*Provenance:* {named}.", with_next=True)]
+        return [Text(f"*Provenance:* {'; '.join(sources(runs, section.experiment))}.", with_next=True)]
     (run,) = runs
     blocks: list[Block] = [Text(provenance_line(run, section.experiment), with_next=True)]
     lacks = [t.table for t in section.tables if not t.samples and run.table(t) is None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from reports.core import style
-from reports.core.claims import CLAIMS, Claim, counts, plain, rule_text, rules_of
+from reports.core.claims import CLAIMS, Claim, counts, findings_of, plain, rule_text, rules_of
 from reports.core.document import Block, Heading, Picture, Table, Text, escape
 from reports.core.load import Run
 from reports.core.provenance import incomplete_experiments
@@ -13,9 +13,12 @@ from reports.core.section import Section
 from reports.core.verdicts import COLUMNS, FAILS, HOLDS, NOT_TESTED, POCKET, REAL, UNDECIDED
 
 TITLES = {column: column[0].upper() + column[1:] for column in COLUMNS}
+DETAIL_WIDTHS = (3.4, 14, 24, 23, 22)
 HOW_TO_READ = (
-    "In the count of claims, one holds in a column when it holds for every model and condition tested there; one that "
-    "does not outweighs those that do. Models that cannot decide a claim stand in the details only."
+    "In the count of claims, one holds in a column when it holds for every model and condition tested there; one "
+    "that does not outweighs those that do; of runs of the same model and condition on a machine the latest counts,"
+    " and one of a single prompt or repeat only where no other decides. What cannot decide a claim stands in the "
+    "details of the HTML and Markdown alone."
 )
 UNFINISHED = "Their verdicts rest on what is finished, and may change with the rest."
 POCKET_NOTE = (
@@ -52,8 +55,8 @@ def notes(judged: pd.DataFrame) -> list[Block]:
     return [Text(f"{HOW_TO_READ} {POCKET_NOTE if (judged['column'] == POCKET).any() else ''}".strip())]
 
 
-def details_blocks(runs: list[Run], sections: list[Section], judged: pd.DataFrame) -> list[Block]:
-    """Every finding, and the rules in words."""
+def details_blocks(runs: list[Run], sections: list[Section], judged: pd.DataFrame) -> tuple[list[Block], list[Block]]:
+    """Findings and the rules in words; then, for where there is room, findings that decide nothing beside others."""
     rules = [
         {
             "": claim.id,
@@ -62,16 +65,27 @@ def details_blocks(runs: list[Run], sections: list[Section], judged: pd.DataFram
         }
         for claim in CLAIMS
     ]
-    return [
+    beside = decides_nothing(judged)
+    main: list[Block] = [
         Heading(1, "Claims in detail"),
         Text(
             "Accuracies are fractions, “points” hundredths; intervals are 95 %, each for itself: a claim of many "
             "comparisons fails by one that misses for certain, and is not corrected for their number. The paper's "
             "numbers come from its own models and hardware, so a ratio or an ordering is compared, not a value."
         ),
-        Table(details(judged, len(runs) > 1), "What was measured for each claim.", (3.4, 14, 24, 23, 22)),
+        Table(details(judged[~beside], len(runs) > 1), "What was measured for each claim.", DETAIL_WIDTHS),
         Table(pd.DataFrame(rules), "The paper's own figures, and the rules that give the verdicts.", (4, 24, 66)),
     ]
+    if not beside.any():
+        return main, []
+    caption = "Measured for a claim, and unable to decide it."
+    return main, [Heading(2, "Claims"), Table(details(judged[beside], len(runs) > 1), caption, DETAIL_WIDTHS)]
+
+
+def decides_nothing(judged: pd.DataFrame) -> pd.Series:
+    """Which findings are "not tested" where the same claim has others in that column that are not."""
+    untested = judged["verdict"] == NOT_TESTED
+    return untested & (~untested).groupby([judged["claim"], judged["column"]]).transform("any")
 
 
 def _counted(judged: pd.DataFrame) -> str:
@@ -114,7 +128,7 @@ def summary(judged: pd.DataFrame) -> pd.DataFrame:
 
 def _cell(judged: pd.DataFrame, claim: Claim, column: str) -> str:
     """`**holds here** (Mistral-7B)`, one part per aspect and verdict; models by name."""
-    rows = judged[(judged["claim"] == claim.id) & (judged["column"] == column)]
+    rows = findings_of(judged, claim, column)
     if rows.empty:
         return NOT_TESTED
     if rows["verdict"].ne(NOT_TESTED).any():  # models that cannot decide the claim stand in the details only
@@ -150,7 +164,7 @@ def details(judged: pd.DataFrame, several_runs: bool) -> pd.DataFrame:
     for row in judged.to_dict("records"):
         first, last = row["claim"] != last, row["claim"]
         where = ", ".join(filter(None, [style.model_name(row["model"]), row["condition"], row["aspect"]]))
-        run = row["run"].replace(style.plain_name(row["model"]), "").strip()  # a run is often named after its model
+        run = row["run"].replace(style.plain_name(row["model"]), "").strip(" -")  # a run is often named after its model
         where = escape(where) + (f" ({escape(run)})" if several_runs and run else "")
         clear = plain(row["verdict"]) in (HOLDS, FAILS)
         verdict = f"**{row['verdict']}**" if clear else row["verdict"]

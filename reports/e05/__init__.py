@@ -50,9 +50,9 @@ must read the gate matrix whole can reach; the dotted bytes bound is what such a
 bandwidth."""
 SPEEDUP_CAPTION = """
 Speed-up of one MLP block over dense against sparsity at batch 1, cold cache: the paper's Figure 3 as ratios. Dense: the
-fastest of torch's MLP and the compiled one where that was timed. Dashed: the paper's kernel on its L40S in float32,
-over torch's. Dotted: 3 / (3 - 2 s), the bytes of dense over those that CATS reads at sparsity s; a curve above it means
-that dense itself does not reach the read bandwidth."""
+fastest of torch's MLP and the compiled one of the same run (C7 looks at other runs' too). Dashed: the paper's kernel on
+its L40S in float32, over torch's. Dotted: 3 / (3 - 2 s), the bytes of dense over those that CATS reads at sparsity s; a
+curve above it means that dense itself does not reach the read bandwidth."""
 ABLATION_CAPTION = """
 The paper's Figure 6 as ratios to dense: fused with a mask (the paper's choice), fused with a compacted index,
 neither, in this project's versions; and this project's own kernel (“CATS (ours)”). Higher is faster; last row: the
@@ -62,7 +62,7 @@ Speed-up over dense for several rows at once; sparsity is that of each row, so t
 Below the grey line dense is faster."""
 LATENCY_TABLE = """
 “CATS, ms”: median over the rounds, in brackets its 95 % interval from order statistics. “Over dense”: over the fastest
-dense that was timed, in brackets the 95 % interval of the median of ratios paired by round. Intervals stand where
+dense of the same run, in brackets the 95 % interval of the median of ratios paired by round. Intervals stand where
 rounds were kept. “Over torch”: over torch's own MLP, as the paper measured. “Over 0 %”: over our own kernel at 0 %
 sparsity, the gain of sparsity alone. “At the bound”: dense's time over that of reading the needed bytes at the measured
 bandwidth. Paper: its nearest measured sparsity, L40S, float32."""

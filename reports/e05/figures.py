@@ -178,10 +178,18 @@ def rows_figure(run: Run) -> Figure | None:
     return figure
 
 
+def _own(run: Run) -> pd.DataFrame:
+    """Speed-ups of our kernel at batch 1."""
+    table = batch_one(speedups(run))
+    return table[table["implementation"] == OURS]
+
+
 def glance(runs: list[Run]) -> Painter | None:
-    """Speed-up of our kernel against sparsity at the first of the paper's shapes, every run and dtype."""
-    timed = [run for run in runs if run.table(LatencyRow) is not None and len(speedups(run))]
-    if not timed:
+    """Speed-up of our kernel against sparsity at the first timed of the paper's shapes, every run and dtype."""
+    own = {run.label: _own(run) for run in runs if run.table(LatencyRow) is not None and len(speedups(run))}
+    timed = {name for table in own.values() for name in table["shape"]}
+    shape = next((name for name in SHAPES if name in timed), None)
+    if shape is None:
         return None
 
     def paint(ax: Axes) -> None:
@@ -189,21 +197,16 @@ def glance(runs: list[Run]) -> Painter | None:
         ax.plot(100 * s, bytes_bound_speedup(s), ":", color=style.PURPLE)
         ends = [(95.0, float(bytes_bound_speedup(0.95)), "ratio of bytes", style.PURPLE)]
         palette = iter([style.BLUE, style.ORANGE, style.GREEN, style.VERMILLION, style.SKY, style.BLACK] * 4)
-        shapes = []
-        for run in timed:
-            table = batch_one(speedups(run))
-            table = table[table["implementation"] == OURS]
-            shape = next((name for name in SHAPES if name in set(table["shape"])), None)
-            shapes += [shape] if shape else []
+        for label, table in own.items():
             for dtype, part in table[table["shape"] == shape].groupby("dtype", sort=False):
                 part = part[part["sparsity"] <= 0.96].sort_values("sparsity")
                 colour = next(palette)
                 ax.plot(100 * part["sparsity"], part["speedup"], "o-", color=colour)
-                name = style.dtype_name(str(dtype)) + (f", {run.label}" if len(runs) > 1 else "")
+                name = style.dtype_name(str(dtype)) + (f", {label}" if len(runs) > 1 else "")
                 ends.append((100 * part["sparsity"].iloc[-1], part["speedup"].iloc[-1], name, colour))
         style.level_line(ax, 1)
         style.sparsity_axis(ax, 135)
-        ax.set(title=f"MLP of {' and '.join(dict.fromkeys(shapes))}, batch 1", xlabel="sparsity, %")
+        ax.set(title=f"MLP of {shape}, batch 1", xlabel="sparsity, %")
         ax.set_ylabel("speed-up over dense")
         style.label_ends(ax, ends)
 

@@ -147,12 +147,15 @@ def add_up_sentence(run: Run) -> str:
     return f"That the two damages multiply (the table is among the further ones) {'; '.join(said)}." if said else ""
 
 
+def _summary(shown: pd.DataFrame) -> list[Block]:
+    widths = (14, 6.5, 7.5, *[72 / max(1, shown.shape[1] - 3)] * (shown.shape[1] - 3))
+    return [Table(shown, summary.SUMMARY_TABLE.strip(), widths)] if len(shown) else []
+
+
 def contents(run: Run) -> list[Block]:
     """One run's tables."""
     blocks: list[Block] = []
-    if len(shown := summary.summary_table(run)):
-        widths = (14, 6.5, 7.5, *[72 / (shown.shape[1] - 3)] * (shown.shape[1] - 3))
-        blocks.append(Table(shown, summary.SUMMARY_TABLE.strip(), widths))
+    blocks += _summary(summary.summary_table(run, pocket_too=False))
     quality = run.table(QuantizationRow)
     if quality is not None:
         for model in quality["model"].unique():
@@ -168,6 +171,9 @@ def more(run: Run) -> list[Block]:
     """One run's tables that the PDF leaves out: its figures show what they hold."""
     blocks: list[Block] = []
     quality, speed = run.table(QuantizationRow), run.table(QuantizationSpeedRow)
+    whole = summary.summary_table(run)
+    if whole.shape[1] > summary.summary_table(run, pocket_too=False).shape[1]:
+        blocks += _summary(whole)
     if quality is not None and len(shown := add_up_table(run)):
         rule = " ".join((damages_add_up.__doc__ or "").split())
         blocks.append(Table(shown, ADD_UP_TABLE.strip() + " " + rule))

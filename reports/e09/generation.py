@@ -18,7 +18,8 @@ from reports.rules.e09 import PLAIN
 
 GENERATION_CAPTION = """
 Tokens per second of greedy generation at batch 1 by format of the MLPs' weights, dense (pale) and sparse, in one loop,
-geometric means over prompts and repeats. Other programs: *not measured*."""
+geometric means over prompts and repeats, all of one run: inductor finds another program in each. Other programs: *not
+measured*."""
 GENERATION_TABLE = """
 greedy generation at batch 1, geometric means over prompts and repeats. “Over dense”: over the dense model of the same
 format, ± one standard error, paired by prompt and repeat. “Over unquantised”: over the unquantised model of the same
@@ -116,7 +117,7 @@ def generation_figure(run: Run) -> Figure | None:
         return None
     columns = min(2, len(shown))
     lines = -(-len(shown) // columns)
-    size = (style.WIDTH if columns > 1 else 4.6, 2.6 * lines)
+    size = (style.WIDTH if columns > 1 else 4.6, 2.2 * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)

@@ -21,9 +21,9 @@ CUT = 2.0
 """Bars are cut off at so many times ours, and their times written in them."""
 NAMES = {"torch": "torch, dense", "compiled": "compiled, dense"}
 SPEED_CAPTION = """
-Time of one MLP block at batch 1, cold cache, by format of its weights: this project's kernels (filled, from 0 % to
-the highest sparsity), torch's own dense kernels (grey; compiled: hatched), and the bytes that must be read at the
-measured bandwidth (black lines). A bar more than twice as long as ours is cut off, with its time in it. Other
+Time of one MLP block at batch 1, cold cache, in one run, by format of its weights: this project's kernels (filled, from
+0 % to the highest sparsity), torch's own dense kernels (grey; compiled: hatched), and the bytes that must be read at
+the measured bandwidth (black lines). A bar more than twice as long as ours is cut off, with its time in it. Other
 programs: *not measured*. The pocket profile's block, “small”, holds 4 MB and was chosen for its short time: it shows
 that everything runs, and decides nothing about the shapes of real models."""
 SPEED_TABLE = """
@@ -108,7 +108,7 @@ def speed_figure(run: Run) -> Figure | None:
         return None
     columns = min(2, len(parts))
     lines = -(-len(parts) // columns)
-    size = (style.WIDTH if columns > 1 else 4.6, 2.9 * lines)
+    size = (style.WIDTH if columns > 1 else 4.6, 2.4 * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
     for ax in axes.flat[len(parts) :]:
         ax.set_visible(False)

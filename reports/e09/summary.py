@@ -13,6 +13,7 @@ from experiments.framework.tables import QuantizationRow, QuantizationSpeedRow, 
 from reports.core import style
 from reports.core.document import escape
 from reports.core.load import Run
+from reports.core.verdicts import POCKET_MODEL
 from reports.e09 import generation, speed
 from reports.e09.names import COLOURS, NOT_MEASURED, OTHERS, OURS, format_name
 from reports.rules.e09 import PLAIN
@@ -27,7 +28,7 @@ measured*."""
 SUMMARY_TABLE = """
 Speed, memory and quality side by side. Memory: of the MLPs' weights, over unquantised ones of the first block.
 Perplexity: increase over the unquantised dense model. Block: speed-up of one MLP block over torch's fastest
-unquantised dense one. Tokens: those generated per second over the unquantised dense model in the same loop."""
+unquantised dense one. Tokens: those generated per second over the unquantised dense model in the same loop and run."""
 Key = tuple[str, float]
 
 
@@ -88,9 +89,18 @@ def memory(run: Run) -> dict[str, float]:
     return {str(name): float(share) for name, share in zip(of_format.index, of_format, strict=True)}
 
 
-def summary_table(run: Run) -> pd.DataFrame:
-    """A row per format at 0 and at 50 %; empty where fewer than two of speed, generation and quality were measured."""
+def summary_table(run: Run, pocket_too: bool = True) -> pd.DataFrame:
+    """A row per format at 0 and at 50 %; empty where fewer than two of speed, generation and quality were measured.
+
+    Without ``pocket_too`` the pocket profile's model and block are left out beside real ones.
+    """
     of_quality, of_blocks, of_generation, stored = quality(run), blocks(run), generated(run), memory(run)
+    if not pocket_too:
+        of_quality = {key: of for key, of in of_quality.items() if key != POCKET_MODEL} or of_quality
+        of_blocks = {key: of for key, of in of_blocks.items() if key[1] != "small"} or of_blocks
+        of_generation = {
+            key: of for key, of in of_generation.items() if f", {POCKET_MODEL}," not in key
+        } or of_generation
     if sum(map(bool, (of_quality, of_blocks, of_generation))) < 2:
         return pd.DataFrame()
     columns: dict[str, dict[Key, str]] = {}

@@ -9,7 +9,7 @@ from experiments.framework.tables import FinetuningRow, FinetuningSample, Sparsi
 from reports.core.load import Run
 from reports.core.statistics import Estimate, mean_estimate
 from reports.core.style import number, percent, points, variant_name
-from reports.core.verdicts import Finding, column_of, decide, untested
+from reports.core.verdicts import FAILS, NOT_TESTED, UNDECIDED, Finding, column_of, decide, untested
 from reports.measures.accuracy import LEVELS, of_the_paper, points_interval
 from reports.measures.finetuning import Trained, lead, sparsity_means
 from reports.rules.e02 import RAISED_BY, perplexity_finding
@@ -21,7 +21,8 @@ def c4_finetuned(run: Run) -> list[Finding]:
     """Holds here if every CATS level is more accurate than ReLUfication at every evaluated step, and CATS-70 is at most
     2 points below the base model before fine-tuning at the last step evaluated within the first 500.
 
-    Both the items' and the seeds' errors count; a single seed decides nothing.
+    Both the items' and the seeds' errors count; a single seed decides nothing. A level that was not measured leaves the
+    claim untested or undecided unless another has failed it.
     """
     table, samples = run.table(FinetuningRow), run.table(FinetuningSample)
     if table is None:
@@ -33,16 +34,27 @@ def c4_finetuned(run: Run) -> list[Finding]:
         at = _trained(part, kept)
         steps = sorted(step for variant, step in at if variant == "relufication")
         within = [step for step in steps if 0 < step <= 500]
-        pairs = [(level, step) for level in LEVELS for step in steps]
-        absent = [f"{variant_name(v)} at step {step}" for v, step in [*pairs, ("dense", 0)] if (v, step) not in at]
-        if absent or not within:
+        unmeasured = [level for level in LEVELS if not any(variant == level for variant, _ in at)]
+        pairs = [(level, step) for level in LEVELS if level not in unmeasured for step in steps]
+        needed = [*pairs, ("dense", 0)]
+        absent = [f"{variant_name(v)} at step {step}" for v, step in dict.fromkeys(needed) if (v, step) not in at]
+        if absent or not within or not pairs:
             text = ", ".join(absent[:3]) or "ReLUfication at a step within the first 500"
             findings.append(untested(model, f"{text} not measured on all tasks"))
             continue
         leads = {(level, step): lead(at[level, step], at["relufication", step]) for level, step in pairs}
-        gap = lead(at["cats-70", within[-1]], at["dense", 0])
-        findings.append(_c4_finding(model, leads, gap, within[-1]))
+        gap = lead(at["cats-70", within[-1]], at["dense", 0]) if "cats-70" not in unmeasured else None
+        findings.append(without(unmeasured, _c4_finding(model, leads, gap, within[-1])))
     return findings
+
+
+def without(unmeasured: list[str], finding: Finding) -> Finding:
+    """What a claim about every level comes to when some were not measured: one that fails it is enough, and none that
+    is undecided becomes more."""
+    if not unmeasured or finding.verdict == FAILS:
+        return finding
+    verdict = UNDECIDED if finding.verdict == UNDECIDED else NOT_TESTED
+    return finding.because(verdict, f"{', '.join(map(variant_name, unmeasured))} not measured")
 
 
 def _trained(part: pd.DataFrame, samples: pd.DataFrame | None) -> dict[tuple[str, int], Trained]:
@@ -58,19 +70,24 @@ def _trained(part: pd.DataFrame, samples: pd.DataFrame | None) -> dict[tuple[str
     return at
 
 
-def _c4_finding(model: str, leads: dict[tuple[str, int], Estimate], gap: Estimate, step: int) -> Finding:
+def _c4_finding(model: str, leads: dict[tuple[str, int], Estimate], gap: Estimate | None, step: int) -> Finding:
     named = [(f"{variant_name(level)} at step {at}", one) for (level, at), one in leads.items()]
-    verdict, reason = decide([*named, (f"CATS-70 against base at step {step}", gap.shifted(0.02))])
     won = sum(one.value > 0 for one in leads.values())
-    ours = f"{won} of {len(leads)} comparisons won; CATS-70 at step {step} {points(gap.value)} points from base"
+    ours = f"{won} of {len(leads)} comparisons won"
     worst = min(named, key=lambda pair: pair[1].value)
-    uncertainty = f"smallest lead {worst[0]}: {points_interval(worst[1])}; CATS-70: {points_interval(gap)}"
+    uncertainty = f"smallest lead {worst[0]}: {points_interval(worst[1])}"
+    if gap is not None:
+        named.append((f"CATS-70 against base at step {step}", gap.shifted(0.02)))
+        ours += f"; CATS-70 at step {step} {points(gap.value)} points from base"
+        uncertainty += f"; CATS-70: {points_interval(gap)}"
+    verdict, reason = decide(named)
     return Finding(model, column_of(model), verdict, ours, uncertainty, reason)
 
 
 def c5_sparsity_kept(run: Run) -> list[Finding]:
     """Holds here if each CATS level's mean sparsity after fine-tuning, not recalibrated, is within 5 points of its
-    target: that changes the bytes of the MLP by 5 to 8 %. The paper's own figures, up to 9.9 points off, miss it.
+    target: that changes the bytes of the MLP by 5 to 8 %. The paper's own figures, up to 9.9 points off, miss it. A
+    level that was not measured leaves the claim untested unless another has failed it.
     """
     table = run.table(SparsityRow)
     if table is None:
@@ -81,12 +98,10 @@ def c5_sparsity_kept(run: Run) -> list[Finding]:
     for name, part in means.groupby("model", sort=False):
         model = str(name)
         rows = {str(row["variant"]): row for row in part.to_dict("records")}
-        if absent := [variant_name(level) for level in LEVELS if level not in rows]:
-            findings.append(untested(model, f"{', '.join(absent)} not measured"))
-            continue
         drifts = {
             level: mean_estimate(rows[level]["per_seed"] - rows[level]["sparsity_target"], "over seeds")
             for level in LEVELS
+            if level in rows
         }
         margins = [
             (variant_name(level), one)
@@ -96,11 +111,12 @@ def c5_sparsity_kept(run: Run) -> list[Finding]:
         verdict, reason = decide(margins)
         worst = max(drifts, key=lambda level: abs(drifts[level].value))
         ends = part[["lowest_layer", "highest_layer"]].sub(part["sparsity_target"], axis=0).to_numpy().ravel()
-        ours = ", ".join(f"{variant_name(level)}: {percent(rows[level]['sparsity'])}" for level in LEVELS)
+        ours = ", ".join(f"{variant_name(level)}: {percent(rows[level]['sparsity'])}" for level in drifts)
         uncertainty = f"largest drift {variant_name(worst)}'s: {points_interval(drifts[worst])}; "
         uncertainty += f"of a single layer {points(max(ends, key=abs))} points; "
         uncertainty += f"{len(rows[worst]['per_seed'])} seeds"
-        findings.append(Finding(model, column_of(model), verdict, ours, uncertainty, reason))
+        finding = Finding(model, column_of(model), verdict, ours, uncertainty, reason)
+        findings.append(without([level for level in LEVELS if level not in rows], finding))
     return findings
 
 
