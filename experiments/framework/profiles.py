@@ -180,7 +180,7 @@ def make_config(
         experiment,
         name,
         output,
-        device=_device(common.device, auto),
+        device=_device(common.device) if auto is None else common.device.replace("auto", auto),
         dtype=common.dtype,
         seed=common.seed,
         models=_models(common.models) if auto is None else list(common.models),
@@ -190,9 +190,7 @@ def make_config(
     )
 
 
-def _device(name: str, auto: str | None) -> str:
-    if auto is not None:
-        return auto if name == "auto" else name
+def _device(name: str) -> str:
     from cats.structure import resolve_device
 
     return resolve_device(name, "sharded")
