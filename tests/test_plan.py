@@ -42,7 +42,7 @@ ALONE = {
     "h100/llama2-13b-mlp": ("cuda", H100, ("e05",)),
     "h100/mistral-7b-generation": ("cuda", H100, ("e06",)),
     "h100/mistral-7b-generation-tuned": ("cuda", H100, ("e06",)),
-    "h100/mistral-7b-generation-tuned-earlier": ("cuda", H100, ("e06",)),
+    "h100/generation-earlier": ("cuda", H100, ("e06",)),
     "h100/mistral-7b-generation-float32": ("cuda", H100, ("e06",)),
     "h100/mistral-7b-generation-eager": ("cuda", H100, ("e06",)),
     "h100/llama2-7b-generation": ("cuda", H100, ("e06",)),

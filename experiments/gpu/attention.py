@@ -56,7 +56,6 @@ CONFIGS = {
         *(AttentionConfig(tile, programs=programs) for tile in (16, 32, 64) for programs in (1, 2, 4)),
         *(AttentionConfig(tile, warps=8, programs=programs) for tile in (32, 64) for programs in (1, 2)),
         *(AttentionConfig(tile, warps=2, programs=programs) for tile in (16, 32) for programs in (4, 8)),
-        AttentionConfig(32, warps=1, programs=8),
         AttentionConfig(32, ahead=False),
         AttentionConfig(32, warps=2, programs=4, together=True),
     ),
