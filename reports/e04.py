@@ -61,8 +61,9 @@ def tasks_figure(run: Run) -> Figure:
     models = [str(model) for model in means["model"].unique()]
     panels = [(f"{style.short_name(model)} (ours)", means[means["model"] == model]) for model in models]
     panels += [("Mistral-7B (paper)", paper)]
-    rows = -(-len(panels) // 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(style.WIDTH, 1.9 * rows), squeeze=False)
+    columns = 3 if len(panels) == 3 else 2
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(style.WIDTH, 1.9 * rows), squeeze=False)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     for ax, (title, part) in zip(axes.flat, panels, strict=False):
