@@ -69,10 +69,13 @@ def tasks_figure(run: Run) -> Figure:
     for ax, (title, part) in zip(axes.flat, panels, strict=False):
         _difference_bars(ax, part)
         ax.set_title(title)
+        ax.tick_params(axis="x", labelsize=7.5 if columns == 2 else 6.5)
     for ax in axes[:, 0]:
         ax.set_ylabel(f"accuracy {style.MINUS} base, points")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)), frameon=False, fontsize=8)
+    shown = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        shown.values(), shown, loc="outside lower center", ncols=max(1, len(shown)), frameon=False, fontsize=8
+    )
     return figure
 
 

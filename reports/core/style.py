@@ -167,7 +167,8 @@ def dtype_name(dtype: str) -> str:
 
 def task_name(task: str) -> str:
     """A task's name as its authors write it; one of the pocket tasks with spaces for underscores."""
-    return TASK_NAMES.get(task, task.removeprefix("pocket_").replace("_", " "))
+    task = task.removeprefix("pocket_").removeprefix("instruct_")
+    return TASK_NAMES.get(task, task.replace("_", " "))
 
 
 def number(value: float, digits: int = 4) -> str:
