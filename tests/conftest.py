@@ -22,6 +22,11 @@ TINY = {
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Phi3")
 
 
+calls_compiler = pytest.mark.skipif(
+    " " in torch.__path__[0], reason="inductor does not quote torch's folder when it calls the C++ compiler"
+)
+
+
 def tiny_model(family: str = "Llama", seed: int = 0, **overrides) -> torch.nn.Module:
     """A random float32 causal language model of ``family`` with weights large enough to be far from linear."""
     torch.manual_seed(seed)

@@ -12,7 +12,7 @@ from torch import nn
 
 import cats
 
-from .conftest import tiny_model
+from .conftest import calls_compiler, tiny_model
 
 LAYERS = 12
 
@@ -201,6 +201,7 @@ def test_generate_with_a_static_cache(criterion: str, llama: nn.Module, batches:
     assert len(set(tokens.values())) == 3
 
 
+@calls_compiler
 def test_reduce_overhead(batches: list) -> None:
     """Through inductor, as users compile: layer by layer, the same numbers after every change."""
     model, ids = tiny_model("Llama", num_hidden_layers=2), batches[0]["input_ids"][:1, :4]

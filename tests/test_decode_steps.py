@@ -20,6 +20,7 @@ import cats
 from cats.generation import Settings, attention, capacity_for, decoder, decoder_of, loops, release
 from cats.generation.attention import DecodeBlock, decode_blocks
 from cats.generation.loops import fingerprint
+from tests.conftest import calls_compiler
 
 from .generation_cases import DRAW, NEW, made, prompts, theirs
 
@@ -240,6 +241,7 @@ def test_steps_compiled_for_a_cpu(loop: str) -> None:
         assert torch.equal(cats.generate(model, ids, NEW, loop=loop), theirs(model, ids))
 
 
+@calls_compiler
 @pytest.mark.slow
 def test_a_compiled_step_is_as_few_operations_as_it_should_be() -> None:
     """What inductor makes of the step as on a GPU: one product for queries, keys and values, one operator each for

@@ -14,6 +14,7 @@ from experiments.framework import bandwidth, timing
 from experiments.framework.config import Config
 from experiments.framework.options import parse
 from experiments.gpu.precompile import Task, precompile
+from tests.conftest import calls_compiler
 
 TARGETS, SPARSE = [0.0, 0.5, 0.9], "sparse kernel"
 D, M = e05.SHAPES["small"]
@@ -153,6 +154,7 @@ def test_plain_reads_read_one_matrix_and_all():
     }
 
 
+@calls_compiler
 def test_the_compiled_dense_mlp_is_a_row(config: Config):
     config.options = parse(e05.Options, {**TABLE, "rows": [1], "ablations": {}}, "e05")
     (row,) = rows_of(config, "dense-compiled")

@@ -22,7 +22,7 @@ from cats.models import load_model
 from cats.models import pretrained as pretrained_module
 from cats.other_linears import check_others
 from cats.packed_linear import PackedLinear, check_dtype, packed_product, unpacked
-from tests.conftest import tiny_model
+from tests.conftest import calls_compiler, tiny_model
 from tests.hub_content import tokenizer
 from tests.test_quantization import close, dequantised, logits
 from tests.test_streaming import same
@@ -198,6 +198,7 @@ def test_rows_that_cannot_be_joined_are_multiplied_apart():
     assert len(blocks) == 3 and all(block.joined is None for block in blocks.values())
 
 
+@calls_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("form", [(8, 128), (4, 128)])
 def test_the_compiled_loop(form):

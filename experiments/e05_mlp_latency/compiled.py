@@ -29,9 +29,12 @@ def compiled_dense_mlp(device: str) -> Callable[..., Any]:
     uncompiled without a word.
 
     Raises:
-        RuntimeError: on a CPU without a C++ compiler.
+        RuntimeError: on a CPU without a C++ compiler, or where inductor cannot call it.
     """
-    if torch.device(device).type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        raise RuntimeError("compiling on a CPU needs a C++ compiler (c++, g++ or clang++)")
+    if torch.device(device).type == "cpu":
+        if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+            raise RuntimeError("compiling on a CPU needs a C++ compiler (c++, g++ or clang++)")
+        if " " in torch.__path__[0]:
+            raise RuntimeError("compiling on a CPU needs torch in a path without spaces: inductor does not quote it")
     code = dense_mlp.__code__.replace(co_name=f"dense_mlp_{next(_numbers)}")
     return torch.compile(types.FunctionType(code, globals()), mode=MODE, dynamic=False, fullgraph=True)

@@ -29,8 +29,8 @@ POCKET_NOTE = (
 HEADLINE_CAPTION = """
 Left: mean accuracy against sparsity without fine-tuning, ± one standard error; circles: base, then CATS-50 (blue), at
 ReLUfication's sparsity (purple), CATS-70 (green) and CATS-90 (orange); diamond: ReLUfication. Right: speed-up of one
-MLP block over the faster dense of the same rounds (C7 looks at other runs' dense too), and (dotted) the ratio of the
-bytes that dense and CATS read."""
+MLP block over the faster dense of the same rounds, for every machine and dtype in the run in which dense was fastest,
+and (dotted) the ratio of the bytes that dense and CATS read."""
 
 
 def first_page(runs: list[Run], judged: pd.DataFrame, headline: str | None) -> list[Block]:
