@@ -20,6 +20,7 @@ from reports.core.document import Block, Table, Text, escape, without_constant
 from reports.core.load import Run
 from reports.core.protocol import CALIBRATION, of, phrases, values
 from reports.core.section import Aspect, Drawing, Section
+from reports.core.verdicts import POCKET_MODEL
 from reports.e09 import generation, summary
 from reports.e09.names import COLOURS, OTHERS, format_name
 from reports.e09.speed import NAMES, SPEED_CAPTION, SPEED_TABLE, groups, speed_figure, speed_table
@@ -58,7 +59,7 @@ def quality_figure(run: Run) -> Figure:
     """A panel per model: increase of perplexity against the bytes read."""
     table = text_rows(run.tables[QuantizationRow.table])
     models = [str(model) for model in table["model"].unique()]
-    figure, axes = plt.subplots(1, len(models), figsize=(style.WIDTH, 3.0), squeeze=False)
+    figure, axes = plt.subplots(1, len(models), figsize=(style.WIDTH, 2.7), squeeze=False)
     for ax, model in zip(axes[0], models, strict=True):
         part = table[(table["model"] == model)]
         ends = []
@@ -152,17 +153,28 @@ def _summary(shown: pd.DataFrame) -> list[Block]:
     return [Table(shown, summary.SUMMARY_TABLE.strip(), widths)] if len(shown) else []
 
 
+def _shown(quality: pd.DataFrame) -> list[str]:
+    """The models; without the pocket model where there are others."""
+    models = [str(model) for model in quality["model"].unique()]
+    return [model for model in models if model != POCKET_MODEL] or models
+
+
+def _quality(quality: pd.DataFrame, model: str) -> list[Block]:
+    name = escape(style.model_name(model))
+    blocks: list[Block] = [Table(quality_table(quality, model), f"{name}: {QUALITY_TABLE.strip()}")]
+    if len(shown := tasks_table(quality, model)):
+        blocks.append(Table(shown, f"{name}: mean zero-shot accuracy."))
+    return blocks
+
+
 def contents(run: Run) -> list[Block]:
     """One run's tables."""
     blocks: list[Block] = []
     blocks += _summary(summary.summary_table(run, pocket_too=False))
     quality = run.table(QuantizationRow)
     if quality is not None:
-        for model in quality["model"].unique():
-            name = escape(style.model_name(model))
-            blocks.append(Table(quality_table(quality, model), f"{name}: {QUALITY_TABLE.strip()}"))
-            if len(shown := tasks_table(quality, model)):
-                blocks.append(Table(shown, f"{name}: mean zero-shot accuracy."))
+        for model in _shown(quality):
+            blocks += _quality(quality, model)
         blocks += [Text(said)] if (said := add_up_sentence(run)) else []
     return blocks
 
@@ -171,6 +183,9 @@ def more(run: Run) -> list[Block]:
     """One run's tables that the PDF leaves out: its figures show what they hold."""
     blocks: list[Block] = []
     quality, speed = run.table(QuantizationRow), run.table(QuantizationSpeedRow)
+    if quality is not None:
+        for model in set(map(str, quality["model"])) - set(_shown(quality)):
+            blocks += _quality(quality, model)
     whole = summary.summary_table(run)
     if whole.shape[1] > summary.summary_table(run, pocket_too=False).shape[1]:
         blocks += _summary(whole)

@@ -117,7 +117,7 @@ def generation_figure(run: Run) -> Figure | None:
         return None
     columns = min(2, len(shown))
     lines = -(-len(shown) // columns)
-    size = (style.WIDTH if columns > 1 else 4.6, 2.2 * lines)
+    size = (style.WIDTH if columns > 1 else 4.6, 1.85 * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)

@@ -108,7 +108,7 @@ def speed_figure(run: Run) -> Figure | None:
         return None
     columns = min(2, len(parts))
     lines = -(-len(parts) // columns)
-    size = (style.WIDTH if columns > 1 else 4.6, 2.4 * lines)
+    size = (style.WIDTH if columns > 1 else 4.6, 2.0 * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
     for ax in axes.flat[len(parts) :]:
         ax.set_visible(False)

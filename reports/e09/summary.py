@@ -92,7 +92,8 @@ def memory(run: Run) -> dict[str, float]:
 def summary_table(run: Run, pocket_too: bool = True) -> pd.DataFrame:
     """A row per format at 0 and at 50 %; empty where fewer than two of speed, generation and quality were measured.
 
-    Without ``pocket_too`` the pocket profile's model and block are left out beside real ones.
+    Without ``pocket_too`` the pocket profile's model and block are left out beside real ones, and rows of other
+    programs, of which the figures say that they were not measured.
     """
     of_quality, of_blocks, of_generation, stored = quality(run), blocks(run), generated(run), memory(run)
     if not pocket_too:
@@ -121,7 +122,8 @@ def summary_table(run: Run, pocket_too: bool = True) -> pd.DataFrame:
             if cells:
                 start = {"Weights": format_name(name), "Sparsity": f"{100 * level:g} %"}
                 rows.append({**start, "Memory": style.percent(stored.get(name, np.nan)), **cells})
-    rows += [{"Weights": f"{name}: {NOT_MEASURED}"} for name in OTHERS]
+    if pocket_too:
+        rows += [{"Weights": f"{name}: {NOT_MEASURED}"} for name in OTHERS]
     return pd.DataFrame(rows, columns=["Weights", "Sparsity", "Memory", *columns]).fillna(style.DASH)
 
 
@@ -132,7 +134,7 @@ def summary_figure(run: Run) -> Figure | None:
         return None
     model, increases = next(iter(of_quality.items()))
     machines = {machine: key for key in reversed(of_blocks) for machine in key[:1]}
-    figure, axes = plt.subplots(1, len(machines), figsize=(style.WIDTH, 3.0), squeeze=False)
+    figure, axes = plt.subplots(1, len(machines), figsize=(style.WIDTH, 2.7), squeeze=False)
     for ax, (machine, key) in zip(axes[0], reversed(machines.items()), strict=True):
         formats = dict.fromkeys(name for name, _ in of_blocks[key])
         for name, colour in zip(formats, (style.GREY, *COLOURS) * 2, strict=False):
