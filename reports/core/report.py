@@ -21,10 +21,9 @@ from reports.core.summary import details_blocks, first_page, notes
 
 FURTHER = "Further tables and figures"
 ELSEWHERE = (
-    "Accuracy by task, thresholds by layer, learning rates, the paper's other kernels, several rows at once, times of "
-    "quantised weights one by one, the log of the runs, and the settings and notes recorded with each are in "
-    "`report.html` and `report.md` beside this file; every number is in the runs' CSVs, and hashes of all inputs and "
-    "outputs in their `provenance.json`."
+    "Accuracy by task, thresholds by layer, learning rates, the paper's other kernels, several rows at once, single "
+    "times, the log of the runs and their settings are in `report.html` and `report.md` beside this file; every number is in "
+    "the runs' CSVs, hashes of all inputs and outputs in their `provenance.json`."
 )
 OUTLINE = "#block(height: 7.5em, columns(2, gutter: 2em, outline(title: none, depth: 1)))"
 
@@ -52,7 +51,7 @@ class Report:
     @property
     def printed(self) -> list[Block]:
         """What the PDF shows."""
-        return [*self.main, Heading(1, FURTHER), Text(ELSEWHERE)]
+        return [*self.main, Text(f"**{FURTHER}.** {ELSEWHERE}")]
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def add_up_sentence(run: Run) -> str:
     for words, by_model in by_verdict.items():
         named = [f"{name} ({', '.join(formats)})" for name, formats in by_model.items()]
         said.append(f"**{words}** for {', '.join(named)}")
-    return f"That the two damages multiply (the table is among the further ones) {'; '.join(said)}." if said else ""
+    return f"That the two damages multiply {'; '.join(said)}." if said else ""
 
 
 def _summary(shown: pd.DataFrame) -> list[Block]:
