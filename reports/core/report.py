@@ -22,8 +22,8 @@ from reports.core.summary import details_blocks, first_page, notes
 FURTHER = "Further tables and figures"
 ELSEWHERE = (
     "Accuracy by task, thresholds by layer, learning rates, the paper's other kernels, several rows at once, single "
-    "times, the log of the runs and their settings are in `report.html` and `report.md` beside this file; every number is "
-    "in the runs' CSVs, hashes of all inputs and outputs in their `provenance.json`."
+    "times, the log of the runs and their settings are in `report.html` and `report.md` beside this file; every "
+    "number is in the runs' CSVs, hashes of all inputs and outputs in their `provenance.json`."
 )
 OUTLINE = "#block(height: 7.5em, columns(2, gutter: 2em, outline(title: none, depth: 1)))"
 
