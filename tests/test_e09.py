@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 from cats_kernels.quantized import dequantize, quantize
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import cats
 from cats.models import load_model
 from experiments import e09_quantization
 from experiments.e09_quantization import dense, speed
@@ -90,6 +92,32 @@ def test_weights_are_rounded_along_a_neurons_row_and_given_back(world):
         assert torch.equal(mlp.down_proj.weight, down)
     linears.round_to(format_of(PLAIN))
     assert all(torch.equal(weight, before[name]) for name, weight in mlp.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["int8-128-all", "int4-32-all"])
+def test_all_layers_are_rounded_as_cats_quantizes_them_and_given_back(name):
+    """Twice: the second time from the originals, not from rounded weights. The output matrix is the embedding here."""
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=64,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model, ids = LlamaForCausalLM(config).eval(), torch.arange(8)[None]
+    before, form = model(ids).logits, format_of(name)
+    linears = QuantizedLinears(model)
+    for _ in range(2):
+        linears.round_to(form)
+    rounded = model(ids).logits
+    linears.round_to(format_of(PLAIN))
+    assert torch.equal(model(ids).logits, before)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    cats.quantize(model, form.bits, form.group_size, linears="all")
+    assert torch.allclose(rounded, model(ids).logits, atol=2e-5 * before.abs().max().item())
+    assert (rounded - before).abs().max() > 1e-3 * before.abs().max()
 
 
 def test_an_interrupted_run_goes_on(world, tmp_path, monkeypatch):
@@ -191,8 +219,6 @@ def test_cases_and_options():
 def test_wrong_options_are_refused_and_the_cost_is_finite(world, tmp_path):
     with pytest.raises(ValueError, match=r"e09\.formats must be"):
         config_of(world, "e09", tmp_path, formats=["int3-32"])
-    with pytest.raises(ValueError, match=r"e09\.formats must be"):  # of one MLP
-        config_of(world, "e09", tmp_path, formats=["int4-32-all"])
     with pytest.raises(ValueError, match=r"e09\.criterion must be"):
         config_of(world, "e09", tmp_path, criterion="teal")
     cost = e09_quantization.cost(config_of(world, "e09", tmp_path, shapes=["Mistral-7B"]))

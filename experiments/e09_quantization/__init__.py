@@ -22,7 +22,7 @@ from typing import Annotated
 from experiments.e05_mlp_latency import SHAPES
 from experiments.e06_throughput import COMPILE_SECONDS, KERNEL_SECONDS, PREFILL
 from experiments.e09_quantization import generation, speed
-from experiments.e09_quantization.formats import NAMES, PLAIN
+from experiments.e09_quantization.formats import NAMES_OF_MODELS, PLAIN
 from experiments.e09_quantization.generation import Generation
 from experiments.e09_quantization.quality import ROWS, Case, QuantizedSubject, cases, measure
 from experiments.framework.common_options import EvaluationOptions
@@ -49,7 +49,8 @@ class Options(EvaluationOptions):
     """Options of e09.
 
     Attributes:
-        formats: of the MLPs' weights; unquantised is always measured too.
+        formats: of the MLPs' weights, or with "-all" (of quality alone) of every linear layer's; unquantised is always
+            measured too.
         criterion: one that skips neurons.
         levels: its target sparsities, for quality.
         tasks: may be empty: perplexity alone.
@@ -62,7 +63,7 @@ class Options(EvaluationOptions):
         compiled: whether inductor's MLPs are timed too, which compile for minutes on a CPU.
     """
 
-    formats: tuple[Annotated[str, OneOf(NAMES)], ...] = ("int8-row", "int8-128", "int4-32", "int4-128")
+    formats: tuple[Annotated[str, OneOf(NAMES_OF_MODELS)], ...] = ("int8-row", "int8-128", "int4-32", "int4-128")
     criterion: Annotated[str, OneOf(neuron_criteria)] = "cats"
     levels: tuple[Sparsity, ...] = (0.3, 0.5, 0.7)
     tasks: Annotated[tuple[str, ...], MayBeEmpty()] = ()
@@ -141,7 +142,7 @@ def cost(config: Config[Options]) -> Cost:
     return Cost(
         through,
         bytes_read=tokens * turns * BYTES.get(config.dtype, 2),
-        memory=1.5 * memory_per_parameter([config.dtype]) if uses else 0.0,
+        memory=2.0 * memory_per_parameter([config.dtype]) if uses else 0.0,
         fixed_memory=fixed,
         fixed_seconds=seconds,
         loads=options.quality + models,

@@ -60,8 +60,9 @@ def time_shape(config: Config[Any], shape: str, dtype: str) -> list[Row]:
             *plain_dense(plain, config.device, options.compiled),
             *own_plain(plain, options.sparsities, config.device),
         ]
-        for name in options.formats:
-            form = format_of(name)
+        for form in map(format_of, options.formats):
+            if form.linears == "all":
+                continue
             made += torch_dense(plain, form, config.device, options.compiled)
             made += own_quantized(config, shape, dtype, form)
         reads = plain_reads([(problem.gate, problem.up, problem.down) for problem in plain])
