@@ -171,6 +171,10 @@ def recalibrate(model: nn.Module, batches: Batches, sparsity: float) -> Threshol
     return thresholds
 
 
+class DivergedError(ValueError):
+    """Training has left the finite numbers."""
+
+
 def finetune(
     model: PeftModel,
     data: Dataset | Sequence[dict[str, Any]],
@@ -196,9 +200,13 @@ def finetune(
         One mapping for each of ``steps`` in order: ``step``, ``train_loss`` (mean over the steps since the one before)
         and what ``measure`` returned, whether measured now or before an interruption.
 
+    cuDNN's attention is not used meanwhile: with a mask of padding its gradients are NaN on an H100 where a batch is 64
+    tokens longer than a multiple of 128 (https://github.com/pytorch/pytorch/issues/196678).
+
     Raises:
         ValueError: no data, a step outside the run, a batch that the processes cannot share evenly, or a ``workdir``
             with checkpoints of another run.
+        DivergedError: adapters that are not finite any more, at one of ``steps``; nothing is saved then.
     """
     wanted = sorted({*steps, settings.steps})
     if settings.steps < 1 or wanted[0] < 1 or wanted[-1] > settings.steps:
@@ -217,7 +225,7 @@ def finetune(
         return _records(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
     use_cache = model.config.use_cache
     try:
-        with _random_states_kept():
+        with _random_states_kept(), _no_cudnn_attention():
             recorder = _Recorder(wanted, measure)
             trainer = Trainer(model, arguments, collator, data, callbacks=[recorder])
             trainer.remove_callback(PrinterCallback)
@@ -244,6 +252,9 @@ class _Recorder(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step in self.steps:
+            if not all(p.isfinite().all() for p in kwargs["model"].parameters() if p.requires_grad):
+                rate = f"{args.learning_rate:g}"
+                raise DivergedError(f"training at the rate {rate} has diverged: NaN by step {state.global_step}")
             control.should_log = control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -328,3 +339,13 @@ def _random_states_kept() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def _no_cudnn_attention() -> Iterator[None]:
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)

@@ -28,7 +28,7 @@ from experiments.framework.cost import Cost, evaluation, memory_per_parameter, t
 from experiments.framework.options import Count, Rising
 from experiments.framework.subject import SWEEP_SEED, Subject, check, mean
 from experiments.framework.tables import FinetuningRow, FinetuningSample, Row, SparsityRow, SweepRow, pack_flags
-from experiments.framework.training import FinetuningSubject, adapted
+from experiments.framework.training import FinetuningSubject, adapted, loss_of_short_run, lowest_loss
 from experiments.framework.variants import DENSE, RELUFICATION, Variant, make, variant
 
 Start = dict[str, Any]  # the columns model, criterion, variant, seed, step
@@ -133,7 +133,7 @@ def sweep(subject: FinetuningSubject, v: Variant) -> list[SweepRow]:
     rows: list[Any] = []
     for rate in subject.config.progress(options.learning_rates, f"{subject.name} rates for {v.name}"):
         rows += subject.config.unit(*sweep_job(subject, v, rate), (SweepRow,))
-    best = min(rows, key=lambda row: row.eval_loss) if len(rows) == len(options.learning_rates) else None
+    best = lowest_loss(rows, len(options.learning_rates))
     return [replace(row, chosen=row is best) for row in rows]
 
 
@@ -146,8 +146,11 @@ def _sweep_one(subject: FinetuningSubject, v: Variant, rate: float) -> list[Row]
     steps = subject.config.options.sweep_steps
     with adapted(subject, v, subject.thresholds([v]).get(v), SWEEP_SEED) as model:
         workdir = subject.config.workdir(f"{subject.name}/{v.name}/rate {rate:g}")
-        finetune(model, subject.training_data, subject.settings(steps, rate, SWEEP_SEED), workdir)
-        loss = math.log(perplexity(model, subject.sweep_text))
+        settings = subject.settings(steps, rate, SWEEP_SEED)
+        loss = loss_of_short_run(
+            lambda: finetune(model, subject.training_data, settings, workdir),
+            lambda: math.log(perplexity(model, subject.sweep_text)),
+        )
     return [SweepRow(**subject.columns(v), learning_rate=rate, step=steps, eval_loss=loss, chosen=False)]
 
 

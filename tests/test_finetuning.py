@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 import cats
 from cats.finetuning import (
     PRESETS,
+    DivergedError,
     LoraSettings,
     TrainSettings,
     add_lora,
@@ -279,3 +280,16 @@ def test_bad_input_is_one_sentence(tmp_path):
         recalibrate(model, [], 0.5)
     with pytest.raises(ValueError, match=r"sparsity must be a number in \[0, 1\)"):
         recalibrate(model, [data(1)[0]["input_ids"]], 1.0)
+
+
+def test_training_that_diverges_says_so_and_uses_no_cudnn_attention_meanwhile(tmp_path):
+    """A rate of 1e30 makes every adapter infinite at the first step."""
+    seen = []
+    with pytest.raises(DivergedError, match=r"the rate 1e\+30 has diverged: NaN by step 4"):
+        settings = dataclasses.replace(SETTINGS, learning_rate=1e30, steps=4)
+        finetune(patched(), data(8), settings, tmp_path / "diverged")
+    finetune(
+        patched(), data(8), dataclasses.replace(SETTINGS, steps=2), tmp_path / "trained",
+        measure=lambda: seen.append(torch.backends.cuda.cudnn_sdp_enabled()) or {},
+    )  # fmt: skip
+    assert seen == [False] and torch.backends.cuda.cudnn_sdp_enabled()

@@ -105,6 +105,16 @@ def test_e04_trains_and_measures_each_variant(world, tmp_path):
         assert [row["chosen"] for row in runs] == [str(row is best) for row in runs]
 
 
+@pytest.mark.parametrize("experiment", ["e03", "e04"])
+def test_a_rate_that_diverges_is_not_chosen_and_all_that_do_are_refused(world, tmp_path, experiment):
+    run_experiment(config_of(world, experiment, tmp_path / "one", learning_rates=[1e30, 1e-3]))
+    sweep = table(tmp_path / "one", f"{experiment}_sweep")
+    assert [(row["learning_rate"], row["chosen"]) for row in sweep] == 3 * [("1e+30", "False"), ("0.001", "True")]
+    assert all(math.isnan(float(row["eval_loss"] or "nan")) for row in sweep[::2])
+    with pytest.raises(ValueError, match=r"dense diverged at every learning rate \(1e\+30, 1e\+29\): give lower ones"):
+        run_experiment(config_of(world, experiment, tmp_path / "all", learning_rates=[1e30, 1e29]))
+
+
 def test_e04_with_one_rate_sweeps_nothing(world, tmp_path):
     run_experiment(config_of(world, "e04", tmp_path, learning_rates=[1e-3], sweep_items=0, epochs=1))
     assert len(table(tmp_path, "e04_task_finetuning")) == 3

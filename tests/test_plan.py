@@ -32,9 +32,9 @@ MODELS = {
 }
 """Parameters and layers."""
 TWO_LAYERS = {"shape:mistral-7b": (0.70e9, 2), "shape:llama2-7b": (0.67e9, 2)}
-XEON = Machine(308e9, 22.7e9, 4e-4)
+XEON = Machine.of("cpu", 308e9, 22.7e9)
 """Two cores of the machine of results/cpu/pocket, idle: what `plan.speed` measured."""
-H100 = Machine(989e12, READ * 3.35e12, 1e-3)
+H100 = Machine.of("cuda", 989e12, READ * 3.35e12)
 ALONE = {
     "cpu/pocket": ("cpu", XEON, ("e01", "e02", "e03", "e04", "e05", "e06", "e07", "e08", "e09")),
     "cpu/qwen2.5-coder-1.5b-quantized-generation": ("cpu", XEON, ("e09",)),
@@ -50,14 +50,13 @@ ALONE = {
     "h100/llama2-7b-generation-float32": ("cuda", H100, ("e06",)),
     "h100/llama2-13b-generation": ("cuda", H100, ("e06",)),
     "h100/qwen2.5-coder-1.5b-instruct-generation": ("cuda", H100, ("e06",)),
-    "h100/qwen2.5-coder-0.5b-instruct-generation": ("cuda", H100, ("e06",)),
+    "h100/qwen2.5-coder-0.5b-instruct": ("cuda", H100, ("e06", "e08", "e09")),
     "h100/gemma-3-270m-generation": ("cuda", H100, ("e06",)),
     "h100/mistral-7b-quantized-generation": ("cuda", H100, ("e09",)),
     "h100/mistral-7b-quantized-mlp": ("cuda", H100, ("e09",)),
     "h100/mistral-7b-quantized-mlp-earlier": ("cuda", H100, ("e09",)),
     "h100/llama2-7b-quantized-mlp": ("cuda", H100, ("e09",)),
     "h100/gemma-3-270m-speed": ("cuda", H100, ("e08",)),
-    "h100/qwen2.5-coder-0.5b-instruct-speed": ("cuda", H100, ("e08",)),
     "h100/qwen2.5-coder-1.5b-instruct-speed": ("cuda", H100, ("e08",)),
     "h100/qwen2.5-coder-0.5b-instruct-tokens": ("cuda", H100, ("e08",)),
     "h100/qwen2.5-coder-1.5b-instruct-tokens": ("cuda", H100, ("e08",)),
@@ -89,18 +88,21 @@ def test_the_plan_is_within_a_factor_of_one_and_a_half_of_what_was_measured(run,
 
 
 def test_the_time_of_a_small_model_is_that_of_its_passes_and_of_a_large_one_that_of_its_arithmetic() -> None:
-    machine = Machine(1e12, 1e9, 1e-3)
+    machine = Machine(1e12, 1e9, 1e-3, trained=0.1, trained_layer=2e-3)
     cost = Cost(Work(operations=4e6, passes=100))
     assert model_seconds(machine, cost, [(1000, 10)]) == pytest.approx(100 * 10 * 1e-3)
     assert model_seconds(machine, cost, [(10**9, 10)]) == pytest.approx(4e6 * 1e9 / 0.4e12)
     both = model_seconds(machine, cost, [(1000, 10), (10**9, 10)])
     assert both == pytest.approx(1.0 + 1e4)
+    trained = Cost(Work(trained=4e6, micro_steps=100))
+    assert model_seconds(machine, trained, [(1000, 10)]) == pytest.approx(100 * 10 * 2e-3)
+    assert model_seconds(machine, trained, [(10**9, 10)]) == pytest.approx(4e6 * 1e9 / 0.1e12)
 
 
 def test_work_is_counted_in_tokens_passes_items_and_steps() -> None:
     assert text(10, 64, 4) == Work(2 * 640, 3)
-    assert training(5, 16, 128, 4) == Work(6 * 5 * 16 * 128, 3 * 5 * 4, steps=5)
-    assert training(5, 16, 128, None).passes == 15
+    assert training(5, 16, 128, 4) == Work(steps=5, trained=6 * 5 * 16 * 128, micro_steps=5 * 4)
+    assert training(5, 16, 128, None).micro_steps == 5
     whole = evaluation(["openbookqa"], None, 16)
     assert whole == Work(2 * 500 * 4 * 20, 5, 500)
     assert evaluation(["openbookqa"], 50, 16).items == 50

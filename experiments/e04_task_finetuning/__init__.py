@@ -41,7 +41,7 @@ from experiments.framework.cost import (
 from experiments.framework.options import Count, Range, Sparsity, Whole
 from experiments.framework.subject import SWEEP_SEED, check, mean
 from experiments.framework.tables import Row, TaskFinetuningRow, TaskFinetuningSample, TaskSweepRow, pack_flags
-from experiments.framework.training import adapted
+from experiments.framework.training import adapted, loss_of_short_run, lowest_loss
 from experiments.framework.variants import DENSE, RELUFICATION, Variant, variant
 
 ROWS = (TaskFinetuningRow, TaskFinetuningSample)
@@ -156,7 +156,7 @@ def sweep(subject: TaskSubject, task: str, v: Variant) -> list[TaskSweepRow]:
     rates = subject.config.options.learning_rates
     for rate in rates:
         rows += subject.config.unit(*sweep_job(subject, task, v, rate), (TaskSweepRow,))
-    best = min(rows, key=lambda row: row.eval_loss) if len(rows) == len(rates) else None
+    best = lowest_loss(rows, len(rates))
     return [replace(row, chosen=row is best) for row in rows]
 
 
@@ -171,8 +171,10 @@ def _sweep_one(subject: TaskSubject, name: str, v: Variant, rate: float, key: st
     data = subject.items(task, "train", count)
     settings = subject.settings(math.ceil(len(data) / subject.config.options.train_batch_size), rate, SWEEP_SEED)
     with adapted(subject, v, subject.task_thresholds(name, [v]).get(v), SWEEP_SEED) as model:
-        finetune(model, data, settings, subject.config.workdir(key), collator=subject.collate)
-        loss = answer_loss(model, subject.task_batches(task, "sweep", count))
+        loss = loss_of_short_run(
+            lambda: finetune(model, data, settings, subject.config.workdir(key), collator=subject.collate),
+            lambda: answer_loss(model, subject.task_batches(task, "sweep", count)),
+        )
     outcome: dict[str, Any] = {"learning_rate": rate, "step": settings.steps, "eval_loss": loss, "chosen": False}
     return [TaskSweepRow(**subject.columns(v), task=name, **outcome)]
 

@@ -40,17 +40,20 @@ class Work:
     """What goes through a model, and what lm-eval handles beside it.
 
     Attributes:
-        operations: float operations per parameter.
-        passes: of a batch through the layers; the way back counts as two. A small model waits for the host to start
-            its kernels, so its time is that of the passes.
+        operations: float operations per parameter, forward alone.
+        passes: of a batch forward through the layers. A small model waits for the host to start its kernels, so its
+            time is that of the passes.
         items: of tasks, made into requests and scored.
         steps: of training, for what Trainer and the optimizer do beside the model.
+        trained, micro_steps: operations and passes of training, forward and backward with adapters.
     """
 
     operations: float = 0.0
     passes: float = 0.0
     items: float = 0.0
     steps: float = 0.0
+    trained: float = 0.0
+    micro_steps: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
         sums = (own + its for own, its in zip(astuple(self), astuple(other), strict=True))
@@ -111,7 +114,7 @@ def evaluation(tasks: Sequence[str], limit: int | None, batch: int) -> Work:
 def training(steps: float, sequences: int, length: float, at_once: int | None) -> Work:
     """Steps of LoRA on so many sequences each, ``at_once`` of them together."""
     micro = math.ceil(sequences / min(at_once or sequences, sequences))
-    return Work(TRAINING * steps * sequences * length, 3 * steps * micro, steps=steps)
+    return Work(steps=steps, trained=TRAINING * steps * sequences * length, micro_steps=steps * micro)
 
 
 def default_cost(config: Any) -> Cost:

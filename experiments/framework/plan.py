@@ -61,17 +61,25 @@ class Machine:
         flops: float operations a second in the profile's dtype.
         bandwidth: bytes read a second.
         layer: seconds that the host needs to start a decoder layer's kernels, dense or masked.
+        trained, trained_layer: the share of ``flops`` that training reaches, and ``layer`` for a layer of a micro-step,
+            forward and backward, with adapters.
     """
 
     flops: float
     bandwidth: float
     layer: float
+    trained: float
+    trained_layer: float
+
+    @classmethod
+    def of(cls, device: str, flops: float, bandwidth: float) -> "Machine":
+        """With what was measured on an H100, or on two cores of a Xeon."""
+        on_gpu = device.startswith("cuda")
+        return cls(flops, bandwidth, *((1e-3, 0.13, 6.5e-3) if on_gpu else (4e-4, REACHED, 1.2e-3)))
 
 
 REACHED, READ = 0.4, 0.65
 """Of the rate of a large matrix product, by a model's layers; of the data sheet's bandwidth, in decoding."""
-LAYER = {"cuda": 1e-3, "cpu": 4e-4}
-"""`Machine.layer`."""
 START, TASK_SETS = 4.0, 15.0
 """Seconds of an experiment to its first work, and of lm-eval to index its tasks and read their sets."""
 ITEM, STEP = 1.5e-3, 0.03
@@ -259,6 +267,8 @@ def model_seconds(machine: Machine, cost: Cost, models: Sequence[tuple[int, int]
     for parameters, layers in models:
         computed = parameters * cost.work.operations / (REACHED * machine.flops)
         seconds += max(computed, cost.work.passes * layers * machine.layer)
+        computed = parameters * cost.work.trained / (machine.trained * machine.flops)
+        seconds += max(computed, cost.work.micro_steps * layers * machine.trained_layer)
         seconds += parameters * cost.bytes_read / machine.bandwidth + cost.work.items * ITEM
         seconds += cost.work.steps * STEP
     return seconds
@@ -287,7 +297,7 @@ def speed(device: str, dtype: str) -> Machine:
     buffer = torch.ones(numbers, device=device)
     product = _fastest(lambda: a @ a, device)
     flops, bandwidth = 2 * side**3 / product, buffer.numel() * 4 / _fastest(buffer.sum, device)
-    return Machine(flops, bandwidth, LAYER["cuda" if device.startswith("cuda") else "cpu"])
+    return Machine.of(device, flops, bandwidth)
 
 
 def _fastest(call: Callable[[], object], device: str, rounds: int = 20) -> float:
@@ -303,7 +313,7 @@ def _fastest(call: Callable[[], object], device: str, rounds: int = 20) -> float
 
 def h200(dtype: str) -> Machine:
     """The data sheet: 989 TFLOP/s in half precision, 67 in float32, 4.8 TB/s."""
-    return Machine(67e12 if dtype == "float32" else 989e12, READ * 4.8e12, LAYER["cuda"])
+    return Machine.of("cuda", 67e12 if dtype == "float32" else 989e12, READ * 4.8e12)
 
 
 def _existing(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """What the experiments that fine-tune share: text to train on, and a variant with adapters."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -10,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from cats.calibration import Thresholds
-from cats.finetuning import add_lora, preset, remove_lora
+from cats.finetuning import DivergedError, add_lora, preset, remove_lora
 from experiments.framework.config import Config
 from experiments.framework.subject import Subject
 from experiments.framework.variants import Variant, make
@@ -52,3 +53,27 @@ def adapted(subject: Subject, v: Variant, thresholds: Thresholds | None, seed: i
         yield model
     finally:
         remove_lora(model)
+
+
+def loss_of_short_run(train: Callable[[], object], loss: Callable[[], float]) -> float:
+    """What ``loss`` gives after ``train``; NaN where that diverged."""
+    try:
+        train()
+    except DivergedError:
+        return math.nan
+    return loss()
+
+
+def lowest_loss(rows: Sequence[Any], rates: int) -> Any:
+    """The row of the learning rate to take, of short runs at so many ``rates``; None before all have been run.
+
+    Raises:
+        ValueError: all have diverged.
+    """
+    if len(rows) < rates:
+        return None
+    finite = [row for row in rows if math.isfinite(row.eval_loss)]
+    if not finite:
+        rates_tried = ", ".join(f"{row.learning_rate:g}" for row in rows)
+        raise ValueError(f"{rows[0].variant} diverged at every learning rate ({rates_tried}): give lower ones")
+    return min(finite, key=lambda row: row.eval_loss)
