@@ -155,6 +155,11 @@ def finetuned_increase(run: str, variant: str, step: int) -> float:
     return 100 * math.expm1(losses[variant] - losses["dense"])
 
 
+def finetuned_ratio(run: str, variant: str, step: int) -> float:
+    """e03: perplexity over that of dense fine-tuned alike."""
+    return 1 + finetuned_increase(run, variant, step) / 100
+
+
 def finetuned_accuracy(run: str, variant: str, step: int) -> float:
     """e03: mean over tasks and seeds."""
     return one(finetuning_means(run_at(run).tables[FinetuningRow.table]), "accuracy", variant=variant, step=step)
@@ -223,7 +228,7 @@ def value_of(entry: dict[str, object]) -> float:
 KNOWN = (
     mlp, generation, accuracy, accuracy_change, perplexity, perplexity_ratio, perplexity_increase, criterion_increase,
     answers, criterion_sparsity, quantized_increase, criterion_speed, criterion_tokens, finetuned_increase,
-    finetuned_accuracy,    paper, quantized_generation, quantized_mlp,
+    finetuned_ratio, finetuned_accuracy, paper, quantized_generation, quantized_mlp,
 )  # fmt: skip
 
 
