@@ -21,6 +21,8 @@ from cats.texts import beginning
 from experiments.framework.config import Config
 
 PURPOSES = ("train", "heldout")
+AT_ONCE = 2**20
+"""Characters given to a tokenizer at once: what it makes of them needs some hundred bytes each until it is copied."""
 
 
 def on_hub(data: dict[str, Any]) -> bool:
@@ -125,19 +127,30 @@ def blocks(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, count: 
     filled = 0
     begin = beginning(tokenizer)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    for document in documents:
-        found = tokenizer(document, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-        part = torch.tensor([*begin, *found, *end][: len(ids) - filled], dtype=torch.int64)
-        ids[filled : filled + len(part)] = part
-        filled += len(part)
-        if filled == len(ids):
-            made = ids.reshape(count, length)
-            if begin:
-                made[:, 0] = begin[0]
-            return made
-    raise ValueError(
-        f"the text has only {filled} tokens, but {count} blocks of {length} were asked for: lower one of them"
-    )
+    rest = iter(documents)
+    while filled < len(ids) and (batch := _first(rest, min(len(ids) - filled, AT_ONCE), len(begin) + len(end))):
+        for encoded in tokenizer(batch, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]:
+            part = torch.tensor([*begin, *encoded, *end][: len(ids) - filled], dtype=torch.int64)
+            ids[filled : filled + len(part)] = part
+            filled += len(part)
+    if filled < len(ids):
+        raise ValueError(
+            f"the text has only {filled} tokens, but {count} blocks of {length} were asked for: lower one of them"
+        )
+    made = ids.reshape(count, length)
+    if begin:
+        made[:, 0] = begin[0]
+    return made
+
+
+def _first(documents: Iterator[str], tokens: int, added: int) -> list[str]:
+    """As many documents as have so many tokens at the very most, at one a character and ``added`` a document: all of
+    them are needed, and a fast tokenizer spreads a list over the processor's cores."""
+    batch: list[str] = []
+    while tokens > 0 and (document := next(documents, None)) is not None:
+        batch.append(document)
+        tokens -= max(1, len(document) + added)
+    return batch
 
 
 def batches(
