@@ -7,6 +7,7 @@ running Python's standard library; any other table is passed to `datasets.load_d
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from experiments.framework.config import Config
 PURPOSES = ("train", "heldout")
 AT_ONCE = 2**20
 """Characters given to a tokenizer at once: what it makes of them needs some hundred bytes each until it is copied."""
+SAMPLE, MARGIN = 64, 1.2
+"""Documents that tell how many tokens a text has, and how many times those asked for that must be to be trusted."""
 
 
 def on_hub(data: dict[str, Any]) -> bool:
@@ -91,6 +94,26 @@ def check_text(data: dict[str, Any]) -> None:
     if "folder" in data:
         for purpose in PURPOSES:
             folder_text(data, purpose)
+
+
+def check_length(
+    data: dict[str, Any], tokenizer: PreTrainedTokenizerBase, purpose: str, seed: int, count: int, length: int
+) -> None:
+    """Refuse the text of a data folder when it has fewer than ``count`` blocks of ``length`` tokens.
+
+    All of it is tokenised only where a sample says that it may be too short; the text of other sources is not read.
+
+    Raises:
+        ValueError: as `blocks`.
+    """
+    if "folder" not in data:
+        return
+    documents = list(texts(data, purpose, seed))
+    sample = list(islice(documents, SAMPLE))  # they are shuffled
+    found = sum(map(len, tokenizer(sample, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]))
+    characters = max(1, sum(map(len, sample)))
+    if found / characters * sum(map(len, documents)) < MARGIN * count * length:
+        blocks(documents, tokenizer, count, length)
 
 
 def text_identity(data: dict[str, Any]) -> dict[str, str]:
