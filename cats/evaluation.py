@@ -10,7 +10,6 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, TypeVar
@@ -24,6 +23,7 @@ from cats.language_model import LanguageModel
 from cats.perplexity import block_losses, perplexity, sequences_at_once
 from cats.quiet import quiet, templates_compiled_once
 from cats.task_data import check_answer, local_sets
+from cats.task_index import own_tasks
 
 try:
     import lm_eval
@@ -82,12 +82,6 @@ class Tasks(dict[str, Task]):
         self.encodings: WeakKeyDictionary[Any, dict[str, list[int]]] = WeakKeyDictionary()
 
 
-@lru_cache(maxsize=1)
-def _own_tasks() -> TaskManager:
-    """lm-eval's index of its own tasks: thousands of YAML files, about ten seconds."""
-    return TaskManager()
-
-
 def check_tasks(names: Sequence[str], include_path: str | Path | None = None) -> dict[str, TaskManager]:
     """For each of ``names`` the index that has it, local ones first; nothing is downloaded.
 
@@ -100,7 +94,7 @@ def check_tasks(names: Sequence[str], include_path: str | Path | None = None) ->
         local = TaskManager(include_path=str(include_path), include_defaults=False) if include_path else None
         found = {name: local for name in names if local is not None and name in local.all_subtasks}
         if len(found) < len(names):
-            found |= {name: _own_tasks() for name in names if name not in found and name in _own_tasks().all_subtasks}
+            found |= own_tasks([name for name in names if name not in found])
     unknown = [name for name in names if name not in found]
     if unknown:
         place = include_path or "a local folder"

@@ -7,6 +7,7 @@ running Python's standard library; any other table is passed to `datasets.load_d
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from cats.texts import beginning
 from experiments.framework.config import Config
 
 PURPOSES = ("train", "heldout")
+AT_ONCE = 2**20
+"""Characters given to a tokenizer at once: what it makes of them needs some hundred bytes each until it is copied."""
+SAMPLE, MARGIN = 64, 1.2
+"""Documents that tell how many tokens a text has, and how many times those asked for that must be to be trusted."""
 
 
 def on_hub(data: dict[str, Any]) -> bool:
@@ -91,6 +96,26 @@ def check_text(data: dict[str, Any]) -> None:
             folder_text(data, purpose)
 
 
+def check_length(
+    data: dict[str, Any], tokenizer: PreTrainedTokenizerBase, purpose: str, seed: int, count: int, length: int
+) -> None:
+    """Refuse the text of a data folder when it has fewer than ``count`` blocks of ``length`` tokens.
+
+    All of it is tokenised only where a sample says that it may be too short; the text of other sources is not read.
+
+    Raises:
+        ValueError: as `blocks`.
+    """
+    if "folder" not in data:
+        return
+    documents = list(texts(data, purpose, seed))
+    sample = list(islice(documents, SAMPLE))  # they are shuffled
+    found = sum(map(len, tokenizer(sample, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]))
+    characters = max(1, sum(map(len, sample)))
+    if found / characters * sum(map(len, documents)) < MARGIN * count * length:
+        blocks(documents, tokenizer, count, length)
+
+
 def text_identity(data: dict[str, Any]) -> dict[str, str]:
     """SHA-256 of the files that the text of a data folder is in, by their path in the folder; else nothing."""
     return folder_hashes(Path(data["folder"]), Path(data["folder"]) / TEXT) if "folder" in data else {}
@@ -125,19 +150,30 @@ def blocks(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, count: 
     filled = 0
     begin = beginning(tokenizer)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    for document in documents:
-        found = tokenizer(document, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-        part = torch.tensor([*begin, *found, *end][: len(ids) - filled], dtype=torch.int64)
-        ids[filled : filled + len(part)] = part
-        filled += len(part)
-        if filled == len(ids):
-            made = ids.reshape(count, length)
-            if begin:
-                made[:, 0] = begin[0]
-            return made
-    raise ValueError(
-        f"the text has only {filled} tokens, but {count} blocks of {length} were asked for: lower one of them"
-    )
+    rest = iter(documents)
+    while filled < len(ids) and (batch := _first(rest, min(len(ids) - filled, AT_ONCE), len(begin) + len(end))):
+        for encoded in tokenizer(batch, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]:
+            part = torch.tensor([*begin, *encoded, *end][: len(ids) - filled], dtype=torch.int64)
+            ids[filled : filled + len(part)] = part
+            filled += len(part)
+    if filled < len(ids):
+        raise ValueError(
+            f"the text has only {filled} tokens, but {count} blocks of {length} were asked for: lower one of them"
+        )
+    made = ids.reshape(count, length)
+    if begin:
+        made[:, 0] = begin[0]
+    return made
+
+
+def _first(documents: Iterator[str], tokens: int, added: int) -> list[str]:
+    """As many documents as have so many tokens at the very most, at one a character and ``added`` a document: all of
+    them are needed, and a fast tokenizer spreads a list over the processor's cores."""
+    batch: list[str] = []
+    while tokens > 0 and (document := next(documents, None)) is not None:
+        batch.append(document)
+        tokens -= max(1, len(document) + added)
+    return batch
 
 
 def batches(

@@ -27,7 +27,7 @@ from experiments.framework.config import Config
 from experiments.framework.cost import Cost, memory_per_parameter, text
 from experiments.framework.identity import text_identity
 from experiments.framework.options import Count, Positive, Range, Sparsity
-from experiments.framework.subject import check_models, fractions_below
+from experiments.framework.subject import check_length, check_models, fractions_below
 from experiments.framework.tables import WEIGHTS, HistogramRow, Row, ThresholdRow
 
 
@@ -56,6 +56,7 @@ class Options:
 def run(config: Config[Options]) -> Iterable[Row]:
     """Measure histograms and thresholds of each model in ``config.models``, and of its control."""
     check_models(config)
+    check_length(config, train=config.options.blocks, heldout=config.options.blocks)
     for model in config.models:
         for weights in WEIGHTS:
             compute = partial(measure, config, model, weights)

@@ -21,7 +21,7 @@ from experiments.framework.common_options import EvaluationOptions
 from experiments.framework.config import Config
 from experiments.framework.cost import Cost, evaluation, memory_per_parameter, text
 from experiments.framework.options import OneOf
-from experiments.framework.subject import Subject, check
+from experiments.framework.subject import Subject, check, check_length
 from experiments.framework.tables import ItemSample, Row, TextSample, ZeroShotRow
 from experiments.framework.variants import DENSE, RELUFICATION, Variant, make, variant
 from experiments.framework.zero_shot import Samples, measure_as_is
@@ -48,7 +48,9 @@ class Options(EvaluationOptions):
 
 def run(config: Config[Options]) -> Iterable[Row]:
     """Measure every variant of each model."""
+    options = config.options
     check(config)
+    check_length(config, train=options.calibration_blocks, heldout=options.heldout_blocks)
     for name in config.models:
         yield from measure_model(config, name)
 

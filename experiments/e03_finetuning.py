@@ -26,7 +26,7 @@ from experiments.framework.common_options import EvaluationOptions, SweepOptions
 from experiments.framework.config import Config
 from experiments.framework.cost import Cost, evaluation, memory_per_parameter, text, training
 from experiments.framework.options import Count, Rising
-from experiments.framework.subject import SWEEP_SEED, Subject, check, mean
+from experiments.framework.subject import SWEEP_SEED, Subject, check, check_length, mean
 from experiments.framework.tables import FinetuningRow, FinetuningSample, Row, SparsityRow, SweepRow, pack_flags
 from experiments.framework.training import FinetuningSubject, adapted, loss_of_short_run, lowest_loss
 from experiments.framework.variants import DENSE, RELUFICATION, Variant, make, variant
@@ -71,6 +71,9 @@ def run(config: Config[Options]) -> Iterable[Row]:
     """Sweep, train and measure."""
     options = config.options
     check(config)
+    trained = options.longest() * options.train_batch_size
+    swept = options.sweep_blocks if options.sweeps() else 0
+    check_length(config, train=options.calibration_blocks + trained, heldout=options.heldout_blocks + swept)
     for name in config.models:
         yield from measure_model(FinetuningSubject(config, name, options.longest(), options.sweep_blocks))
 

@@ -23,7 +23,7 @@ from experiments.framework.common_options import EvaluationOptions, TrainingOpti
 from experiments.framework.config import Config
 from experiments.framework.cost import Cost, evaluation, memory_per_parameter, text, training
 from experiments.framework.options import Positive, Seed, Whole
-from experiments.framework.subject import check, fractions_below, mean
+from experiments.framework.subject import check, check_length, fractions_below, mean
 from experiments.framework.tables import AttentionRow, AttentionSample, AttentionTextSample, Row
 from experiments.framework.training import FinetuningSubject, adapted
 from experiments.framework.variants import ALL_SITES, DENSE, Variant, make, variant
@@ -59,6 +59,8 @@ def run(config: Config[Options]) -> Iterable[Row]:
     """Measure the dense model, CATS and CATS with attention."""
     options = config.options
     check(config)
+    trained = options.steps * options.train_batch_size
+    check_length(config, train=options.calibration_blocks + trained, heldout=options.heldout_blocks)
     for name in config.models:
         subject = FinetuningSubject(config, name, options.steps)
         dense: dict[tuple[int, int], Samples | None] = {}

@@ -1,10 +1,13 @@
 """Blocks of token ids from text."""
 
 import tracemalloc
+from itertools import islice
+from typing import Any
 
 import pytest
 import torch
 
+from cats.models import load_tokenizer
 from experiments import data
 from experiments.data import blocks, texts
 
@@ -16,7 +19,9 @@ class Tokenizer:
     bos_token_id: int | None = None
     begins: tuple[int, ...] = ()
 
-    def __call__(self, text: str, add_special_tokens: bool = True, **_options: object) -> dict[str, list[int]]:
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True, **_options: object) -> dict[str, list]:
+        if isinstance(text, list):
+            return {"input_ids": [self(one, add_special_tokens)["input_ids"] for one in text]}
         return {"input_ids": [*self.begins * add_special_tokens, *map(ord, text)]}
 
 
@@ -60,9 +65,14 @@ def test_too_little_text_is_said_with_its_size() -> None:
 def test_ids_are_not_held_as_python_integers() -> None:
     """A million ids in a list are 8 MB of pointers alone."""
     ids = list(range(1000))
-    tokenizer = type(
-        "T", (), {"eos_token_id": None, "bos_token_id": None, "__call__": lambda *_a, **_k: {"input_ids": ids}}
-    )()
+
+    class Thousand(Tokenizer):
+        eos_token_id = None
+
+        def __call__(self, text: str | list[str], *_arguments: object, **_options: object) -> dict[str, list]:
+            return {"input_ids": [ids] * len(text) if isinstance(text, list) else ids}
+
+    tokenizer: Any = Thousand()
     tracemalloc.start()
     try:
         assert blocks(("" for _ in range(1000)), tokenizer, 1000, 1000).shape == (1000, 1000)
@@ -70,6 +80,32 @@ def test_ids_are_not_held_as_python_integers() -> None:
     finally:
         tracemalloc.stop()
     assert peak < 2e6
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_blocks_are_those_of_the_documents_one_by_one(begins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many a tokenizer is given at once, and with tokens that are several characters or part of one."""
+    tokenizer = load_tokenizer("pocket")
+    assert tokenizer is not None
+    if begins:
+        monkeypatch.setattr(data, "beginning", lambda _tokenizer: [tokenizer.eos_token_id])
+    documents = list(islice(texts({"source": "pocket"}, "heldout", 3), 12))
+    documents[3:3] = ["", "\N{SNOWMAN}\N{GRINNING FACE}" * 50, "a  b\r\n\tc"]
+    first = [tokenizer.eos_token_id] * begins
+    expected = []
+    for document in documents:
+        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        expected += [*first, *ids, tokenizer.eos_token_id]
+    length = 32
+    made = torch.tensor(expected[: len(expected) // length * length]).view(-1, length)
+    if begins:
+        made[:, 0] = tokenizer.eos_token_id
+    for at_once in (1, 700, 2**20):
+        monkeypatch.setattr(data, "AT_ONCE", at_once)
+        for count in (len(made), len(made) // 3, 1):
+            assert torch.equal(blocks(documents, tokenizer, count, length), made[:count])
+        with pytest.raises(ValueError, match=f"only {len(expected)} tokens"):
+            blocks(documents, tokenizer, len(made) + 1, length)
 
 
 @pytest.mark.parametrize("online", [True, False])

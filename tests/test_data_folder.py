@@ -1,6 +1,7 @@
 """Task data and text from a local folder: the hub's names, no server, and one sentence for what is missing."""
 
 import hashlib
+import importlib
 import shutil
 import socket
 from pathlib import Path
@@ -11,9 +12,12 @@ import pandas as pd
 import pytest
 
 from cats.evaluation import load_tasks
+from cats.models import load_tokenizer
 from cats.task_data import check_answer, local_sets, tasks_identity
-from experiments.cli import forwarded, parser, profile_of
-from experiments.data import check_text, on_hub, text_identity, texts
+from experiments import data
+from experiments.cli import configs_of, forwarded, parser, profile_of
+from experiments.data import check_length, check_text, on_hub, text_identity, texts
+from experiments.framework.profiles import EXPERIMENTS
 
 from .hub_content import ITEMS, TASKS, save_task_data
 
@@ -181,12 +185,12 @@ def test_an_answer_that_is_no_choice_is_refused() -> None:
 
 def test_text_comes_from_the_folder_whatever_the_profile_says(folder: Path) -> None:
     for rest in ({"source": "pocket"}, {"source": "hub", "path": "tiiuae/falcon-refinedweb", "split": "train"}):
-        data = {**rest, "folder": str(folder)}
-        assert not on_hub(data)
-        train, heldout = list(texts(data, "train", 0)), list(texts(data, "heldout", 0))
+        source = {**rest, "folder": str(folder)}
+        assert not on_hub(source)
+        train, heldout = list(texts(source, "train", 0)), list(texts(source, "heldout", 0))
         assert len(train) == 30 and len(heldout) == 10 and not set(train) & set(heldout)
-        assert train != list(texts(data, "train", 1)) and sorted(train) == sorted(texts(data, "train", 1))
-        assert train == list(texts(data, "train", 0))
+        assert train != list(texts(source, "train", 1)) and sorted(train) == sorted(texts(source, "train", 1))
+        assert train == list(texts(source, "train", 0))
     known = text_identity({"folder": str(folder)})
     assert known["text/train.parquet"] == hashlib.sha256((folder / "text/train.parquet").read_bytes()).hexdigest()
     assert text_identity({"source": "pocket"}) == {}
@@ -194,27 +198,69 @@ def test_text_comes_from_the_folder_whatever_the_profile_says(folder: Path) -> N
 
 def test_text_that_is_missing_is_one_sentence(folder: Path, tmp_path: Path) -> None:
     root = copy_of(folder, tmp_path)
-    data = {"folder": str(root)}
-    check_text(data)
+    source = {"folder": str(root)}
+    check_text(source)
     readme = root / "text/README.md"
     readme.write_text(readme.read_text().replace("split: heldout", "split: validation"))
     with pytest.raises(ValueError, match="has no split heldout: it has train, validation"):
-        check_text(data)
+        check_text(source)
     frame = pd.read_parquet(root / "text/train.parquet").rename(columns={"text": "content"})
     frame.to_parquet(root / "text/train.parquet")
     (root / "text/README.md").unlink()
     (root / "text/heldout.parquet").unlink()
     with pytest.raises(ValueError, match="has no column text in its split train: it has content, source"):
-        check_text(data)
+        check_text(source)
     (root / "text/train.parquet").write_bytes(b"not parquet")
     with pytest.raises(OSError, match=r"the text in .*text cannot be read") as caught:
-        check_text(data)
+        check_text(source)
     assert "\n" not in str(caught.value)
     shutil.rmtree(root / "text")
     with pytest.raises(OSError, match="has no directory text/"):
-        check_text(data)
+        check_text(source)
     with pytest.raises(OSError, match="does not exist"):
         next(texts({"folder": str(root / "absent")}, "train", 0))
+
+
+@pytest.mark.parametrize("experiment", ["e01", "e02", "e03", "e07", "e08", "e09"])
+def test_a_text_that_is_too_short_is_said_before_a_model_is_loaded(
+    experiment: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["run", experiment, "--data", str(folder), "--output", str(tmp_path)]
+    (config,) = configs_of(parser().parse_args(words), [experiment])
+    module = importlib.import_module(EXPERIMENTS[experiment])
+    for name in ("check", "check_models"):
+        monkeypatch.setattr(module, name, lambda *_arguments: None, raising=False)
+    monkeypatch.setattr(config, "unit", lambda *_arguments: pytest.fail("a unit was begun"))
+    monkeypatch.setattr(config, "compute_ahead", lambda *_arguments: pytest.fail("workers were started"))
+    options = config.options
+    asked = options.blocks if experiment == "e01" else options.calibration_blocks
+    if experiment == "e03":
+        asked += max(*options.steps, options.sweep_steps) * options.train_batch_size
+    if experiment == "e07":
+        asked += options.steps * options.train_batch_size
+    sentence = rf"the text has only \d+ tokens, but {asked} blocks of {options.length} were asked for"
+    with pytest.raises(ValueError, match=sentence):
+        list(module.run(config))
+
+
+def test_all_of_a_text_is_tokenised_only_where_it_may_be_too_short(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer("pocket")
+    assert tokenizer is not None
+    source = {"folder": str(folder)}
+    tokens = sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts(source, "train", 0))
+    begun: list[int] = []
+    original = data.blocks
+    monkeypatch.setattr(data, "blocks", lambda *arguments: begun.append(arguments[2]) or original(*arguments))
+    monkeypatch.setattr(data, "SAMPLE", 5)
+    check_length(source, tokenizer, "train", 0, tokens // 2, 1)
+    assert not begun
+    check_length(source, tokenizer, "train", 0, tokens, 1)
+    assert begun == [tokens]
+    with pytest.raises(ValueError, match=f"the text has only {tokens} tokens, but {tokens + 1} blocks of 1"):
+        check_length(source, tokenizer, "train", 0, tokens + 1, 1)
+    check_length({"source": "pocket"}, tokenizer, "train", 0, 10**9, 1)  # known only once it is read
 
 
 @pytest.mark.parametrize("profile", ["pocket", "laptop", "paper"])

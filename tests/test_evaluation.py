@@ -17,10 +17,14 @@ import torch
 import tqdm
 from cats_kernels.reference import sparse_gated_mlp_reference
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 import cats
+from cats import task_index
 from cats.evaluation import (
     TaskResult,
+    check_tasks,
     check_tokenizer,
     evaluate,
     load_tasks,
@@ -228,11 +232,62 @@ def test_a_task_without_its_data_is_one_sentence(world, tmp_path):
         load_tasks(["gone"], tmp_path)
 
 
-def test_lm_evals_own_tasks_are_known_without_a_download():
-    from cats.evaluation import check_tasks
+def test_lm_evals_own_tasks_are_known_without_a_download(monkeypatch):
+    """As its whole index has them, which is read for a name alone that no file or more than one gives to its task."""
+    paper = ["openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "boolq", "sciq", "gsm8k"]
+    with monkeypatch.context() as patch:
+        patch.setattr(task_index, "all_own_tasks", lambda: pytest.fail("the whole index was read"))
+        indices = check_tasks(paper)
+    assert list(indices) == paper
+    whole = task_index.all_own_tasks()
+    for name, index in indices.items():
+        assert index.task_index[name] == whole.task_index[name]
+    by_include = "AraDiCE_ArabicMMLU_high_stem_physics_egy"
+    assert check_tasks([by_include])[by_include] is whole
+    for unknown in ("arc_eas", "arc.easy", "ai2_arc", "glue"):  # the last two are a tag and a group
+        with pytest.raises(ValueError, match=f"unknown task {unknown}"):
+            check_tasks([unknown])
 
-    paper = ["openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "boolq", "sciq"]
-    assert set(check_tasks(paper)) == set(paper)
+
+def test_texts_encoded_ahead_are_all_that_lm_eval_asks_for(loaded, monkeypatch):
+    """With the ids that it gets one by one; a text that begins with the model's first token is left to it."""
+    model, tokenizer = loaded
+    first = tokenizer.decode(LanguageModel(model, tokenizer, 2, {}).prefix_token_id)
+    assert first
+    pairs = [("Is it so?", " yes"), ("Is it so?", " no"), ("with spaces  ", "at the end"), ("", "alone"), (first, " a")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    language_model = LanguageModel(model, tokenizer, 2, {})
+    language_model.loglikelihood(requests, disable_tqdm=True)
+    assert {"Is it so?", "Is it so? no", "with spaces", "with spaces  at the end"} <= language_model.cache.keys()
+    one_by_one = HFLM(pretrained=model, tokenizer=tokenizer)
+    assert language_model.cache == {text: one_by_one.tok_encode(text) for text in language_model.cache}
+    asked, original = [], HFLM.tok_encode
+
+    def recorded(self, text, *arguments, **options):
+        asked.append(text)
+        return original(self, text, *arguments, **options)
+
+    monkeypatch.setattr(HFLM, "tok_encode", recorded)
+    LanguageModel(model, tokenizer, 2, {}).loglikelihood(requests, disable_tqdm=True)
+    assert set(asked) == {"alone", first, first + " a"}
+
+
+def test_a_name_that_several_files_have_is_the_one_of_the_whole_index(tmp_path, monkeypatch):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.yaml").write_text("task: twice\ndataset_path: " + folder)
+    (tmp_path / "a" / "y.yaml").write_text("'task': \"once\"\n")
+    (tmp_path / "b" / "z.yaml").write_text("task: 'thrice'  # quoted\n")
+    monkeypatch.setattr(task_index, "OWN", tmp_path)
+    whole = TaskManager(include_path=tmp_path, include_defaults=False)
+    monkeypatch.setattr(task_index, "all_own_tasks", lambda: whole)
+    task_index._files_of.cache_clear()
+    try:
+        indices = task_index.own_tasks(["twice", "once", "thrice", "never"])
+    finally:
+        task_index._files_of.cache_clear()
+    assert indices.keys() == {"twice", "once", "thrice"}
+    assert indices["twice"] is whole and indices["once"] is whole and indices["thrice"] is not whole
 
 
 def test_too_small_a_limit_and_no_text_are_refused(world, loaded):

@@ -129,7 +129,10 @@ def test_an_installed_wheel_imports_or_says_which_extra_is_missing(wheel: zipfil
     )
     assert done.returncode == 0, done.stderr[-2000:]
     said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
-    names = ("evaluation", "finetuning", "generated_answers", "language_model", "perplexity", "quiet", "task_data")
+    names = (
+        "evaluation", "finetuning", "generated_answers", "language_model", "perplexity", "quiet", "task_data",
+        "task_index",
+    )  # fmt: skip
     assert set(said) == {f"cats.{name}" for name in names}
     hint = "which is not installed: pip install 'cats-sparsity[experiments]' brings it"
     for sentence in said.values():

@@ -7,29 +7,20 @@ original ones, and have to say so: `identity` does. `cats.models.gguf_packed` ke
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cats.hub import loading
 from cats.models.gguf_config import end_tokens, make_config
 from cats.models.gguf_header import Header, read_header
 from cats.models.gguf_packed import Tensors, load_packed
 from cats.models.gguf_tokenizer import make_tokenizer
 from cats.models.loader import Loader, Origin, Request
-from cats.models.pretrained import check_complete
 from cats.models.sanity import absurdity
 from cats.models.streaming import quantized_model, rounded
+from cats.skeleton import empty_model, fill
 
 # transformers 5.17 builds another tokenizer of a Gemma-3 file, without a word: twice the tokens, no bos, and with the
 # same weights a perplexity of 225 on news where 5.23's tokenizer gives 18; the versions between were not tried
@@ -37,7 +28,7 @@ OLDEST = "5.23"
 
 
 class GGUFLoader(Loader):
-    """Through transformers' own loading of GGUF, with a configuration and a tokenizer that are mended."""
+    """Tensor by tensor into transformers' model, with a configuration and a tokenizer made of the file's metadata."""
 
     order = 20
     example = "a GGUF file"
@@ -81,7 +72,7 @@ class GGUFLoader(Loader):
             raise ValueError(f"{spec} is a GGUF file, which cannot be sharded: convert it to a directory first")
         header = self.header(spec)
         tokenizer = make_tokenizer(header)  # before the long work: it may be refused
-        model = (_read if request.plain else _read_quantized)(spec, header, request)
+        model = _read(header, request)
         model.to(torch.device(request.device)).eval()  # type: ignore[arg-type]
         if request.layers is None and (sentence := absurdity(spec, model, tokenizer)):
             warnings.warn(sentence, stacklevel=3)
@@ -105,62 +96,23 @@ def quantisation(header: Header) -> str:
         return "of unknown type"
 
 
-def _read(spec: str, header: Header, request: Request) -> PreTrainedModel:
-    config = make_config(header, request.layers)
-    tied, config.tie_word_embeddings = config.tie_word_embeddings, "output.weight" not in header.tensors
-    options: dict[str, Any] = {"dtype": request.dtype or torch.bfloat16, "config": config}
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it advises on kernels for weights that stay quantised
-    try:
-        with loading(spec):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                header.path.parent, gguf_file=header.path.name, output_loading_info=True, **options
-            )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    model, report = loaded
-    check_complete(spec, report)
-    if tied and not model.config.tie_word_embeddings:
-        _tie(model, header)
-    return _as_a_plain_model(model, header)
+def _read(header: Header, request: Request) -> PreTrainedModel:
+    """The model of the file, its weights dequantised, or quantised as is asked for.
 
-
-def _read_quantized(_spec: str, header: Header, request: Request) -> PreTrainedModel:
-    """With the MLPs packed as they are in the file, or rounded to the format that is asked for."""
+    transformers' own reading makes the same tensors, but first a Python object of every entry of the vocabulary.
+    """
     config, dtype = make_config(header, request.layers), request.dtype or torch.bfloat16
     device = torch.device(request.device)
-    if request.bits is None:
+    tensors = Tensors(header, config, device)
+    names = tensors.names.keys()
+    if request.plain:
+        model = empty_model(config, dtype)
+        fill(model, lambda name, held: tensors.plain(name, held.dtype), names, device)
+    elif request.bits is None:
         model = load_packed(header, config, dtype, device)
     else:
-        tensors = Tensors(header, config, device)
         packed = rounded(tensors.plain, dtype, request.bits, request.group_size)
-        names = tensors.names.keys()
         model = quantized_model(config, dtype, device, names, tensors.plain, packed, request.others)
-    model.generation_config = _generation_config(header)
-    return model
-
-
-def _tie(model: PreTrainedModel, header: Header) -> None:
-    """One matrix for embedding and output, of the two quantisations in the file the one with more bits per weight."""
-    sizes = {name: header.tensors[name].size for name in ("token_embd.weight", "output.weight")}
-    model.config.tie_word_embeddings = True
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if sizes["output.weight"] > sizes["token_embd.weight"]:
-        embedding.weight = head.weight
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
-    model.tie_weights()
-
-
-def _as_a_plain_model(model: PreTrainedModel, header: Header) -> PreTrainedModel:
-    """Without what the loader leaves of a quantised model, which would keep a saved directory from loading."""
-    for holder in (model, model.config):
-        for name in ("quantization_config", "hf_quantizer", "quantization_method"):
-            if name in vars(holder):
-                delattr(holder, name)
-    plain: dict[str, Any] = {"is_quantized": False, "_weight_conversions": None}
-    vars(model).update(plain)
-    model.config._name_or_path = ""
-    model.name_or_path = ""
     model.generation_config = _generation_config(header)
     return model
 

@@ -31,7 +31,7 @@ from experiments.e08_criteria.options import Options, Piece
 from experiments.e08_criteria.speed import mlp_rows, token_rows
 from experiments.framework.config import Config
 from experiments.framework.cost import BYTES, Cost, Work, evaluation, memory_per_parameter, text
-from experiments.framework.subject import check, check_models, task_folder
+from experiments.framework.subject import check, check_length, check_models, task_folder
 from experiments.framework.tables import (
     CriterionRow,
     CriterionSample,
@@ -59,6 +59,7 @@ def run(config: Config[Options]) -> Iterable[Row]:
     if "tasks" in kinds:
         check(config)
     check_models(config)
+    check_length(config, train=options.calibration_blocks, heldout=options.heldout_blocks)
     if "answers" in kinds and "folder" in config.data and not config.finished_only:
         load_answer_tasks(options.generation_tasks, task_folder(config), config.data["folder"])
     for name in config.models:

@@ -29,7 +29,7 @@ from experiments.framework.common_options import EvaluationOptions
 from experiments.framework.config import Config
 from experiments.framework.cost import BYTES, FORWARD, Cost, Work, evaluation, memory_per_parameter, text
 from experiments.framework.options import Count, MayBeEmpty, OneOf, Sparsity, Whole
-from experiments.framework.subject import check, check_models
+from experiments.framework.subject import check, check_length, check_models
 from experiments.framework.tables import Row
 from experiments.framework.timing import FLUSH_BYTES
 from experiments.framework.zero_shot import Samples
@@ -89,6 +89,7 @@ def run(config: Config[Options]) -> Iterable[Row]:
         if options.tasks:
             check(config)
         check_models(config)
+        check_length(config, train=options.calibration_blocks, heldout=options.heldout_blocks)
         for name in config.models:
             yield from measure_model(config, name)
     units = [(shape, dtype) for shape in options.shapes for dtype in options.dtypes]

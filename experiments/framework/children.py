@@ -41,7 +41,7 @@ def run_child(words: Sequence[str], log: Path, typed: str = "") -> int:
         **os.environ,
         "PYTHONUNBUFFERED": "1",
         "COLUMNS": str(shutil.get_terminal_size().columns),
-        "TOKENIZERS_PARALLELISM": "false",
+        "TOKENIZERS_PARALLELISM": "true",  # said, else tokenizers warns at every fork
         PARENT: str(os.getpid()),
         COMMAND: typed,
     }

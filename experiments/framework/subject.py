@@ -17,6 +17,7 @@ from cats.evaluation import TaskResult, Tasks, check_tasks, check_tokenizer, eva
 from cats.finetuning import TrainSettings
 from cats.models import load_config, load_model, load_tokenizer
 from cats.observe import observe
+from experiments import data
 from experiments.data import batches, check_text
 from experiments.framework.config import Config
 from experiments.framework.identity import task_identity, text_identity
@@ -177,6 +178,25 @@ def check_models(config: Config[Any]) -> None:
             raise ValueError(f"{config.experiment} needs real weights and a tokenizer, which {name} does not have")
         with torch.device("meta"):
             cats.gated_mlps(AutoModelForCausalLM.from_config(load_config(name)))
+
+
+def check_length(config: Config[Any], **counts: int) -> None:
+    """Refuse a data folder whose text is too short, before any long work.
+
+    Args:
+        config: its options have the length of a block.
+        counts: blocks asked for of each purpose, ``train`` and ``heldout``.
+
+    Raises:
+        ValueError: as `experiments.data.blocks`, for the first model that the text is too short for.
+    """
+    if is_worker() or config.finished_only or "folder" not in config.data:
+        return
+    for name in config.models:
+        tokenizer = load_tokenizer(name)
+        assert tokenizer is not None  # check_models() refuses models without one
+        for purpose, count in counts.items():
+            data.check_length(config.data, tokenizer, purpose, config.seed, count, config.options.length)
 
 
 def fractions_below(

@@ -81,8 +81,8 @@ def run_workers(words: list[str], workers: int, gpus: int) -> list[int]:
 
 
 def _environment(number: int, threads: int, gpus: int) -> dict[str, str]:
-    environment = {**os.environ, WORKER: str(number), PARENT: str(os.getpid()), "TOKENIZERS_PARALLELISM": "false"}
-    environment["OMP_NUM_THREADS"] = environment["NUMBA_NUM_THREADS"] = str(threads)
+    environment = {**os.environ, WORKER: str(number), PARENT: str(os.getpid()), "TOKENIZERS_PARALLELISM": "true"}
+    environment |= dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
     if gpus > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
         environment["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]
