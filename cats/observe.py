@@ -237,7 +237,8 @@ def _run(model: nn.Module, batches: Batches, watcher: _Watcher, watch: Callable[
                 if not inputs["input_ids"].numel():
                     continue
                 mask = inputs.get("attention_mask")
-                watcher.valid = None if mask is None else mask.bool()
+                # a mask of ones alone says nothing: experts, which see some of the tokens, are watched all the same
+                watcher.valid = None if mask is None or bool(mask.all()) else mask.bool()
                 tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
                 model(**inputs, use_cache=False, **fewest)
     finally:

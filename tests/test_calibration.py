@@ -204,8 +204,12 @@ def test_a_block_that_sees_some_tokens_only_is_refused_with_a_mask(llama: torch.
     mlp.register_forward_pre_hook(lambda _module, args: (args[0].flatten(0, 1)[:3],))
     mlp.register_forward_hook(lambda _module, _args, _output: torch.zeros(2, 5, 32))
     ids = torch.ones(2, 5).long()
+    mask = ids.clone()
+    mask[0, 0] = 0
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp sees rows of shape \(3,\)"):
-        cats.calibrate(llama, [{"input_ids": ids, "attention_mask": ids}])
+        cats.calibrate(llama, [{"input_ids": ids, "attention_mask": mask}])
+    # what a tokenizer returns for sequences of one length: nothing is padded, so nothing need be left out
+    assert cats.calibrate(llama, [{"input_ids": ids, "attention_mask": ids}]) == cats.calibrate(llama, [ids])
 
 
 def test_an_offloaded_model_is_calibrated_where_it_computes(llama: torch.nn.Module, batches: list) -> None:
