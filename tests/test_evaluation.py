@@ -197,6 +197,19 @@ def test_perplexity_is_exp_of_the_mean_cross_entropy(loaded):
     assert perplexity(model.float(), ids.split(2)) == pytest.approx(expected, rel=1e-5)
 
 
+def test_each_module_gets_its_own_mode_back(world, loaded):
+    model, tokenizer = loaded
+    model.train()
+    model.model.layers[0].eval()  # frozen by its owner
+    modes = [module.training for module in model.modules()]
+    ids = torch.randint(0, len(tokenizer), (2, 20), generator=torch.Generator().manual_seed(1))
+    perplexity(model, [ids])
+    assert [module.training for module in model.modules()] == modes
+    evaluate(model, tokenizer, load_tasks(["tiny_yes"], world / "tasks"), limit=4)
+    assert [module.training for module in model.modules()] == modes
+    model.eval()
+
+
 def test_paired_difference_by_hand():
     # differences 1, 0, -1, 1: mean 0.25, variance (0.75^2 + 0.25^2 + 1.25^2 + 0.75^2) / 3 = 11/12
     a = TaskResult("t", 0.75, 0.0, 4, 0.5, (1.0, 1.0, 0.0, 1.0))
