@@ -23,7 +23,8 @@ LOGITS_BYTES = 2**31
 
 
 def perplexity(model: nn.Module, blocks: Iterable[Tensor]) -> float:
-    """exp of the mean negative log-likelihood, in nats, of every token of ``blocks`` but the first of each sequence.
+    """exp of the mean negative log-likelihood, in nats, of every token of ``blocks`` but the first of each sequence;
+    infinite where that is beyond a float.
 
     Args:
         model, blocks: as `block_losses`.
@@ -34,7 +35,10 @@ def perplexity(model: nn.Module, blocks: Iterable[Tensor]) -> float:
     blocks = list(blocks)
     tokens = [block.shape[-1] - 1 for block in blocks for _ in range(len(block)) if block.shape[-1] > 1]
     losses = block_losses(model, blocks)
-    return math.exp(sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens))
+    try:
+        return math.exp(sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens))
+    except OverflowError:
+        return math.inf
 
 
 def sequences_at_once(model: nn.Module, length: int) -> int:

@@ -28,7 +28,7 @@ from experiments.framework.cost import Cost, evaluation, memory_per_parameter, t
 from experiments.framework.options import Count, Rising
 from experiments.framework.subject import SWEEP_SEED, Subject, check, mean
 from experiments.framework.tables import FinetuningRow, FinetuningSample, Row, SparsityRow, SweepRow, pack_flags
-from experiments.framework.training import FinetuningSubject, adapted
+from experiments.framework.training import FinetuningSubject, adapted, lowest_loss
 from experiments.framework.variants import DENSE, RELUFICATION, Variant, make, variant
 
 Start = dict[str, Any]  # the columns model, criterion, variant, seed, step
@@ -133,7 +133,7 @@ def sweep(subject: FinetuningSubject, v: Variant) -> list[SweepRow]:
     rows: list[Any] = []
     for rate in subject.config.progress(options.learning_rates, f"{subject.name} rates for {v.name}"):
         rows += subject.config.unit(*sweep_job(subject, v, rate), (SweepRow,))
-    best = min(rows, key=lambda row: row.eval_loss) if len(rows) == len(options.learning_rates) else None
+    best = lowest_loss(rows) if len(rows) == len(options.learning_rates) else None
     return [replace(row, chosen=row is best) for row in rows]
 
 

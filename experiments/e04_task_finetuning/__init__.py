@@ -41,7 +41,7 @@ from experiments.framework.cost import (
 from experiments.framework.options import Count, Range, Sparsity, Whole
 from experiments.framework.subject import SWEEP_SEED, check, mean
 from experiments.framework.tables import Row, TaskFinetuningRow, TaskFinetuningSample, TaskSweepRow, pack_flags
-from experiments.framework.training import adapted
+from experiments.framework.training import adapted, lowest_loss
 from experiments.framework.variants import DENSE, RELUFICATION, Variant, variant
 
 ROWS = (TaskFinetuningRow, TaskFinetuningSample)
@@ -156,7 +156,7 @@ def sweep(subject: TaskSubject, task: str, v: Variant) -> list[TaskSweepRow]:
     rates = subject.config.options.learning_rates
     for rate in rates:
         rows += subject.config.unit(*sweep_job(subject, task, v, rate), (TaskSweepRow,))
-    best = min(rows, key=lambda row: row.eval_loss) if len(rows) == len(rates) else None
+    best = lowest_loss(rows) if len(rows) == len(rates) else None
     return [replace(row, chosen=row is best) for row in rows]
 
 

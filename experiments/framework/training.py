@@ -1,6 +1,7 @@
 """What the experiments that fine-tune share: text to train on, and a variant with adapters."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -52,3 +53,8 @@ def adapted(subject: Subject, v: Variant, thresholds: Thresholds | None, seed: i
         yield model
     finally:
         remove_lora(model)
+
+
+def lowest_loss(rows: Sequence[Any]) -> Any | None:
+    """The row of the lowest ``eval_loss``; a rate that diverged, whose loss is NaN or infinite, is none."""
+    return min((row for row in rows if math.isfinite(row.eval_loss)), key=lambda row: row.eval_loss, default=None)
