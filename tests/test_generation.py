@@ -2,6 +2,7 @@
 
 import warnings
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -107,6 +108,16 @@ def test_a_model_in_training_mode_falls_back() -> None:
     model = made().train()
     with pytest.warns(UserWarning, match="LlamaForCausalLM is in training mode"):
         cats.generate(model, prompts(1)[0], 2)
+
+
+def test_an_offloaded_model_generates_where_it_computes() -> None:
+    model, (ids, mask) = made(), prompts()
+    expected = cats.generate(model, ids, 5, attention_mask=mask)
+    drawn = cats.generate(model, ids, 5, attention_mask=mask, seed=1, **DRAW)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.warns(UserWarning, match="LlamaForCausalLM is spread over several devices"):
+        assert torch.equal(cats.generate(model, ids, 5, attention_mask=mask), expected)
+        assert torch.equal(cats.generate(model, ids, 5, attention_mask=mask, seed=1, **DRAW), drawn)
 
 
 def test_the_models_own_settings_do_not_count() -> None:

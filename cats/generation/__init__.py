@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cats.devices import execution_device
 from cats.generation.cache import capacity_for
 from cats.generation.decoder import Decoder, decoder_of
 from cats.generation.loops import LOOPS, Loop, check_loop, default_loop
@@ -70,7 +71,7 @@ def generate(
             twice the size.
 
     Returns:
-        int64 (batch, prompt + new tokens), on the device of the model.
+        int64 (batch, prompt + new tokens), on the device where the model computes.
 
     Raises:
         TypeError, ValueError: one sentence naming the argument that is wrong and what is allowed.
@@ -116,7 +117,7 @@ def _check_input(model: Any, ids: Any, mask: Any) -> tuple[Tensor, Tensor | None
     # on a GPU the host would have to wait for them
     if vocabulary is not None and not ids.is_cuda and not (int(ids.min()) >= 0 and int(ids.max()) < vocabulary):
         raise ValueError(f"input_ids must lie in 0 to {vocabulary - 1}, this model's vocabulary")
-    device = next(model.parameters()).device
+    device = execution_device(model)
     ids = ids.long().to(device)
     ids = ids[None] if ids.dim() == 1 else ids
     if mask is None:
