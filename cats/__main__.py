@@ -225,6 +225,9 @@ def _show_warning(
 def with_prompt_last(words: Sequence[str]) -> list[str]:
     """``words`` with ``--prompt TEXT`` as the positional argument that it names (argparse takes one or the other)."""
     words = list(words)
+    joined = next((i for i, word in enumerate(words) if word.startswith("--prompt=")), None)
+    if joined is not None and "--" not in words[:joined]:
+        words[joined : joined + 1] = words[joined].split("=", 1)
     if words[:1] == ["generate"] and "--prompt" in words[:-1]:
         place = words.index("--prompt")
         return [*words[:place], *words[place + 2 :], "--", words[place + 1]]

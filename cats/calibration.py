@@ -250,6 +250,15 @@ def _parameter(criterion: Criterion, target: float, weights: Tensor | None, hist
     return criterion.parameter(target, weights, histogram.threshold if histogram is not None else lambda _k: math.nan)
 
 
+def _plain_numbers(sparsity: Any) -> Any:
+    """A number, or a list of several; those of numpy and torch become Python's."""
+    if hasattr(sparsity, "tolist"):
+        return sparsity.tolist()
+    if isinstance(sparsity, Iterable) and not isinstance(sparsity, str):
+        return [one.item() if hasattr(one, "item") else one for one in sparsity]
+    return sparsity
+
+
 @overload
 def calibrate(
     model: nn.Module,
@@ -305,7 +314,8 @@ def calibrate(
         TypeError, ValueError: a target outside [0, 1), an unknown criterion or site, no gated MLP, NaN
             activations, and as `cats.observe.observe`.
     """
-    targets = list(sparsity) if isinstance(sparsity, Iterable) and not isinstance(sparsity, str) else [sparsity]
+    sparsity, sites = _plain_numbers(sparsity), None if sites is None else check_sites(sites)
+    targets = sparsity if isinstance(sparsity, list) else [sparsity]
     if not targets:
         raise ValueError("no target sparsity given: sparsity must be a number in [0, 1) or a sequence of them")
     for target in targets:
@@ -330,5 +340,5 @@ def calibrate(
             by_target = {t: _of_search(model, c, t, searched[c.name]) for t in targets}
         else:
             by_target = {t: _thresholds(model, c, sites_of[c.name], t, statistics, tokens) for t in targets}
-        made[c.name] = by_target if isinstance(sparsity, Iterable) else by_target[targets[0]]
+        made[c.name] = by_target if isinstance(sparsity, list) else by_target[targets[0]]
     return made[criterion] if isinstance(criterion, str) else made

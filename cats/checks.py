@@ -78,8 +78,10 @@ def check_fit(model: nn.Module, thresholds: Thresholds) -> None:
                     "these thresholds were made for another model: "
                     f"{site} has {len(value)} of them for {name}, which has {widths[name]} values"
                 )
+    mlps = gated_mlps(model)
+    unknown += [name for name in thresholds.levels if name not in mlps]
     if missing or unknown:
-        missing = list(dict.fromkeys(missing))
+        missing, unknown = list(dict.fromkeys(missing)), list(dict.fromkeys(unknown))
         raise ValueError(
             "these thresholds were made for another model: "
             f"they lack {', '.join(missing) or 'none'} of its layers, and it lacks {', '.join(unknown) or 'none'}"

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from torch import nn
 
+from cats.devices import eval_mode
 from cats.extras import missing
 from cats.language_model import LanguageModel
 from cats.perplexity import block_losses, perplexity, sequences_at_once
@@ -195,17 +196,15 @@ def run_tasks(
     """
     if limit is not None and limit < 2:
         raise ValueError(f"limit must be at least 2 items, not {limit}")
-    training = model.training
     states = random.getstate(), np.random.get_state()
     try:
-        with quiet(), templates_compiled_once():
+        with quiet(), templates_compiled_once(), eval_mode(model):
             cache = tasks.encodings.setdefault(tokenizer, {})
             language_model = LanguageModel(model, tokenizer, batch_size, cache)
             for task in tasks.values():
                 task.set_fewshot_seed(SEED)
             found = lm_eval.evaluate(language_model, {"tasks": dict(tasks)}, limit=limit, bootstrap_iters=100)
     finally:
-        model.train(training)
         random.setstate(states[0])
         np.random.set_state(states[1])
     # lm-eval returns a result on the first process only

@@ -39,6 +39,8 @@ Record = Callable[[str, str, Tensor], None]  # site, module path, (tokens, featu
 
 def check_sites(sites: Iterable[str]) -> tuple[str, ...]:
     """Validate names of sites; raises ValueError naming the allowed ones."""
+    if isinstance(sites, str):
+        raise ValueError(f"sites must be a tuple of names, not the string {sites!r}")
     sites = tuple(sites)
     unknown = [site for site in sites if site not in SITES]
     if unknown or not sites:
@@ -190,8 +192,11 @@ def model_inputs(batch: Mapping[str, Any] | Tensor, device: torch.device, vocabu
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        # going through a mapping gives its keys
+        advice = "; text must be tokenized, and one batch alone must be in a list: [batch]"
         raise TypeError(
             f"a batch must be a tensor of token ids or a mapping with input_ids, not {type(batch).__name__}"
+            + (advice if isinstance(batch, str) else "")
         )
     inputs = {}
     for key in ("input_ids", "attention_mask"):
@@ -237,7 +242,8 @@ def _run(model: nn.Module, batches: Batches, watcher: _Watcher, watch: Callable[
                 if not inputs["input_ids"].numel():
                     continue
                 mask = inputs.get("attention_mask")
-                watcher.valid = None if mask is None else mask.bool()
+                # a mask of ones alone says nothing: experts, which see some of the tokens, are watched all the same
+                watcher.valid = None if mask is None or bool(mask.all()) else mask.bool()
                 tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
                 model(**inputs, use_cache=False, **fewest)
     finally:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from cats.devices import execution_device
+from cats.devices import eval_mode, execution_device
 from cats.extras import missing
 
 try:
@@ -23,7 +23,8 @@ LOGITS_BYTES = 2**31
 
 
 def perplexity(model: nn.Module, blocks: Iterable[Tensor]) -> float:
-    """exp of the mean negative log-likelihood, in nats, of every token of ``blocks`` but the first of each sequence.
+    """exp of the mean negative log-likelihood, in nats, of every token of ``blocks`` but the first of each sequence;
+    infinite where that is beyond a float.
 
     Args:
         model, blocks: as `block_losses`.
@@ -34,7 +35,10 @@ def perplexity(model: nn.Module, blocks: Iterable[Tensor]) -> float:
     blocks = list(blocks)
     tokens = [block.shape[-1] - 1 for block in blocks for _ in range(len(block)) if block.shape[-1] > 1]
     losses = block_losses(model, blocks)
-    return math.exp(sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens))
+    try:
+        return math.exp(sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens))
+    except OverflowError:
+        return math.inf
 
 
 def sequences_at_once(model: nn.Module, length: int) -> int:
@@ -67,17 +71,14 @@ def block_losses(model: nn.Module, blocks: Iterable[Tensor]) -> list[float]:
     Raises:
         ValueError: there is none.
     """
-    state, training, device = accelerate.PartialState(), model.training, execution_device(model)
+    state, device = accelerate.PartialState(), execution_device(model)
     losses: list[Tensor] = []
-    model.eval()
-    try:
+    with eval_mode(model):
         for index, block in enumerate(block for block in blocks if block.shape[-1] > 1):
             if index % state.num_processes != state.process_index:
                 losses.append(torch.zeros(len(block), dtype=torch.float64))
                 continue
             losses += [_losses(model, ids) for ids in block.to(device).split(sequences_at_once(model, block.shape[1]))]
-    finally:
-        model.train(training)
     if not losses:
         raise ValueError("no text to measure perplexity on: give at least one block of two tokens")
     total = torch.cat(losses)

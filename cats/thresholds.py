@@ -183,8 +183,16 @@ def _read(path: Path) -> Any:
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"it holds {constant}, where only finite numbers are allowed")
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in made:
+                raise ValueError(f"the key {_short(key)} is there twice")
+            made[key] = value
+        return made
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse, object_pairs_hook=once)
     except RecursionError:
         raise ValueError("it is nested too deeply: sites, module paths and values are three levels") from None
 

@@ -4,6 +4,7 @@ import copy
 import json
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -153,6 +154,22 @@ def test_sparsity_outside_is_refused(llama: torch.nn.Module, batches: list, spar
         cats.calibrate(llama, batches, sparsity=[sparsity])
 
 
+@pytest.mark.parametrize("several", [np.array([0.25, 0.5]), torch.tensor([0.25, 0.5]), (np.float32(0.25), 0.5)])
+def test_numbers_of_numpy_and_torch_are_sparsities(llama: torch.nn.Module, batches: list, several, tmp_path) -> None:
+    expected = cats.calibrate(llama, batches, [0.25, 0.5])
+    assert cats.calibrate(llama, batches, several) == expected
+    for one in (np.float32(0.25), torch.tensor(0.25)):
+        made = cats.calibrate(llama, batches, one)
+        made.save(tmp_path / "t.json")
+        assert made == cats.Thresholds.load(tmp_path / "t.json") == expected[0.25]
+
+
+def test_sites_of_several_criteria_may_come_from_a_generator(llama: torch.nn.Module, batches: list) -> None:
+    sites = ("gate", "mlp_input")
+    made = cats.calibrate(llama, batches, 0.5, sites=(site for site in sites), criterion=["cats", "chess"])
+    assert {name: tuple(thresholds.sites) for name, thresholds in made.items()} == {"cats": sites, "chess": sites}
+
+
 def test_bad_batches(llama: torch.nn.Module) -> None:
     with pytest.raises(ValueError, match="no tokens"):
         cats.calibrate(llama, [])
@@ -160,6 +177,12 @@ def test_bad_batches(llama: torch.nn.Module) -> None:
         cats.calibrate(llama, [{"ids": torch.zeros(1, 1)}])
     with pytest.raises(ValueError, match="unknown sites"):
         cats.calibrate(llama, [torch.zeros(1, 4, dtype=torch.long)], sites=("down",))
+    with pytest.raises(ValueError, match=r"sites must be a tuple of names, not the string 'gate'"):
+        cats.calibrate(llama, [torch.zeros(1, 4, dtype=torch.long)], sites="gate")
+    with pytest.raises(TypeError, match=r"one batch alone must be in a list: \[batch\]"):
+        cats.calibrate(llama, {"input_ids": torch.zeros(1, 4, dtype=torch.long)})
+    with pytest.raises(TypeError, match=r"one batch alone must be in a list: \[batch\]"):
+        cats.measure_sparsity(llama, {"input_ids": torch.zeros(1, 4, dtype=torch.long)})
     with pytest.raises(TypeError, match="input_ids of a batch must be a tensor or rows of equal length"):
         cats.calibrate(llama, [{"input_ids": [[1, 2], [3]]}])
     with pytest.raises(ValueError, match="attention_mask must have the shape of input_ids"):
@@ -204,8 +227,12 @@ def test_a_block_that_sees_some_tokens_only_is_refused_with_a_mask(llama: torch.
     mlp.register_forward_pre_hook(lambda _module, args: (args[0].flatten(0, 1)[:3],))
     mlp.register_forward_hook(lambda _module, _args, _output: torch.zeros(2, 5, 32))
     ids = torch.ones(2, 5).long()
+    mask = ids.clone()
+    mask[0, 0] = 0
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp sees rows of shape \(3,\)"):
-        cats.calibrate(llama, [{"input_ids": ids, "attention_mask": ids}])
+        cats.calibrate(llama, [{"input_ids": ids, "attention_mask": mask}])
+    # what a tokenizer returns for sequences of one length: nothing is padded, so nothing need be left out
+    assert cats.calibrate(llama, [{"input_ids": ids, "attention_mask": ids}]) == cats.calibrate(llama, [ids])
 
 
 def test_an_offloaded_model_is_calibrated_where_it_computes(llama: torch.nn.Module, batches: list) -> None:

@@ -107,6 +107,8 @@ def test_generate_takes_the_prompt_as_an_option_and_any_loop(model: str, thresho
     for loop in ("eager", "captured", "transformers"):
         assert main([*words, "--prompt", "- The quick", "--max-new-tokens", "9", "--loop", loop]) == 0
         assert capsys.readouterr().out == expected
+    assert main([*words, "--prompt=- The quick", "--new-tokens", "9"]) == 0  # argparse would take all of it as text
+    assert capsys.readouterr().out == expected
     drawing = ["--temperature", "1.5", "--top-k", "30", "--top-p", "0.95", "--new-tokens", "9"]
     drawn = []
     for loop in ("eager", "transformers"):

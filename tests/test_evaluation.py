@@ -199,6 +199,21 @@ def test_perplexity_is_exp_of_the_mean_cross_entropy(loaded):
     logp = model.double()(ids).logits[:, :-1].log_softmax(-1)
     expected = math.exp(-float(logp.gather(-1, ids[:, 1:, None]).mean()))
     assert perplexity(model.float(), ids.split(2)) == pytest.approx(expected, rel=1e-5)
+    model.lm_head.weight.data *= 1e6  # as training that diverged leaves it: e to so many nats is beyond a float
+    assert perplexity(model, [ids]) == math.inf
+
+
+def test_each_module_gets_its_own_mode_back(world, loaded):
+    model, tokenizer = loaded
+    model.train()
+    model.model.layers[0].eval()  # frozen by its owner
+    modes = [module.training for module in model.modules()]
+    ids = torch.randint(0, len(tokenizer), (2, 20), generator=torch.Generator().manual_seed(1))
+    perplexity(model, [ids])
+    assert [module.training for module in model.modules()] == modes
+    evaluate(model, tokenizer, load_tasks(["tiny_yes"], world / "tasks"), limit=4)
+    assert [module.training for module in model.modules()] == modes
+    model.eval()
 
 
 def test_paired_difference_by_hand():

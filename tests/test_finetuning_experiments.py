@@ -6,12 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from experiments import e03_finetuning
+from experiments import e03_finetuning, e04_task_finetuning
 from experiments.e04_task_finetuning import answer_loss
 from experiments.e04_task_finetuning.subject import IGNORED, TaskSubject, instruction_folder
 from experiments.framework.profiles import load_profile, make_config
 from experiments.framework.runner import run_experiment
 from experiments.framework.samples import flags
+from experiments.framework.tables import SweepRow, TaskSweepRow
+from experiments.framework.training import FinetuningSubject
+from experiments.framework.variants import DENSE
 from tests.accuracy_world import build_world, config_of, profile, samples, table
 
 
@@ -52,6 +55,34 @@ def test_e03_has_every_step_seed_and_layer(world, tmp_path):
     for row in items:
         own = flags(row["correct"])
         assert accuracy[row["variant"], row["seed"], row["step"]] == pytest.approx(sum(own) / len(own), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("losses", "chosen"),
+    [
+        ((math.nan, 2.0, 1.0), 2),
+        ((1.0, math.nan, math.inf), 0),
+        ((math.inf, 3.0, math.nan), 1),
+    ],
+)
+def test_a_rate_that_diverged_is_not_chosen(world, tmp_path, monkeypatch, losses, chosen):
+    config = config_of(world, "e03", tmp_path, learning_rates=[0.1, 0.2, 0.3])
+    shared = {"model": "m", "criterion": "dense", "variant": "dense", "step": 2, "chosen": False}
+    by_rate = dict(zip((0.1, 0.2, 0.3), losses, strict=True))
+
+    def row(kind, more):
+        return lambda *arguments: [
+            kind(**shared, **more, learning_rate=arguments[-1], eval_loss=by_rate[arguments[-1]])
+        ]
+
+    monkeypatch.setattr(e03_finetuning, "_sweep_one", row(SweepRow, {}))
+    made = e03_finetuning.sweep(FinetuningSubject(config, "m", 2, 2), DENSE)
+    monkeypatch.setattr(
+        e04_task_finetuning, "_sweep_one", lambda *arguments: row(TaskSweepRow, {"task": "t"})(arguments[3])
+    )
+    of_task = e04_task_finetuning.sweep(TaskSubject(config, "m"), "t", DENSE)
+    expected = [index == chosen for index in range(3)]
+    assert [one.chosen for one in made] == [one.chosen for one in of_task] == expected
 
 
 def test_e03_with_one_rate_sweeps_nothing(world, tmp_path):

@@ -2,6 +2,8 @@
 
 import warnings
 
+import accelerate
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -108,6 +110,16 @@ def test_a_model_in_training_mode_falls_back() -> None:
         cats.generate(model, prompts(1)[0], 2)
 
 
+def test_an_offloaded_model_generates_where_it_computes() -> None:
+    model, (ids, mask) = made(), prompts()
+    expected = cats.generate(model, ids, 5, attention_mask=mask)
+    drawn = cats.generate(model, ids, 5, attention_mask=mask, seed=1, **DRAW)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.warns(UserWarning, match="LlamaForCausalLM is spread over several devices"):
+        assert torch.equal(cats.generate(model, ids, 5, attention_mask=mask), expected)
+        assert torch.equal(cats.generate(model, ids, 5, attention_mask=mask, seed=1, **DRAW), drawn)
+
+
 def test_the_models_own_settings_do_not_count() -> None:
     model = made()
     ids, _ = prompts(1)
@@ -156,6 +168,17 @@ BAD = [
     ({"streamer": 3}, TypeError, "streamer must have put and end, or be a function"),
     ({"attention_mask": torch.ones(1, 3)}, ValueError, "attention_mask must be a tensor of the shape of input_ids"),
     ({"attention_mask": torch.tensor([[1, 1, 0, 0]])}, ValueError, "pad on the left"),
+    ({"attention_mask": torch.ones(4, 1)}, ValueError, "attention_mask must be a tensor of the shape of input_ids"),
+    ({"input_ids": torch.tensor([[1, 64]])}, ValueError, "input_ids must lie in 0 to 63, this model's vocabulary"),
+    ({"input_ids": torch.tensor([[1, -1]])}, ValueError, "input_ids must lie in 0 to 63"),
+    ({"temperature": 1.0, "top_k": 2.5}, ValueError, "top_k must be a whole number, 1 or more, or None, not 2.5"),
+    ({"temperature": "1"}, ValueError, "temperature must be 0 or more, not '1'"),
+    ({"temperature": 1.0, "top_p": "1"}, ValueError, r"top_p must be in \(0, 1\] or None, not '1'"),
+    ({"temperature": 1.0, "seed": 1.5}, ValueError, r"seed must be a whole number from 0 to 2\^63, not 1.5"),
+    ({"cache_tokens": 300.5}, ValueError, "cache_tokens must be a whole number, 0 or more, not 300.5"),
+    ({"cache_tokens": -1}, ValueError, "cache_tokens must be a whole number, 0 or more, not -1"),
+    ({"pad_token_id": "a"}, ValueError, "pad_token_id must be a whole number, not 'a'"),
+    ({"eos_token_id": [1.5]}, ValueError, r"eos_token_id must be whole numbers, not \[1.5\]"),
 ]
 
 
@@ -164,6 +187,19 @@ def test_bad_input(options: dict, kind: type, message: str) -> None:
     given = {"input_ids": torch.arange(4)[None], "max_new_tokens": 2, **options}
     with pytest.raises(kind, match=message):
         cats.generate(made(), **given)
+
+
+def test_whole_numbers_of_numpy_and_torch() -> None:
+    model, (ids, mask) = made(), prompts()
+    end = int(cats.generate(model, ids, 3, attention_mask=mask)[0, -1])
+    expected = cats.generate(model, ids, 8, attention_mask=mask, eos_token_id=end, pad_token_id=1)
+    given = {"eos_token_id": torch.tensor([end]), "pad_token_id": np.int64(1), "cache_tokens": np.int64(300)}
+    assert torch.equal(cats.generate(model, ids, np.int64(8), attention_mask=mask, **given), expected)
+    given["eos_token_id"] = torch.tensor(end)
+    assert torch.equal(cats.generate(model, ids, torch.tensor(8), attention_mask=mask, **given), expected)
+    draw = {"temperature": np.float32(0.5), "top_k": np.int64(5), "seed": np.int64(3)}
+    plain = {"temperature": 0.5, "top_k": 5, "seed": 3}
+    assert torch.equal(cats.generate(model, ids, 5, **draw), cats.generate(model, ids, 5, **plain))
 
 
 @pytest.mark.parametrize(

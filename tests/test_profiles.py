@@ -58,8 +58,10 @@ def test_bad_input_is_one_sentence(case: str, tmp_path: Path, capsys) -> None:
 
 
 BAD_VALUES = {
-    "e02.limit=abc": "e02.limit must be a whole number, 1 or more, not 'abc'",
-    "e02.limit=2.5": "e02.limit must be a whole number, 1 or more, not 2.5",
+    "e02.limit=abc": "e02.limit must be a whole number, 2 or more, not 'abc'",
+    "e02.limit=2.5": "e02.limit must be a whole number, 2 or more, not 2.5",
+    "e02.limit=1": "e02.limit must be a whole number, 2 or more, not 1",
+    "e08.limit=1": "e08.limit must be a whole number, 2 or more, not 1",
     "e02.levels=0.5": "e02.levels must be a list of at least one, each a number in [0, 1), not 0.5",
     "e02.levels=[]": "e02.levels must be a list of at least one, each a number in [0, 1), not []",
     "e02.batch_size=0": "e02.batch_size must be a whole number, 1 or more, not 0",

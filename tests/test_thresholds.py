@@ -13,6 +13,8 @@ import torch
 import cats
 from cats import thresholds as module
 
+from .conftest import tiny_model
+
 FORMAT_1 = """{
   "format": "cats-thresholds-1",
   "sparsity": 0.5,
@@ -160,6 +162,24 @@ def test_what_is_no_file_of_a_sensible_size_is_not_read(tmp_path: Path, monkeypa
         cats.Thresholds.load(tmp_path / "binary")
     with pytest.raises(FileNotFoundError):
         cats.Thresholds.load(tmp_path / "none")
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    # json keeps the last one without a word
+    for line in ('"model.layers.0.mlp": 0.125', '"tokens": 768'):
+        path = tmp_path / "t.json"
+        path.write_text(FORMAT_1.replace(line, f"{line}, {line}"))
+        key = line.split('"')[1]
+        with pytest.raises(ValueError, match=rf"not a CATS thresholds file: the key '{key}' is there twice"):
+            cats.Thresholds.load(path)
+
+
+def test_levels_are_of_layers_that_the_model_has(tmp_path: Path) -> None:
+    model = tiny_model()
+    gate = dict.fromkeys(cats.gated_mlps(model), 0.1)
+    cats.apply(model, cats.Thresholds(0.5, gate, levels={"model.layers.0.mlp": 0.4}))
+    with pytest.raises(ValueError, match=r"it lacks model\.layer\.0\.mlp"):
+        cats.apply(model, cats.Thresholds(0.5, gate, levels={"model.layer.0.mlp": 0.4}))
 
 
 def test_levels_are_in_the_file_where_they_differ_alone(tmp_path: Path) -> None:

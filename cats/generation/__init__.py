@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cats.devices import execution_device
 from cats.generation.cache import capacity_for
 from cats.generation.decoder import Decoder, decoder_of
 from cats.generation.loops import LOOPS, Loop, check_loop, default_loop
 from cats.generation.projections import separate
-from cats.generation.sampling import Sampling
+from cats.generation.sampling import Sampling, whole_number
 from cats.generation.serving import inner, obstacle, transformers_generate, wrapper_obstacle
 from cats.generation.settings import Settings
+from cats.observe import vocabulary_of
 
 __all__ = ["LOOPS", "Decoder", "Loop", "Sampling", "Settings", "capacity_for", "decoder_of", "generate", "release"]
 
@@ -69,12 +71,13 @@ def generate(
             twice the size.
 
     Returns:
-        int64 (batch, prompt + new tokens), on the device of the model.
+        int64 (batch, prompt + new tokens), on the device where the model computes.
 
     Raises:
         TypeError, ValueError: one sentence naming the argument that is wrong and what is allowed.
     """
-    ids, mask = _check_input(model, input_ids, attention_mask, max_new_tokens)
+    ids, mask = _check_input(model, input_ids, attention_mask)
+    max_new_tokens = _check_whole("max_new_tokens", max_new_tokens, 1)
     sampling = Sampling(temperature, top_k, top_p)
     itself = inner(model)
     reason = obstacle(itself) or wrapper_obstacle(model)
@@ -84,7 +87,7 @@ def generate(
         check_loop(loop, ids.device)
     stop, pad = _special_tokens(itself, eos_token_id, pad_token_id)
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(_check_seed(seed))
-    settings = Settings(loop, sampling, generator, stop, pad, room=cache_tokens)
+    settings = Settings(loop, sampling, generator, stop, pad, room=_check_whole("cache_tokens", cache_tokens, 0))
     on_tokens = _on_tokens(streamer, ids)
     if reason is not None or loop == "transformers":
         if reason is not None and loop != "transformers":
@@ -104,20 +107,22 @@ def release(model: nn.Module) -> None:
     separate(itself)
 
 
-def _check_input(model: Any, ids: Any, mask: Any, new_tokens: int) -> tuple[Tensor, Tensor | None]:
+def _check_input(model: Any, ids: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.dim() not in (1, 2):
         given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"input_ids must be an int64 tensor (batch, prompt), not {given}")
     if not ids.numel():
         raise ValueError("input_ids has no tokens: a prompt needs at least one")
-    if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be a whole number, 1 or more, not {new_tokens!r}")
-    device = next(model.parameters()).device
+    vocabulary = vocabulary_of(model)
+    # on a GPU the host would have to wait for them
+    if vocabulary is not None and not ids.is_cuda and not (int(ids.min()) >= 0 and int(ids.max()) < vocabulary):
+        raise ValueError(f"input_ids must lie in 0 to {vocabulary - 1}, this model's vocabulary")
+    device = execution_device(model)
     ids = ids.long().to(device)
     ids = ids[None] if ids.dim() == 1 else ids
     if mask is None:
         return ids, None
-    if not isinstance(mask, Tensor) or mask.numel() != ids.numel():
+    if not isinstance(mask, Tensor) or mask.shape not in (ids.shape, ids.shape[ids.shape[0] == 1 :]):
         raise ValueError(f"attention_mask must be a tensor of the shape of input_ids, {tuple(ids.shape)}")
     mask = (mask.reshape(ids.shape) != 0).long().to(device)
     if bool((mask[:, 1:] < mask[:, :-1]).any()) or not bool(mask[:, -1].all()):
@@ -125,27 +130,40 @@ def _check_input(model: Any, ids: Any, mask: Any, new_tokens: int) -> tuple[Tens
     return ids, mask
 
 
-def _check_seed(seed: int) -> int:
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be a whole number from 0 to 2^63, not {seed}")
-    return seed
+def _check_whole(name: str, value: Any, least: int) -> int:
+    number = whole_number(value)
+    if number is None or number < least:
+        raise ValueError(f"{name} must be a whole number, {least} or more, not {value!r}")
+    return number
 
 
-def _special_tokens(model: Any, eos: Any, pad: int | None) -> tuple[frozenset[int], int]:
+def _check_seed(seed: Any) -> int:
+    number = whole_number(seed)
+    if number is None or not 0 <= number < 2**63:
+        raise ValueError(f"seed must be a whole number from 0 to 2^63, not {seed!r}")
+    return number
+
+
+def _special_tokens(model: Any, eos: Any, pad: Any) -> tuple[frozenset[int], int]:
     """The tokens that end a sequence, and the one that follows."""
     own = getattr(model, "generation_config", None)
     if isinstance(eos, str):
         if eos != MODELS_OWN:
             raise ValueError(f'eos_token_id must be a token, several, None or "model", not {eos!r}')
         eos = getattr(own, "eos_token_id", None)
-    stop = [eos] if isinstance(eos, int) else list(eos or ())
-    if not all(isinstance(token, int) for token in stop):
+    if eos is None or whole_number(eos) is not None:
+        eos = [] if eos is None else [eos]
+    stop = [whole_number(token) for token in eos] if isinstance(eos, Iterable) else [None]
+    if None in stop:
         raise ValueError(f"eos_token_id must be whole numbers, not {eos!r}")
     if pad is None:
         pad = getattr(own, "pad_token_id", None)
     if pad is None:
         pad = stop[0] if stop else 0
-    return frozenset(stop), pad
+    padding = whole_number(pad)
+    if padding is None:
+        raise ValueError(f"pad_token_id must be a whole number, not {pad!r}")
+    return frozenset(token for token in stop if token is not None), padding
 
 
 def _on_tokens(streamer: Any, ids: Tensor) -> Callable[[Tensor], None] | None:

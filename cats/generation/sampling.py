@@ -1,10 +1,28 @@
 """The choice of a token: the likeliest, or a draw by temperature, top-k and top-p."""
 
 import math
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def whole_number(value: Any) -> int | None:
+    """``value`` as an int, one of numpy or torch too; None where it is no whole number."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _number(value: Any) -> float:
+    """``value`` as a float, one of numpy or torch too; NaN where it is no number."""
+    try:
+        return math.nan if isinstance(value, str | bytes | bool) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
 
 
 @dataclass(frozen=True)
@@ -22,12 +40,16 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be a whole number, 1 or more, or None, not {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1] or None, not {self.top_p}")
+        temperature, top_k = _number(self.temperature), whole_number(self.top_k)
+        if not (temperature >= 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature must be 0 or more, not {self.temperature!r}")
+        if self.top_k is not None and (top_k is None or top_k < 1):
+            raise ValueError(f"top_k must be a whole number, 1 or more, or None, not {self.top_k!r}")
+        if self.top_p is not None and not 0 < _number(self.top_p) <= 1:
+            raise ValueError(f"top_p must be in (0, 1] or None, not {self.top_p!r}")
+        object.__setattr__(self, "temperature", temperature)
+        object.__setattr__(self, "top_k", top_k)
+        object.__setattr__(self, "top_p", None if self.top_p is None else _number(self.top_p))
         if self.greedy and (self.top_k is not None or self.top_p is not None):
             raise ValueError("top_k and top_p need a temperature above 0: at 0 the likeliest token is taken")
 

@@ -40,7 +40,7 @@ class EvaluationOptions(Checked):
     Attributes:
         tasks: names of lm-eval tasks, or of YAML files in ``include_path``.
         levels: target sparsities.
-        limit: items per task at most; all when None.
+        limit: items per task at most, two for a standard error; all when None.
         batch_size: sequences, or lm-eval requests, at once; lowered when memory runs out.
         calibration_blocks, heldout_blocks: blocks of ``length`` tokens.
         include_path: folder of the user's own lm-eval tasks.
@@ -48,7 +48,7 @@ class EvaluationOptions(Checked):
 
     tasks: tuple[str, ...]
     levels: tuple[Sparsity, ...]
-    limit: Count | None = None
+    limit: Annotated[int, Range(2)] | None = None
     batch_size: Count = 8
     calibration_blocks: Count = 64
     heldout_blocks: Count = 16
