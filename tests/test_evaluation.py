@@ -21,6 +21,7 @@ from lm_eval.api.instance import Instance
 import cats
 from cats.evaluation import (
     TaskResult,
+    block_losses,
     check_tokenizer,
     evaluate,
     load_tasks,
@@ -195,6 +196,16 @@ def test_perplexity_is_exp_of_the_mean_cross_entropy(loaded):
     logp = model.double()(ids).logits[:, :-1].log_softmax(-1)
     expected = math.exp(-float(logp.gather(-1, ids[:, 1:, None]).mean()))
     assert perplexity(model.float(), ids.split(2)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_perplexity_counts_every_token_alike(loaded):
+    """In blocks of different lengths too."""
+    model, tokenizer = loaded
+    long, short = torch.randint(0, len(tokenizer), (4, 20), generator=torch.Generator().manual_seed(1)).split((1, 3))
+    short = short[:, :3]
+    nats = [loss * (ids.shape[1] - 1) for ids in (long, short) for loss in block_losses(model, [ids])]
+    assert perplexity(model, [long, short]) == pytest.approx(math.exp(sum(nats) / (19 + 3 * 2)))
+    assert perplexity(model, [long, short]) != pytest.approx(math.exp(sum(block_losses(model, [long, short])) / 4))
 
 
 def test_paired_difference_by_hand():
