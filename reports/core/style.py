@@ -295,9 +295,8 @@ def _place_labels(figure: Figure) -> None:
 
 def _right_ends(ax: Axes) -> list[float]:
     """Where the lines end that are drawn in units of the data."""
-    drawn = [line for line in ax.lines if line.get_transform() == ax.transData]
-    ends = [float(np.nanmax(np.asarray(line.get_xdata(), dtype=float))) for line in drawn if len(line.get_xdata())]
-    return [end for end in ends if math.isfinite(end)]
+    drawn = [np.asarray(line.get_xdata(), dtype=float) for line in ax.lines if line.get_transform() == ax.transData]
+    return [float(x[np.isfinite(x)].max()) for x in drawn if np.isfinite(x).any()]
 
 
 def _apart(pixels: list[float], gap: float) -> list[float]:
