@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import cats
 from cats.calibration import Histogram
 from cats.observe import observe
+from cats.sparsity import overall_sparsity
 
 from .conftest import tiny_model
 
@@ -44,6 +45,19 @@ def test_counts_by_hand() -> None:
     # F(1) - F(1-) = 2/5: dropping 1/5 (below 1) or 3/5 (up to 1); 0.3 is nearer to 0.2
     assert histogram.fraction_below(histogram.threshold(0.3)) == pytest.approx(0.2)
     assert histogram.rebinned(torch.tensor([0.0, 0.5, 1.5, 10.0])).tolist() == [1, 2, 2]
+
+
+def test_of_two_thresholds_that_miss_alike_the_lower_counts() -> None:
+    histogram = Histogram()
+    histogram.add(torch.tensor([0.5, 1.0, 1.0, 2.0]))  # a half is as far from a quarter as from three quarters
+    assert histogram.threshold(0.5) == 1.0
+
+
+def test_overall_sparsity_counts_modules_by_their_weights(llama: torch.nn.Module) -> None:
+    mlp, key = "model.layers.0.mlp", "model.layers.1.self_attn.k_proj"
+    weights = {mlp: 3 * 32 * 88, key: 32 * 16}
+    expected = (0.9 * weights[mlp] + 0.1 * weights[key]) / sum(weights.values())
+    assert overall_sparsity(llama, {mlp: 0.9, key: 0.1}) == pytest.approx(expected)
 
 
 def test_nan_is_refused() -> None:

@@ -209,6 +209,15 @@ def test_without_a_level_c5_is_not_tested_unless_another_fails(drift: float, exp
     assert finding.verdict == expected and "CATS-70" in finding.ours and "CATS-90" not in finding.ours
 
 
+@pytest.mark.parametrize("last, expected", [(500, HOLDS), (501, FAILS)])
+def test_c4_looks_for_cats_70_within_the_first_500_steps(last: int, expected: str) -> None:
+    """It is near the base model at the last step alone."""
+    table = tuned(cats_70=0.72)["e03_finetuning"]
+    table = table[table["step"].isin([0, 200, 400])].assign(step=table["step"].replace({400: last}))
+    table.loc[table["variant"].eq("cats-70") & (table["step"] == 200), "accuracy"] -= 0.08
+    assert verdict(e03.c4_finetuned, e03_finetuning=table, e03_items=made.finetuning_items(table)) == expected
+
+
 def test_c4_with_a_single_seed_is_undecided() -> None:
     finding = only(e03.c4_finetuned(made.loaded(**tuned(cats_70=0.72, seeds=1))))
     assert finding.verdict == UNDECIDED and "1 seed" in finding.reason

@@ -172,6 +172,9 @@ def test_c8_is_tested_only_with_kernels_as_fast_as_the_authors_own() -> None:
     slow = c8(paper_kernels(1.07))
     assert slow.verdict == NOT_TESTED
     assert "fused-mask takes up to 1.07x" in slow.reason and "fused-compact takes up to 1.07x" in slow.reason
+    once = paper_kernels(1.0)  # slower at a single sparsity, which both have timed
+    once.loc[once["implementation"].eq("fused-compact") & np.isclose(once["sparsity_target"], 0.5), "geomean_ms"] *= 1.1
+    assert c8(once).verdict == NOT_TESTED and "our fused-compact takes up to 1.10x" in c8(once).reason
     elsewhere = paper_kernels().assign(machine="NVIDIA L4")
     assert "not compared with the authors' own kernels on NVIDIA L4" in c8(elsewhere).reason
 

@@ -5,6 +5,7 @@ import gc
 import io
 import time
 
+import cats_kernels
 import pytest
 import torch
 import transformers
@@ -114,10 +115,24 @@ def test_a_whole_compiled_model_follows_apply_swap_and_remove(criterion: str, ll
 
 
 def test_dense_prefill_compiles(model: nn.Module, batches: list) -> None:
-    cats.apply(model, cats.calibrate(model, batches, 0.7), prefill="dense")
-    by_layer(model)
+    """Prompts run as the dense model does, shorter inputs as the sparse one does, each in graphs of its own."""
+    dense, sparse = copy.deepcopy(model), copy.deepcopy(model)
+    thresholds = cats.calibrate(model, batches, 0.7)
+    cats.apply(model, thresholds, prefill="dense")
+    cats.apply(sparse, thresholds)
+    counter = by_layer(model)
     for length in (1, 8, 9, 40, 4):
-        agrees(model, batches[0]["input_ids"][:1, :length])
+        ids, compiled_before = batches[0]["input_ids"][:1, :length], counter.frame_count
+        agrees(model, ids)
+        prompt = length > cats_kernels.MAX_ROWS
+        for text in counter.texts[compiled_before:]:
+            assert ("cats.sparse_gated_mlp" in text) != prompt, length
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits
+            for other in (dense, sparse):
+                same = (other is dense) == prompt
+                assert torch.allclose(other(ids, use_cache=False).logits, logits, atol=1e-5 if same else 1e-2) == same
+    assert counter.frame_count <= 4  # one length and any length, of each kind
 
 
 COMPILE_TIME = 1.3

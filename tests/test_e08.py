@@ -20,7 +20,7 @@ from experiments.e08_criteria.heldout import continuation_losses, losses_and_ski
 from experiments.e08_criteria.measures import Comparison
 from experiments.e08_criteria.speed import timed_blocks
 from experiments.framework.runner import run_experiment
-from experiments.framework.samples import flags, numbers, paired
+from experiments.framework.samples import flags, median_interval, numbers, paired
 from tests.accuracy_world import build_world, config_of, profile, samples, table
 from tests.conftest import tiny_model
 
@@ -335,3 +335,9 @@ def test_wrong_options_and_models_are_refused(world, tmp_path):
     assert cost.work.operations > less.work.operations > 0 and math.isfinite(cost.memory)
     assert cost.fixed_seconds > less.fixed_seconds == 0 and cost.bytes_read > less.bytes_read == 0
     assert json.dumps(e08_criteria.Options(levels=(0.5,)).criteria)
+
+
+def test_the_interval_of_a_median_by_the_tables() -> None:
+    assert median_interval([float(i) for i in range(80, 0, -1)]) == (40.5, 31, 50)  # 31st and 50th of 80
+    assert median_interval([3.0, 1.0, 2.0, 6.0, 5.0, 4.0]) == (3.5, 1, 6)
+    assert median_interval([3.0, 1.0, 2.0, 5.0, 4.0]) == (3, None, None)

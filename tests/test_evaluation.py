@@ -24,6 +24,7 @@ import cats
 from cats import task_index
 from cats.evaluation import (
     TaskResult,
+    block_losses,
     check_tasks,
     check_tokenizer,
     evaluate,
@@ -214,6 +215,16 @@ def test_each_module_gets_its_own_mode_back(world, loaded):
     evaluate(model, tokenizer, load_tasks(["tiny_yes"], world / "tasks"), limit=4)
     assert [module.training for module in model.modules()] == modes
     model.eval()
+
+
+def test_perplexity_counts_every_token_alike(loaded):
+    """In blocks of different lengths too."""
+    model, tokenizer = loaded
+    long, short = torch.randint(0, len(tokenizer), (4, 20), generator=torch.Generator().manual_seed(1)).split((1, 3))
+    short = short[:, :3]
+    nats = [loss * (ids.shape[1] - 1) for ids in (long, short) for loss in block_losses(model, [ids])]
+    assert perplexity(model, [long, short]) == pytest.approx(math.exp(sum(nats) / (19 + 3 * 2)))
+    assert perplexity(model, [long, short]) != pytest.approx(math.exp(sum(block_losses(model, [long, short])) / 4))
 
 
 def test_paired_difference_by_hand():

@@ -105,9 +105,16 @@ def test_other_models_fall_back_in_one_sentence(reason: str) -> None:
 
 
 def test_a_model_in_training_mode_falls_back() -> None:
-    model = made().train()
+    """Its dropout draws as in transformers' generate, and it stays in training mode."""
+    model = made(attention_dropout=0.9).train()
+    ids, _ = prompts(1)
+    torch.manual_seed(5)
+    expected = theirs(model, ids)
+    torch.manual_seed(5)
     with pytest.warns(UserWarning, match="LlamaForCausalLM is in training mode"):
-        cats.generate(model, prompts(1)[0], 2)
+        tokens = cats.generate(model, ids, NEW)
+    assert torch.equal(tokens, expected) and model.training
+    assert not torch.equal(cats.generate(model.eval(), ids, NEW), expected)
 
 
 def test_an_offloaded_model_generates_where_it_computes() -> None:

@@ -41,6 +41,19 @@ def test_rounding_is_to_the_nearest_value_of_the_grid(d, m, form, symmetric, sca
     assert (error <= step + slack).all()
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_values_are_rounded_to_the_grid_of_the_scales_as_stored(symmetric):
+    """A bfloat16 scale is up to 0.4 % off, which at 127 steps is half a step."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(3))
+    made = quantize(weight, 8, symmetric=symmetric, scale_dtype=torch.bfloat16)
+    scale = made.scales.float()
+    zero = torch.zeros_like(scale) if made.zeros is None else made.zeros.float()
+    steps = (weight - zero) / scale
+    on_grid = (steps > -127.5) & (steps < 127.5)
+    assert on_grid.float().mean() > 0.99
+    assert ((dequantize(made) - weight).abs() <= 0.501 * scale)[on_grid].all()
+
+
 def test_values_by_hand():
     weight = torch.tensor([[-8.0, 7.0, 0.0, 3.4] + [0.0] * 12 + [1.0, -1.0] + [0.0] * 14])
     made = quantize(weight, 4, 32)

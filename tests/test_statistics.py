@@ -68,6 +68,12 @@ def test_a_drift_shared_by_both_is_in_no_ratio() -> None:
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx((1.5, 1.5, 1.5))
 
 
+def test_a_ratio_has_the_95_percent_interval_of_a_median() -> None:
+    estimate = statistics.paired_ratio(np.arange(1.0, 802.0), np.ones(801))
+    half = 1.959964 * math.sqrt(801) / 2  # 28 ranks; 23 at 90 %, 36 at 99 %
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((401, 401 - half, 401 + half), abs=2)
+
+
 def test_the_median_has_the_interval_of_its_order_statistics() -> None:
     estimate = statistics.median_estimate(np.arange(1.0, 81.0))
     assert (estimate.value, estimate.low, estimate.high) == (40.5, 31, 50)  # tables: 31st and 50th of 80

@@ -7,6 +7,8 @@ Run: ``TRITON_INTERPRET=1 python -m pytest tests/test_triton_interpret.py``
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -43,6 +45,33 @@ else:
         assert y.shape == x.shape and y.dtype == x.dtype
         error = relative_error(y, oracle(*problem))
         assert error < TOLERANCE[x.dtype], f"{variant}: {error:.2e}"
+
+    @contextmanager
+    def no_host_read() -> Iterator[None]:
+        """No value of a tensor becomes one of Python's, for which a GPU's host would wait."""
+
+        def refuse(*_):
+            raise RuntimeError("a value of a tensor is read")
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("item", "tolist", "__float__", "__int__", "__bool__"):
+                patch.setattr(torch.Tensor, name, refuse)
+            yield
+
+    @pytest.mark.parametrize("kind", ["number", "one", "vector"])
+    @pytest.mark.parametrize("backend", ["triton", "reference"])
+    @pytest.mark.parametrize("rows", [1, 2, 8])
+    def test_no_threshold_is_read_by_the_host(kind: str, backend: str, rows: int):
+        x, *weights, threshold, activation, decider = case(rows, 48, 77, torch.float32, 0.5, kind=kind)
+        tensor = torch.full((), 0.1)
+        with no_host_read():
+            for read in (float, bool, torch.Tensor.item):
+                with pytest.raises(RuntimeError, match="is read"):
+                    read(tensor)
+            y = sparse_gated_mlp(x, *weights, threshold, activation, backend, decider)
+            again = torch.ops.cats.sparse_gated_mlp(x, *weights, tensor, activation, backend, decider)
+        for result, value in ((y, threshold), (again, 0.1)):
+            assert relative_error(result, oracle(x, *weights, value, activation, decider)) < 1e-5
 
     @pytest.mark.parametrize("variant", VARIANTS)
     @pytest.mark.parametrize("dtype", DTYPES)

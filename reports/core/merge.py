@@ -8,7 +8,11 @@ import pandas as pd
 
 from experiments.framework.tables import Row
 from reports.core.load import Run
+from reports.core.provenance import commits
 from reports.core.verdicts import POCKET_MODEL
+
+ORIGIN = "origin"
+"""Column that `joined` adds: the commit of a row's run where it is another than the latest run's, else nothing."""
 
 
 def together(runs: list[Run], row_types: Iterable[type[Row]]) -> list[Run]:
@@ -42,10 +46,31 @@ def joined(members: list[Run], row_types: Iterable[type[Row]]) -> Run:
         return members[0]
     tables = {}
     for row_type in row_types:
-        parts = [run.tables[row_type.table] for run in members if row_type.table in run.tables]
+        own = [run for run in members if row_type.table in run.tables]
+        origins = _origins(own, row_type.table.split("_")[0])
+        parts = [
+            run.tables[row_type.table].assign(**{ORIGIN: origin}) for run, origin in zip(own, origins, strict=True)
+        ]
         if parts:
             tables[row_type.table] = _concatenated(parts).drop_duplicates(_keys(row_type, parts[0]), ignore_index=True)
     return Run(", ".join(run.label for run in members), members[0].path, tables)
+
+
+def _origins(runs: list[Run], experiment: str) -> list[str]:
+    """For each run the commit at which it measured an experiment, nothing where that is the latest run's."""
+    entries = [run.provenance.get(experiment, {}) for run in runs]
+    at = [" and ".join(commits(entry)) for entry in entries]
+    latest = max(range(len(runs)), key=lambda i: str(entries[i].get("started") or ""), default=0)
+    return ["" if commit == at[latest] else commit for commit in at]
+
+
+def at_commit(rows: pd.DataFrame) -> str:
+    """`, at 0123456789` for rows of other commits than the latest run's, `, in part at ...` where only some are."""
+    if ORIGIN not in rows:
+        return ""
+    names = list(rows[ORIGIN].unique())
+    others = ", ".join(filter(None, names))
+    return f", {'in part ' * ('' in names)}at {others}" if others else ""
 
 
 def of_model(run: Run, model: str) -> Run:

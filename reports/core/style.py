@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -82,7 +83,7 @@ PAPER_IMPLEMENTATIONS = {  # the paper's CSV names -> the same algorithm's name 
 }
 
 End = tuple[float, float, str, str]
-_LABELS: WeakKeyDictionary[Figure, list[tuple[Axes, list[End], float]]] = WeakKeyDictionary()
+_LABELS: WeakKeyDictionary[Figure, list[tuple[Axes, list[End], float, bool]]] = WeakKeyDictionary()
 
 plt.rcParams.update(
     {
@@ -256,11 +257,16 @@ def level_line(ax: Axes, y: float) -> None:
     ax.plot([-3, 100], [y, y], color=GREY, lw=0.8, zorder=1)
 
 
-def label_ends(ax: Axes, ends: Iterable[End], size: float = 8.0) -> None:
-    """Write each line's name at its end when the figure is saved. `ends`: (x, y, text, colour)."""
+def label_ends(ax: Axes, ends: Iterable[End], size: float = 8.0, in_a_column: bool = True) -> None:
+    """Write each line's name at its end when the figure is saved. `ends`: (x, y, text, colour).
+
+    The names stand in one column to the right of every line of the axes, so that none is written over a longer line;
+    with ``in_a_column`` False each stands beside its own point.
+    """
     figure = ax.get_figure(root=True)
     if figure is not None:
-        _LABELS.setdefault(figure, []).append((ax, [end for end in ends if math.isfinite(end[1])], size))
+        finite = [end for end in ends if math.isfinite(end[1])]
+        _LABELS.setdefault(figure, []).append((ax, finite, size, in_a_column))
 
 
 def _place_labels(figure: Figure) -> None:
@@ -268,7 +274,8 @@ def _place_labels(figure: Figure) -> None:
     if figure not in _LABELS:
         return
     figure.draw_without_rendering()
-    for ax, ends, size in _LABELS.pop(figure):
+    for ax, ends, size, in_a_column in _LABELS.pop(figure):
+        right = max([*(end[0] for end in ends), *_right_ends(ax)], default=0.0)
         gap = size * 1.15 * figure.dpi / 72
         items = sorted(ends, key=lambda end: end[1])
         wanted = [float(ax.transData.transform((x, y))[1]) for x, y, _, _ in items]
@@ -280,9 +287,16 @@ def _place_labels(figure: Figure) -> None:
             placed = [now - above for now in placed]
         for (x, y, text, colour), now, then in zip(items, placed, wanted, strict=True):
             offset = (4.0, (now - then) * 72 / figure.dpi)
+            x = right if in_a_column else x
             look: dict[str, Any] = {"fontsize": size, "va": "center", "annotation_clip": False}
             look["color"] = INK.get(colour, colour)
             ax.annotate(text, (x, y), xytext=offset, textcoords="offset points", **look)
+
+
+def _right_ends(ax: Axes) -> list[float]:
+    """Where the lines end that are drawn in units of the data."""
+    drawn = [np.asarray(line.get_xdata(), dtype=float) for line in ax.lines if line.get_transform() == ax.transData]
+    return [float(x[np.isfinite(x)].max()) for x in drawn if np.isfinite(x).any()]
 
 
 def _apart(pixels: list[float], gap: float) -> list[float]:

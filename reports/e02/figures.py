@@ -75,8 +75,9 @@ def _as_means(paper: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def accuracy_panel(ax: Axes, means: pd.DataFrame) -> None:
-    """One model's values against measured sparsity, in percent, with one standard error."""
+def accuracy_panel(ax: Axes, means: pd.DataFrame, relu_offset: tuple[float, float] = (-6, -2)) -> None:
+    """One model's values against measured sparsity, in percent, with one standard error; `relu_offset`, in points: from
+    ReLUfication's marker to its name."""
     at = means[means["value"].notna()].copy()
     at.loc[at["variant"] == "dense", "sparsity_measured"] = 0.0
     dense = at[at["variant"] == "dense"]
@@ -100,7 +101,7 @@ def accuracy_panel(ax: Axes, means: pd.DataFrame) -> None:
     relu = at[at["variant"] == "relufication"]
     if len(relu):
         ax.annotate(
-            "ReLU", (100 * relu["sparsity_measured"].iloc[0], relu["value"].iloc[0]), xytext=(-6, -2),
+            "ReLU", (100 * relu["sparsity_measured"].iloc[0], relu["value"].iloc[0]), xytext=relu_offset,
             textcoords="offset points", ha="right", va="center", color=style.VERMILLION, fontsize=8,
         )  # fmt: skip
     ax.set(xlabel="sparsity, %", xlim=(-6, 140 if ends else 104), xticks=[0, 50, 70, 90])
@@ -116,7 +117,7 @@ def glance(runs: list[Run]) -> Painter | None:
     model, part = min(models, key=lambda pair: (pair[0] == POCKET_MODEL, -np.nan_to_num(style.parameters(pair[0]))))
 
     def paint(ax: Axes) -> None:
-        accuracy_panel(ax, part)
+        accuracy_panel(ax, part, relu_offset=(-6, 7))  # above the line of chance, which it may be near to
         chance, count = part["chance"].iloc[0], part["tasks"].iloc[0]
         if np.isfinite(chance):
             ax.axhline(chance, color=style.GREY, lw=0.8, ls=":")
@@ -187,7 +188,7 @@ def size_figure(run: Run) -> Figure | None:
         ax.set_xlim(part["parameters"].min() / 1.8, part["parameters"].max() * 6)
         ends = [(row["parameters"], row["value"], row["model"] + " (paper)" * row["paper"],
                  style.GREEN if row["paper"] else style.BLUE) for row in part.to_dict("records")]  # fmt: skip
-        style.label_ends(ax, ends, size=7)
+        style.label_ends(ax, ends, size=7, in_a_column=False)
     axes[1].set_yscale("log")
     axes[1].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes[1].yaxis.set_major_formatter(ScalarFormatter())

@@ -35,7 +35,8 @@ RATIO_CAPTION = """
 The paper's Figure 4 as ratios to dense in the same loop and run (C9 looks at other runs' dense too; bars begin at 1;
 black: one standard error over prompts and repeats), beside the paper's on its L40S; tokens per second of dense and of
 CATS-50 at batch 1, prefill apart. Plain bars: eager loop, hatched: compiled, dotted: graph (the compiled step replayed
-without Python in between), crossed: graph-tuned (the same, tuned further)."""
+without Python in between), crossed: graph-tuned (the same, tuned further). Pale, with a commit: of other code than the
+latest run's."""
 GROWTH_CAPTION = """
 Speed-up of generation against what may grow: context, batch, sparsity, layers; the other conditions are
 fixed. Bars: one standard error over prompts and repeats; a cross marks where CATS no longer pays."""

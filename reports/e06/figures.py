@@ -12,9 +12,12 @@ from matplotlib.figure import Figure
 from experiments.framework.tables import ShareRow, ThroughputRow
 from reports.core import style
 from reports.core.load import Run, paper_models, paper_table
+from reports.core.merge import ORIGIN
 from reports.measures.generation import GENERATION_KEYS, figure_4, generation_speedups
 
 LOOP_HATCH = {"eager": "", "compiled": "////", "graph": "....", "graph-tuned": "xxxx"}
+LEAST = 1.6
+"""Bars that a group is as high as, at least: its name has two lines."""
 OTHER_HATCHES = ("oooo", "----", "||||", "++++")
 
 
@@ -49,24 +52,28 @@ def ratio_figure(run: Run) -> Figure | None:
     beside = list(dict.fromkeys(name for model in models for name in paper_models(model, paper_ratio["model"])))
     groups = [
         (
-            f"{style.model_name(str(model))}, {layers:.0f} layers\n{style.dtype_name(str(dtype))}, {loop}",
+            f"{style.model_name(str(model))}, {layers:.0f} layers\n{style.dtype_name(str(dtype))}, {loop}"
+            + (f", at {origin}" if origin else ""),
             part,
             str(loop),
         )
-        for (model, layers, dtype, loop), part in lengths.groupby(["model", "layers", "dtype", "loop"], sort=False)
+        for (model, layers, dtype, loop, origin), part in lengths.groupby(
+            ["model", "layers", "dtype", "loop", ORIGIN], sort=False
+        )
     ]
     groups += [(f"{name}\npaper, eager", paper_ratio[paper_ratio["model"] == name], "paper") for name in beside]
     figure, ax = plt.subplots(
-        figsize=(style.WIDTH, 0.5 + 0.15 * sum(max(len(part), 1.4) + 0.5 for _, part, _ in groups))
+        figsize=(style.WIDTH, 0.5 + 0.14 * sum(max(len(part), LEAST) + 0.5 for _, part, _ in groups))
     )
     middles, end_of_group = [], 0.0
     for _, part, loop in groups:
         part = part.sort_values("generated_tokens")
         y = end_of_group + np.arange(len(part))  # a bar is as thick in a group of one as in a group of four
         middles.append(y.mean())
-        end_of_group += max(len(part), 1.4) + 0.7  # the names have two lines
+        end_of_group += max(len(part), LEAST) + 0.7
         look: dict[str, Any] = {
             "color": style.GREEN if loop == "paper" else style.BLUE,
+            "alpha": 0.55 if ORIGIN in part and part[ORIGIN].iloc[0] else 1.0,
             "hatch": "" if loop == "paper" else hatch(loop, [name for *_, name in groups if name != "paper"]),
         }
         ax.barh(y, part["speedup"] - 1, 0.9, left=1, edgecolor="white", linewidth=0, **look)
@@ -80,9 +87,9 @@ def ratio_figure(run: Run) -> Figure | None:
             end = (max(row["speedup"] + (error if np.isfinite(error) else 0), 1), position)
             ax.annotate(text, end, xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
     ax.axvline(1, color=style.GREY, lw=0.8)
-    ax.set_yticks(middles, [title for title, *_ in groups], fontsize=7.5)
+    ax.set_yticks(middles, [title for title, *_ in groups], fontsize=7.5, linespacing=0.95)
     ax.invert_yaxis()
-    ax.margins(x=0.28)
+    ax.margins(x=0.28, y=0.01)
     ax.set_xlabel("tokens per second, CATS-50 over dense in the same loop")
     return figure
 

@@ -12,6 +12,7 @@ from experiments.framework.tables import QuantizationThroughputRow
 from reports.core import style
 from reports.core.document import escape
 from reports.core.load import Run
+from reports.core.merge import at_commit
 from reports.core.statistics import standard_error
 from reports.e09.names import ALL, COLOURS, NOT_MEASURED, OTHERS, format_name
 from reports.rules.e09 import PLAIN
@@ -123,7 +124,9 @@ def generation_figure(run: Run) -> Figure | None:
         ax.set_visible(False)
     for ax, (bench, part) in zip(axes.flat, shown, strict=False):
         _bars(ax, rates(part))
-        ax.set_title(f"{style.model_name(str(bench['model']))}, {bench['loop']}\n{bench['machine']}", fontsize=8)
+        ax.set_title(
+            f"{style.model_name(str(bench['model']))}, {bench['loop']}{at_commit(part)}\n{bench['machine']}", fontsize=8
+        )
     for line in axes:
         line[0].set_ylabel("tokens per second")
     return figure

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from experiments.framework.tables import QuantizationSpeedRow, QuantizationSpeedSample
 from reports.core import style
 from reports.core.load import Run
+from reports.core.merge import at_commit
 from reports.core.statistics import Estimate, paired_ratio, unpack_numbers
 from reports.e09.names import COLOURS, NOT_MEASURED, OTHERS, OURS, TORCH, format_name
 from reports.rules.e09 import PLAIN
@@ -114,7 +115,7 @@ def speed_figure(run: Run) -> Figure | None:
         ax.set_visible(False)
     for ax, ((_, shape, dtype), part) in zip(axes.flat, parts, strict=False):
         _bars(ax, part)
-        ax.set_title(f"{shape}, {style.dtype_name(dtype)}")
+        ax.set_title(f"{shape}, {style.dtype_name(dtype)}{at_commit(part)}")
     for line in axes:
         line[0].set_ylabel("ms per block")
     return figure

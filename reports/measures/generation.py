@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from reports.core.merge import ORIGIN
 from reports.core.statistics import Estimate, mean_estimate, standard_error
 
 BENCH = ["machine", "model", "weights", "layers", "model_layers", "dtype", "attention", "loop"]
@@ -29,7 +30,8 @@ def pairs(table: pd.DataFrame) -> pd.DataFrame:
 def generation_speedups(table: pd.DataFrame) -> pd.DataFrame:
     """One row per condition and variant: geometric means over prompts and repeats, and the ratio to dense.
 
-    ``log_stderr`` is the standard error of the mean log ratio over prompts and repeats (NaN for a single one).
+    ``log_stderr`` is the standard error of the mean log ratio over prompts and repeats (NaN for a single one);
+    ``origin`` as `reports.core.merge.joined` gives it, else empty.
     """
     columns = [*GENERATION_KEYS, "criterion", "variant", "sparsity_target"]
     rows = []
@@ -44,6 +46,7 @@ def generation_speedups(table: pd.DataFrame) -> pd.DataFrame:
                 "log_stderr": standard_error(log_ratio),
                 "sparsity_measured": part["sparsity_measured"].mean(),
                 "path": part["path"].iloc[0],
+                ORIGIN: part[ORIGIN].iloc[0] if ORIGIN in part else "",
                 "prompts": part["prompt"].nunique(),
                 "repeats": part["repeat"].nunique(),
                 "prefill_s": part["prefill_s"].median(),
@@ -52,7 +55,7 @@ def generation_speedups(table: pd.DataFrame) -> pd.DataFrame:
             }
         )
     extra = ["tokens_per_second", "dense_tokens_per_second", "speedup", "log_stderr", "sparsity_measured", "path"]
-    extra += ["prompts", "repeats", "prefill_s", "compile_s", "peak_memory_bytes"]
+    extra += [ORIGIN, "prompts", "repeats", "prefill_s", "compile_s", "peak_memory_bytes"]
     return pd.DataFrame(rows, columns=[*columns, *extra])
 
 
