@@ -152,11 +152,22 @@ def test_path_of_says_what_runs(rows, dtype, backend, expected, monkeypatch):
     assert (paths or ["dense masked"]) == [expected]
 
 
+@pytest.mark.parametrize("place", range(4))
+def test_what_is_no_tensor_is_refused_by_name(place):
+    given = [torch.ones(1, 32), *(torch.ones(64, 32) for _ in range(3))]
+    given[place] = given[place].tolist()
+    name = ("x", "gate_weight", "up_weight", "down_weight_t")[place]
+    with pytest.raises(TypeError, match=f"^{name} is a list; it must be a tensor"):
+        sparse_gated_mlp(*given, 0.1)
+
+
 def test_path_of_refuses_what_the_call_refuses(monkeypatch):
     with pytest.raises(ValueError, match="takes float32 or bfloat16 on the CPU"):
         path_of(1, torch.float16, "cpu", "cpu")
     with pytest.raises(ValueError, match="decider is 'down'; allowed: 'gate', 'up'"):
         path_of(1, torch.float32, "cpu", decider="down")
+    with pytest.raises(ValueError, match=r"^backend is 'fastest'; allowed: 'auto', 'reference', 'cpu', 'triton'"):
+        path_of(1, torch.float32, "cpu", "fastest")
     monkeypatch.setenv("CATS_BACKEND", "reference")
     assert path_of(1, torch.float32, "cpu") == "dense masked"
 

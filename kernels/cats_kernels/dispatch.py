@@ -244,6 +244,8 @@ def path_of(
         ValueError, RuntimeError: as the call would.
     """
     check_decider(decider)
+    if backend not in BACKENDS:  # `choose_backend` takes it for what the environment says
+        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(map(repr, BACKENDS))}.")
     chosen = choose_backend(asked_for(backend), torch.device(device).type, dtype)
     table = QUANTIZED_ROWS if quantized else SPARSE_ROWS
     return SPARSE if rows <= table.get((chosen, dtype), 0) else DENSE_MASKED

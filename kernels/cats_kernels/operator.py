@@ -112,6 +112,9 @@ def _record(
         return quantized_mlp(x, gate_weight, up_weight, down_weight_t, threshold, activation, backend, decider)
     check_options(threshold, activation, backend, decider)
     tensors = (x, gate_weight, up_weight, down_weight_t)
+    for name, tensor in zip(("x", "gate_weight", "up_weight", "down_weight_t"), tensors, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor.")
     if torch.is_autocast_enabled(x.device.type) and _autocast_applies(x, gate_weight):
         return _autocast(*tensors, threshold, activation, backend, decider)
     if torch.onnx.is_in_onnx_export():
