@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from experiments.framework.tables import QuantizationRow, QuantizationSpeedRow, QuantizationThroughputRow
 from reports.core import style
@@ -19,7 +21,6 @@ from reports.e09.names import COLOURS, NOT_MEASURED, OTHERS, OURS, format_name
 from reports.rules.e09 import PLAIN
 
 LEVELS = (0.0, 0.5)
-OFFSET: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
 SUMMARY_CAPTION = """
 Every format at 0 % and at 50 % sparsity: increase of perplexity over the unquantised dense model (log scale) against
 the speed-up of one MLP block over torch's fastest unquantised dense one; the area of a point is the memory of the MLPs'
@@ -149,9 +150,16 @@ def summary_figure(run: Run) -> Figure | None:
             ax.plot(x, y, color=colour, lw=0.8)
             ax.scatter(x, y, s=160 * stored.get(name, 1.0), color=colour, label=format_name(name))
             for place in points:
-                ax.annotate(f"  {100 * place[2]:g} %", place[:2], fontsize=6.5, xytext=(4, 0), **OFFSET)
+                up = 1 if place[2] == max(LEVELS) else -1  # lines rise to the right: clear of its own
+                look = {"va": "bottom" if up > 0 else "top", "ha": "center", "textcoords": "offset points"}
+                radius = math.sqrt(160 * stored.get(name, 1.0) / math.pi)
+                ax.annotate(f"{100 * place[2]:g} %", place[:2], fontsize=6.5, xytext=(0, up * (radius + 1)), **look)
         shape, dtype = key[1], style.dtype_name(key[2])
+        ax.margins(0.1, 0.15)
         ax.set(yscale="log", xlabel=f"speed-up of one block over dense\nother programs: {NOT_MEASURED}")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter(ScalarFormatter())
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set_title(f"{style.model_name(model)}; {shape}, {dtype}\n{machine}", fontsize=8)
         ax.legend(fontsize=6.5, frameon=False)
     axes[0][0].set_ylabel("increase of perplexity, %")
