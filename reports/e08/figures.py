@@ -38,6 +38,8 @@ LOOKS = {  # colour, line
 }
 HIGHEST = 10.0  # an increase of perplexity by 1000 %: above it a model is of no use, and the figure ends
 LOWEST = 1e-3
+LEAST_SPAN = 0.06
+"""Of a horizontal axis, over its middle."""
 
 By = Mapping[str, list[Point]]
 Place = Callable[[Point], float]
@@ -128,7 +130,10 @@ def _text_panel(ax: Axes, points: By, place: Place, axis: str) -> None:
     ax.set(yscale="log", xlabel=axis, ylabel="increase of perplexity, %")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.ticklabel_format(axis="x", style="plain", useOffset=False)
-    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.xaxis.set_major_locator(MaxNLocator(3))
+    low, high = ax.get_xlim()
+    if high - low < (least := LEAST_SPAN * abs(high + low) / 2):  # what differs by less does not fill the panel
+        ax.set_xlim((low + high - least) / 2, (low + high + least) / 2)
 
 
 def _accuracy_panel(ax: Axes, points: By) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -22,10 +21,10 @@ from reports.rules.e09 import PLAIN
 
 LEVELS = (0.0, 0.5)
 SUMMARY_CAPTION = """
-Every format at 0 % and at 50 % sparsity: increase of perplexity over the unquantised dense model (log scale) against
-the speed-up of one MLP block over torch's fastest unquantised dense one; the area of a point is the memory of the MLPs'
-weights. The lower right is better. Model and shape are different ones where the heading says so. Other programs: *not
-measured*."""
+Every format at 0 % (hollow) and at 50 % sparsity (filled): increase of perplexity over the unquantised dense model (log
+scale) against the speed-up of one MLP block over torch's fastest unquantised dense one; the area of a point is the
+memory of the MLPs' weights. The lower right is better. Model and shape are different ones where the heading says so.
+Other programs: *not measured*."""
 SUMMARY_TABLE = """
 Speed, memory and quality side by side. Memory: of the MLPs' weights, over unquantised ones of the first block.
 Perplexity: increase over the unquantised dense model. Block: speed-up of one MLP block over torch's fastest
@@ -146,14 +145,11 @@ def summary_figure(run: Run) -> Figure | None:
             ]
             if not points:
                 continue
-            x, y, _ = zip(*points, strict=True)
-            ax.plot(x, y, color=colour, lw=0.8)
-            ax.scatter(x, y, s=160 * stored.get(name, 1.0), color=colour, label=format_name(name))
-            for place in points:
-                up = 1 if place[2] == max(LEVELS) else -1  # lines rise to the right: clear of its own
-                look = {"va": "bottom" if up > 0 else "top", "ha": "center", "textcoords": "offset points"}
-                radius = math.sqrt(160 * stored.get(name, 1.0) / math.pi)
-                ax.annotate(f"{100 * place[2]:g} %", place[:2], fontsize=6.5, xytext=(0, up * (radius + 1)), **look)
+            x, y, levels = zip(*points, strict=True)
+            ax.plot(x, y, color=colour, lw=0.8, zorder=1)
+            faces = ["white" if level == min(LEVELS) else colour for level in levels]
+            ax.scatter(x, y, s=160 * stored.get(name, 1.0), facecolors=faces, edgecolors=colour)
+            ax.scatter([], [], s=30, color=colour, label=format_name(name))
         shape, dtype = key[1], style.dtype_name(key[2])
         ax.margins(0.1, 0.15)
         ax.set(yscale="log", xlabel=f"speed-up of one block over dense\nother programs: {NOT_MEASURED}")
