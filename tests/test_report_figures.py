@@ -96,3 +96,12 @@ def test_bars_of_other_code_than_the_latest_runs_name_its_commit() -> None:
     plt.close(figure)
     same = joined([of_commit("bbbbbbb", "2001-01-01T00:00", lengths[0]), new], SECTION.tables)
     assert same.tables["e06_throughput"][ORIGIN].eq("").all()
+
+
+def test_commits_are_compared_on_one_machine() -> None:
+    """A later run on another machine makes no code old."""
+    lengths = sorted(made.throughput().query("condition == 'figure'")["generated_tokens"].unique())
+    first, second = of_commit("aaaaaaa", "2001-01-01", lengths[0]), of_commit("bbbbbbb", "2001-01-02", lengths[1])
+    for table in second.tables.values():
+        table["machine"] = "another machine"
+    assert joined([first, second], SECTION.tables).tables["e06_throughput"][ORIGIN].eq("").all()

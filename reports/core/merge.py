@@ -8,11 +8,12 @@ import pandas as pd
 
 from experiments.framework.tables import Row
 from reports.core.load import Run
-from reports.core.provenance import commits
+from reports.core.provenance import commits, machine
 from reports.core.verdicts import POCKET_MODEL
 
 ORIGIN = "origin"
-"""Column that `joined` adds: the commit of a row's run where it is another than the latest run's, else nothing."""
+"""Column that `joined` adds: the commit of a row's run where it is another than that of the latest run on the same
+machine, else nothing."""
 
 
 def together(runs: list[Run], row_types: Iterable[type[Row]]) -> list[Run]:
@@ -57,15 +58,19 @@ def joined(members: list[Run], row_types: Iterable[type[Row]]) -> Run:
 
 
 def _origins(runs: list[Run], experiment: str) -> list[str]:
-    """For each run the commit at which it measured an experiment, nothing where that is the latest run's."""
-    entries = [run.provenance.get(experiment, {}) for run in runs]
-    at = [" and ".join(commits(entry)) for entry in entries]
-    latest = max(range(len(runs)), key=lambda i: str(entries[i].get("started") or ""), default=0)
-    return ["" if commit == at[latest] else commit for commit in at]
+    """For each run the commit at which it measured an experiment, nothing where that is the latest run's on its
+    machine."""
+    latest: dict[str, tuple[str, str]] = {}
+    own = []
+    for run in runs:
+        entry, where = run.provenance.get(experiment, {}), machine(run)
+        own.append((where, " and ".join(commits(entry))))
+        latest[where] = max(latest.get(where, ("", "")), (str(entry.get("started") or ""), own[-1][1]))
+    return ["" if commit == latest[where][1] else commit for where, commit in own]
 
 
 def at_commit(rows: pd.DataFrame) -> str:
-    """`, at 0123456789` for rows of other commits than the latest run's, `, in part at ...` where only some are."""
+    """`, at 0123456789` for rows of other commits than the latest run's, `, in part at ...` where some are."""
     if ORIGIN not in rows:
         return ""
     names = list(rows[ORIGIN].unique())

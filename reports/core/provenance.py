@@ -25,11 +25,16 @@ def machine(run: Run) -> str:
         hardware = entry.get("hardware")
         if isinstance(hardware, dict) and (hardware.get("gpus") or hardware.get("cpu")):
             gpus = hardware.get("gpus") or []
-            return ", ".join(gpus) if gpus else f"{hardware['cpu']}, {hardware.get('cores', '?')} cores"
+            return ", ".join(_counted(gpus)) if gpus else f"{hardware['cpu']}, {hardware.get('cores', '?')} cores"
         if isinstance(hardware, str):
             return hardware
     unrecorded = any("hardware" in entry and entry["hardware"] is None for entry in run.provenance.values())
     return UNKNOWN_MACHINES[unrecorded]
+
+
+def _counted(names: list[str]) -> list[str]:
+    """`3 x Imaginary GPU` for three of one name."""
+    return [f"{names.count(name)} x {name}" if names.count(name) > 1 else name for name in dict.fromkeys(names)]
 
 
 def processor(run: Run, name: str) -> str:

@@ -290,6 +290,8 @@ def _place_labels(figure: Figure) -> None:
             x = right if in_a_column else x
             look: dict[str, Any] = {"fontsize": size, "va": "center", "annotation_clip": False}
             look["color"] = INK.get(colour, colour)
+            if not in_a_column:  # beside its point it may lie on a line across the panel
+                look["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
             ax.annotate(text, (x, y), xytext=offset, textcoords="offset points", **look)
 
 

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from experiments.framework.tables import (
     CriterionRow,
@@ -38,6 +38,8 @@ LOOKS = {  # colour, line
 }
 HIGHEST = 10.0  # an increase of perplexity by 1000 %: above it a model is of no use, and the figure ends
 LOWEST = 1e-3
+LEAST_SPAN = 0.06
+"""Of a horizontal axis, over its middle."""
 
 By = Mapping[str, list[Point]]
 Place = Callable[[Point], float]
@@ -127,6 +129,11 @@ def _text_panel(ax: Axes, points: By, place: Place, axis: str) -> None:
     ax.axhline(100 * (1 / 0.99 - 1), color=style.GREY, lw=0.8, ls=(0, (1, 2)))
     ax.set(yscale="log", xlabel=axis, ylabel="increase of perplexity, %")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.ticklabel_format(axis="x", style="plain", useOffset=False)
+    ax.xaxis.set_major_locator(MaxNLocator(3))
+    low, high = ax.get_xlim()
+    if high - low < (least := LEAST_SPAN * abs(high + low) / 2):  # what differs by less does not fill the panel
+        ax.set_xlim((low + high - least) / 2, (low + high + least) / 2)
 
 
 def _accuracy_panel(ax: Axes, points: By) -> None:
@@ -146,7 +153,7 @@ def _accuracy_panel(ax: Axes, points: By) -> None:
         lowest = min(lowest, *(100 * point.change.low for point in of if point.change.known))
     ax.axhline(0, color=style.GREY, lw=0.6)
     ax.axhline(bound, color=style.GREY, lw=0.8, ls=(0, (1, 2)))
-    ax.set(xlabel="bytes of the MLPs, % of dense", ylabel="accuracy, points from dense")
+    ax.set(xlabel="bytes of the MLPs, % of dense", ylabel="accuracy, points")
     if len(levels) == 1:
         ax.set_xticks(range(len(points)), [title(criterion) for criterion in points], rotation=60, fontsize=7)
         ax.set_xlabel(f"at {100 * levels.pop():g} %")

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from experiments.framework.tables import QuantizationRow, QuantizationSpeedRow, QuantizationThroughputRow
 from reports.core import style
@@ -19,12 +20,11 @@ from reports.e09.names import COLOURS, NOT_MEASURED, OTHERS, OURS, format_name
 from reports.rules.e09 import PLAIN
 
 LEVELS = (0.0, 0.5)
-OFFSET: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
 SUMMARY_CAPTION = """
-Every format at 0 % and at 50 % sparsity: increase of perplexity over the unquantised dense model (log scale) against
-the speed-up of one MLP block over torch's fastest unquantised dense one; the area of a point is the memory of the MLPs'
-weights. The lower right is better. Model and shape are different ones where the heading says so. Other programs: *not
-measured*."""
+Every format at 0 % (hollow) and at 50 % sparsity (filled): increase of perplexity over the unquantised dense model (log
+scale) against the speed-up of one MLP block over torch's fastest unquantised dense one; the area of a point is the
+memory of the MLPs' weights. The lower right is better. Model and shape are different ones where the heading says so.
+Other programs: *not measured*."""
 SUMMARY_TABLE = """
 Speed, memory and quality side by side. Memory: of the MLPs' weights, over unquantised ones of the first block.
 Perplexity: increase over the unquantised dense model. Block: speed-up of one MLP block over torch's fastest
@@ -145,13 +145,17 @@ def summary_figure(run: Run) -> Figure | None:
             ]
             if not points:
                 continue
-            x, y, _ = zip(*points, strict=True)
-            ax.plot(x, y, color=colour, lw=0.8)
-            ax.scatter(x, y, s=160 * stored.get(name, 1.0), color=colour, label=format_name(name))
-            for place in points:
-                ax.annotate(f"  {100 * place[2]:g} %", place[:2], fontsize=6.5, xytext=(4, 0), **OFFSET)
+            x, y, levels = zip(*points, strict=True)
+            ax.plot(x, y, color=colour, lw=0.8, zorder=1)
+            faces = ["white" if level == min(LEVELS) else colour for level in levels]
+            ax.scatter(x, y, s=160 * stored.get(name, 1.0), facecolors=faces, edgecolors=colour)
+            ax.scatter([], [], s=30, color=colour, label=format_name(name))
         shape, dtype = key[1], style.dtype_name(key[2])
+        ax.margins(0.1, 0.15)
         ax.set(yscale="log", xlabel=f"speed-up of one block over dense\nother programs: {NOT_MEASURED}")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter(ScalarFormatter())
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set_title(f"{style.model_name(model)}; {shape}, {dtype}\n{machine}", fontsize=8)
         ax.legend(fontsize=6.5, frameon=False)
     axes[0][0].set_ylabel("increase of perplexity, %")
