@@ -4,7 +4,7 @@ bfloat16 is widened by a shift, so no processor support for it is needed. Four r
 For one row of x the four weight rows that are read next are prefetched meanwhile, line by line, into the second-level
 cache. Without that, two cores with AVX-512 read a weight at 15 GB/s and every second row of it at 17 (bfloat16, rows of
 3 KB); with it at 29 and 27, and as fast where they compute nothing: the hardware's own prefetching begins anew in every
-row. Into the first-level cache it is as fast for rows of 3 KB, and 3 to 8 % slower for rows of 8 KB.
+row. Into the first-level cache it is as fast for rows of 3 KB, and 4 to 6 % slower for rows of 8 KB.
 """
 
 # mypy: disable-error-code="call-arg, type-var"
