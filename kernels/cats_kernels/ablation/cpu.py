@@ -21,8 +21,9 @@ from torch import Tensor
 from cats_kernels import dispatch
 from cats_kernels.ablation import check_paper
 from cats_kernels.cpu.compiling import Array, jit
-from cats_kernels.cpu.kernels import BLOCK, activate, deciding_rows, dots, down_rows, fetch_add, other_rows, widen
+from cats_kernels.cpu.kernels import BLOCK, activate, deciding_rows, dots, down_rows, fetch_add, other_rows
 from cats_kernels.cpu.launch import as_array, as_thresholds
+from cats_kernels.cpu.plain import widen
 from cats_kernels.cpu.threads import parallel_region, threads_for
 from cats_kernels.reference import gate_activation
 

@@ -76,6 +76,18 @@ def store_halves(context: Any, address: Any, k: Any, vector: Any) -> Any:
 
 
 @intrinsic
+def load_widened(context: Any, address: Any, k: Any) -> Any:
+    """Numbers [k, k + LANES) of the bfloat16 at ``address``, as float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.bitcast(pointer_to(builder, I16, *arguments), HALVES.backend.as_pointer())
+        bits = builder.shl(builder.zext(builder.load(place, align=2), INTEGERS.backend), _each(16))
+        return builder.bitcast(bits, FLOATS.backend)
+
+    return FLOATS(types.int64, types.int64), generate
+
+
+@intrinsic
 def nibble_values(context: Any) -> Any:
     """-8.0 to 7.0, where there are so many lanes."""
 

@@ -1,10 +1,6 @@
 """Numba code of the CPU kernels: float32 and bfloat16 weights, 1 to 8 rows of x, float32 accumulation.
 
-bfloat16 weights arrive as uint16 and are widened by a shift, so no processor support for bfloat16 is needed. Inner
-loops run over 1-D contiguous rows, four weight rows at a time: LLVM vectorises them, x is loaded once for four rows,
-and four streams keep enough cache misses in flight for 2 cores to read memory faster than torch's sum does.
-Prefetching the next rows in software changed nothing beyond noise (11.4 against 11.6 ms at 70 %, float32, d=4096,
-m=14336).
+How four weight rows are multiplied, and added, is in `plain`, and for quantised ones in `quantized`.
 
 "Deciding" is the product that is compared with the threshold, of the weight that is read whole; "other" the second one,
 of the weight that is read for kept neurons only. The activation belongs to the gate's product, whichever that is.
@@ -19,29 +15,11 @@ from numba import prange, types
 from numba.extending import intrinsic, overload
 
 from cats_kernels.cpu.compiling import Array, jit
+from cats_kernels.cpu.plain import COLUMNS, plain_adds, plain_dots
 
 BLOCK = 256
 """Neurons a thread takes at a time. Each block has its own partial sum, so results depend neither on the number of
 threads nor on which thread took which block."""
-
-COLUMNS = 1024
-"""Columns at a time where several rows of x share four weight rows: 16 KB of float32 weights stay in the L1 cache."""
-
-
-def widen(weight: Any) -> Any:
-    """A weight as float32: itself, or bfloat16 bits (uint16) shifted into place. Exists in compiled code only."""
-    raise NotImplementedError
-
-
-@overload(widen, inline="always")
-def _widen(weight: Any) -> Any:
-    def identity(weight: Any) -> Any:
-        return weight
-
-    def shift(weight: Any) -> Any:
-        return np.uint32(np.uint32(weight) << np.uint32(16)).view(np.float32)
-
-    return identity if isinstance(weight, types.Float) else shift
 
 
 @intrinsic
@@ -53,58 +31,6 @@ def fetch_add(context: Any, counter: Any, amount: Any) -> Any:
         return builder.atomic_rmw("add", array.data, arguments[1], "monotonic")
 
     return types.int64(counter, types.int64), generate
-
-
-@jit()
-def four_dots(w0: Array, w1: Array, w2: Array, w3: Array, x: Array) -> tuple[Any, Any, Any, Any]:
-    """Dot products of four weight rows (columns,) with x (columns,)."""
-    s0 = np.float32(0)
-    s1 = np.float32(0)
-    s2 = np.float32(0)
-    s3 = np.float32(0)
-    for k in range(x.size):
-        value = x[k]
-        s0 += widen(w0[k]) * value
-        s1 += widen(w1[k]) * value
-        s2 += widen(w2[k]) * value
-        s3 += widen(w3[k]) * value
-    return s0, s1, s2, s3
-
-
-@jit()
-def add_four(w0: Array, w1: Array, w2: Array, w3: Array, h: Array, y: Array) -> None:
-    """``y += h[0] w0 + h[1] w1 + h[2] w2 + h[3] w3`` for four weight rows and y (columns,)."""
-    h0 = h[0]
-    h1 = h[1]
-    h2 = h[2]
-    h3 = h[3]
-    for k in range(y.size):
-        y[k] += h0 * widen(w0[k]) + h1 * widen(w1[k]) + h2 * widen(w2[k]) + h3 * widen(w3[k])
-
-
-@jit()
-def plain_dots(weight: Array, i: Array, x: Array, s: Array) -> None:
-    """``s[r, q] = x[r] . weight[i[q]]`` for four weight rows and every row of x."""
-    w0, w1, w2, w3 = weight[i[0]], weight[i[1]], weight[i[2]], weight[i[3]]
-    rows, columns = x.shape
-    step = columns if rows == 1 else COLUMNS
-    s[:] = 0
-    for k in range(0, columns, step):
-        for r in range(rows):
-            part = four_dots(w0[k : k + step], w1[k : k + step], w2[k : k + step], w3[k : k + step], x[r, k : k + step])
-            for q in range(4):
-                s[r, q] += part[q]
-
-
-@jit()
-def plain_adds(weight: Array, i: Array, h: Array, y: Array) -> None:
-    """``y[r] += sum over q of h[r, q] weight[i[q]]`` for four weight rows and every row of y."""
-    w0, w1, w2, w3 = weight[i[0]], weight[i[1]], weight[i[2]], weight[i[3]]
-    rows, columns = y.shape
-    step = columns if rows == 1 else COLUMNS
-    for k in range(0, columns, step):
-        for r in range(rows):
-            add_four(w0[k : k + step], w1[k : k + step], w2[k : k + step], w3[k : k + step], h[r], y[r, k : k + step])
 
 
 def dots(weight: Any, i: Array, x: Array, s: Array) -> None:

@@ -20,8 +20,9 @@ from cats_kernels.cpu.addressed import pointer
 from cats_kernels.cpu.compiling import Array, jit
 from cats_kernels.cpu.dequantise import on_threads, write_row
 from cats_kernels.cpu.halves import rounded_bits
-from cats_kernels.cpu.kernels import activate, fetch_add, widen
+from cats_kernels.cpu.kernels import activate, fetch_add
 from cats_kernels.cpu.packed import FIELDS, FLOAT32, from_numbers
+from cats_kernels.cpu.plain import widen
 from cats_kernels.cpu.quantized_launch import pack
 from cats_kernels.cpu.team import compiled_member
 from cats_kernels.cpu.vectors import LANES, float_at, load, multiply_add, plus, splat, total

@@ -11,6 +11,7 @@ from numba import carray
 from cats_kernels.cpu.addressed import pointer
 from cats_kernels.cpu.compiling import Array, jit
 from cats_kernels.cpu.integers import BLOCK_BYTES, DOT_BYTES
+from cats_kernels.cpu.plain import LINE
 from cats_kernels.cpu.vectors import address_of, byte_at, float_at, half_at, prefetch, set_float
 
 LARGEST = np.float32(1e30)
@@ -20,8 +21,6 @@ SMALLEST = np.float32(1e-20)
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 WIDTH = 256
 """Rows of x and y are padded to a multiple of this, so that a ragged group has columns to read and write."""
-LINE = 64
-"""Bytes of a cache line."""
 PARTS = {FLOAT32: 3, BFLOAT16: 2} if DOT_BYTES else {FLOAT32: 0, BFLOAT16: 0}
 """Bytes of a number of x, by its dtype, where rows are multiplied as integers; 0: as float32. The largest magnitude in
 a piece of x is between 2 ** 22 and 2 ** 23, or 2 ** 14 and 2 ** 15, of its fixed point."""

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from cats_kernels.cpu.compiling import jit
-from cats_kernels.cpu.packed import LINE, prefetch_four
+from cats_kernels.cpu.packed import prefetch_four
+from cats_kernels.cpu.plain import LINE
 from cats_kernels.cpu.vectors import (
     LANES,
     byte_at,

@@ -17,7 +17,7 @@ from numba.extending import overload
 
 from cats_kernels.cpu.compiling import Array, jit
 from cats_kernels.cpu.integers import DOT_BYTES
-from cats_kernels.cpu.kernels import COLUMNS, add_four, adds, dots, four_dots, neurons, scratch_size, with_scratch
+from cats_kernels.cpu.kernels import adds, dots, neurons, scratch_size, with_scratch
 from cats_kernels.cpu.packed import (
     LARGEST,
     dequantised,
@@ -31,6 +31,7 @@ from cats_kernels.cpu.packed import (
 )
 from cats_kernels.cpu.packed_floats import add_bytes, add_nibbles, byte_dots, nibble_dots
 from cats_kernels.cpu.packed_integers import integer_dots
+from cats_kernels.cpu.plain import COLUMNS, add_four, four_dots
 from cats_kernels.cpu.vectors import address_of, float_at, set_float
 
 

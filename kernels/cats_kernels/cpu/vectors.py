@@ -123,19 +123,30 @@ def byte_at(context: Any, address: Any, k: Any) -> Any:
     return types.uint8(types.int64, types.int64), generate
 
 
-@intrinsic
-def prefetch(context: Any, address: Any) -> Any:
-    """Ask for the cache line at ``address``, which need not be the program's."""
+def _prefetch(locality: int) -> Any:
+    """What writes a prefetch for reading: 3 into every cache, 2 into all but the first."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = I8.as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
         function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
-        options = [ir.Constant(I32, value) for value in (0, 3, 1)]  # for reading, into every cache, data
+        options = [ir.Constant(I32, value) for value in (0, locality, 1)]  # for reading, data
         builder.call(function, [builder.inttoptr(arguments[0], pointer), *options])
         return context.get_dummy_value()
 
-    return types.void(types.int64), generate
+    return generate
+
+
+@intrinsic
+def prefetch(context: Any, address: Any) -> Any:
+    """Ask for the cache line at ``address``, which need not be the program's."""
+    return types.void(types.int64), _prefetch(3)
+
+
+@intrinsic
+def prefetch_second(context: Any, address: Any) -> Any:
+    """The same into the second-level cache, for what the first has no room for."""
+    return types.void(types.int64), _prefetch(2)
 
 
 @intrinsic
