@@ -11,7 +11,7 @@ from cats_kernels.cpu import compiling, kernels
 from cats_kernels.cpu.launch import sparse_gated_mlp_cpu
 from cats_kernels.dispatch import SPARSE_ROWS
 from cats_kernels.problem import TOLERANCE, Problem, inputs, oracle, relative_error, weights
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from tests.mlp_cases import gate_threshold, same_pattern, threshold_of_kind
@@ -24,6 +24,15 @@ def restore_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def cancellation(made):
+    """By how much the products of x with W_gate and W_up cancel: an error in their terms, relative to these, is this
+    many times as large in y."""
+    x, gate, up, down = (weight.double() for weight in (made.x, made.gate, made.up, made.down_t))
+    h = made.v * made.u
+    errors = h * ((x.abs() @ gate.abs().T) / (x @ gate.T) + (x.abs() @ up.abs().T) / made.u)
+    return float((errors.square() @ down.square()).sum().sqrt() / (h @ down).norm())
 
 
 @settings(max_examples=60, deadline=None)
@@ -44,6 +53,7 @@ def restore_threads():
 @example(33, 257, 3, 0.5, torch.bfloat16, "gelu_tanh", "vector", "up", 0)
 def test_any_shape(d, m, rows, sparsity, dtype, activation, kind, decider, seed):
     made = Problem(d, m, rows, dtype, seed=seed, activation=activation, decider=decider)
+    assume(cancellation(made) < 150)  # 150 times float32's rounding is 1e-5; one neuron of three inputs may have 4000
     threshold = threshold_of_kind(made, kind, sparsity)
     y = sparse_gated_mlp_cpu(*made.arguments(threshold))
     assert y.shape == made.x.shape and y.dtype == dtype
