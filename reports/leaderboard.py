@@ -97,8 +97,7 @@ def _rows(model: str, members: list[Run], speed: pd.DataFrame) -> list[tuple[tup
             "Keeps 99 % of perplexity": by_text.words if by_text else style.DASH,
             "Speed there": _speed(by_accuracy or by_text, speed, model),
             "Perplexity at 50 %": increase_words(loss),
-            "Speed at 50 %": _all(map(speed_words, speed_at(speed, model, f"{criterion}-50") if scope == "mlp" else []))
-            or style.DASH,
+            "Speed at 50 %": speed_words(speed_at(speed, model, f"{criterion}-50") if scope == "mlp" else []),
             "Machine": _all(escape(machine(part)) for part in members),
             "Commit": _all(escape(commit(part.provenance.get("e08", {}))) for part in members),
             "Run": _all(f"[{escape(part.label)}]({part.label.replace(' ', '%20')})" for part in members),
@@ -120,7 +119,7 @@ def _speed(kept: Kept | None, speed: pd.DataFrame, model: str) -> str:
     if kept is None or kept.point is None:
         return style.DASH
     at = speed_at(speed, model, kept.point.variant)
-    return "; ".join(f"{speed_words(row)}, at {100 * kept.point.level:g} %" for row in at) or style.DASH
+    return f"{speed_words(at)}, at {100 * kept.point.level:g} %" if at else style.DASH
 
 
 def _source(run: Run) -> dict[str, str]:

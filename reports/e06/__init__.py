@@ -175,19 +175,18 @@ def greedy_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def contents(run: Run) -> list[Block]:
-    """What Amdahl's law allows; the figure holds the rates."""
-    blocks: list[Block] = []
+    """The figure holds the rates."""
     if (table := run.table(ThroughputRow)) is not None and generation_speedups(table).empty:
-        blocks.append(Text("No condition was timed both dense and sparse."))
-    if (table := run.table(AmdahlRow)) is not None:
-        blocks.append(Table(amdahl_table(table), AMDAHL_TABLE))
-    return blocks
+        return [Text("No condition was timed both dense and sparse.")]
+    return []
 
 
 def more(run: Run) -> list[Block]:
-    """All rates, other conditions, and the check of the tokens."""
+    """All rates, what Amdahl's law allows, other conditions, and the check of the tokens."""
     blocks: list[Block] = []
     label = escape(run.label)
+    if (table := run.table(AmdahlRow)) is not None:
+        blocks.append(Table(amdahl_table(table), f"{label}: {AMDAHL_TABLE.strip()}"))
     if (table := run.table(ThroughputRow)) is not None:
         speedups = generation_speedups(table)
         shown = throughput_table(speedups, table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ def affordable_table(run: Run) -> pd.DataFrame:
                     **_kept_cells("perplexity", affords(text.get(key, [])), speed, model),
                     "Perplexity at 50 %": _cell(at),
                     "Against CATS": _ratio(at),
-                    "Speed at 50 %": "; ".join(map(speed_words, _speeds_at_half(speed, *key))) or style.DASH,
+                    "Speed at 50 %": speed_words(_speeds_at_half(speed, *key)),
                 }
             )
     frame = without_empty(pd.DataFrame(rows))
@@ -66,7 +66,7 @@ def affordable_table(run: Run) -> pd.DataFrame:
 def _kept_cells(metric: str, kept: Kept | None, speed: pd.DataFrame, model: str) -> dict[str, str]:
     cells = {f"Keeps 99 % of {metric}": kept.words if kept else style.DASH}
     at = speed_at(speed, model, kept.point.variant) if kept and kept.point else []
-    cells[f"Speed there ({metric})"] = "; ".join(map(speed_words, at)) or style.DASH
+    cells[f"Speed there ({metric})"] = speed_words(at)
     return cells
 
 
@@ -74,10 +74,14 @@ def _speeds_at_half(speed: pd.DataFrame, model: str, criterion: str, scope: str)
     return speed_at(speed, model, f"{criterion}-50") if scope == "mlp" else []
 
 
-def speed_words(row: Mapping[Any, Any]) -> str:
-    """`1.12x token, NVIDIA H100`."""
-    what = "token" if row["what"] == "token" else "MLPs"
-    return f"{style.times(row['speedup'])} {what}, {escape(str(row['machine']))}"
+def speed_words(rows: Iterable[Mapping[Any, Any]]) -> str:
+    """`1.12x token, 1.60x MLPs, NVIDIA H100`: by machine; a dash for none."""
+    by_machine: dict[str, list[str]] = {}
+    for row in rows:
+        what = "token" if row["what"] == "token" else "MLPs"
+        by_machine.setdefault(str(row["machine"]), []).append(f"{style.times(row['speedup'])} {what}")
+    words = (", ".join([*dict.fromkeys(speeds), escape(machine)]) for machine, speeds in by_machine.items())
+    return "; ".join(words) or style.DASH
 
 
 def criteria_table(table: pd.DataFrame, model: str) -> pd.DataFrame:
