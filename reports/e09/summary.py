@@ -93,7 +93,7 @@ def summary_table(run: Run, pocket_too: bool = True) -> pd.DataFrame:
     """A row per format at 0 and at 50 %; empty where fewer than two of speed, generation and quality were measured.
 
     Without ``pocket_too`` the pocket profile's model and block are left out beside real ones, and rows of other
-    programs, of which the figures say that they were not measured.
+    programs, of which the figures say that they were not measured; and formats whose speed was not measured.
     """
     of_quality, of_blocks, of_generation, stored = quality(run), blocks(run), generated(run), memory(run)
     if not pocket_too:
@@ -114,7 +114,8 @@ def summary_table(run: Run, pocket_too: bool = True) -> pd.DataFrame:
         columns[heading] = {key: style.times(value) for key, value in values.items()}
     for bench, values in of_generation.items():
         columns[f"Tokens, {escape(bench)}"] = {key: style.times(value) for key, value in values.items()}
-    formats = dict.fromkeys(name for shown in columns.values() for name, _ in shown)
+    timed = {name for values in [*of_blocks.values(), *of_generation.values()] for name, _ in values}
+    formats = dict.fromkeys(name for shown in columns.values() for name, _ in shown if pocket_too or name in timed)
     rows: list[dict[str, Any]] = []
     for name in formats:
         for level in LEVELS:
