@@ -95,7 +95,8 @@ def calibrate(arguments: argparse.Namespace) -> None:
     thresholds.save(arguments.output)
     source = "the files given" if arguments.text else "Python's documentation (--text FILE reads your own)"
     count, label = sum(map(len, thresholds.sites.values())), criterion.label(thresholds.sparsity)
-    print(f"{label}: {count} thresholds from {thresholds.tokens} tokens of {source}: {arguments.output}")
+    origin = f"from {thresholds.tokens} tokens of {source}" if thresholds.tokens else "that no text decides"
+    print(f"{label}: {count} thresholds {origin}: {arguments.output}")
 
 
 def sparsity(arguments: argparse.Namespace) -> None:

@@ -233,6 +233,9 @@ def check_equation_1(name: str, mlp: GatedMLP) -> None:
             f"{name} ({type(mlp).__name__}) does not call its {of.activation}, "
             "so CATS, which replaces it, would do nothing"
         )
+    broken = [key for key, weight in mlp.named_parameters() if not bool(weight.isfinite().all())]
+    if broken:
+        raise ValueError(f"{name}.{broken[0]} has NaN or infinite numbers: the model is broken")
     raise ValueError(
         f"{name} ({type(mlp).__name__}) looks like a gated MLP but does not compute "
         "(act(x W_gate) * (x W_up)) W_down; CATS supports only blocks that do"

@@ -68,7 +68,9 @@ def pack_linear(path: str, linear: nn.Linear, bits: int, group_size: int | None,
         made = quantize(weight, bits, None if bits == 8 else group_size, symmetric or bits == 8)
     except ValueError as error:
         raise ValueError(f"{path} cannot be quantised: {error}") from error
-    return PackedLinear(made, weight.dtype, linear.bias).train(linear.training)
+    packed = PackedLinear(made, weight.dtype, linear.bias).train(linear.training)
+    packed.trained = weight.requires_grad
+    return packed
 
 
 def dequantize_others(model: nn.Module) -> int:

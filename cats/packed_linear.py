@@ -72,6 +72,7 @@ class PackedLinear(nn.Module):
             nibble n is (n - 8) * scale + zero. In the dtype of x.
         bits, group_size, symmetric: of the quantised weight; in int8 a group is the whole row.
         in_features, out_features, bias: as in `nn.Linear`.
+        trained: whether the weight that was quantised required gradients, as that of `dense` then does.
         original: the layer that was quantised, where it is kept; not part of the module tree, neither moved nor saved.
     """
 
@@ -93,6 +94,7 @@ class PackedLinear(nn.Module):
         self._take(weight, dtype)
         self.register_parameter("bias", bias)
         self.__dict__["original"] = None
+        self.trained = False
 
     def _take(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         scales = weight.scales
@@ -128,6 +130,7 @@ class PackedLinear(nn.Module):
         if self.original is not None:
             return self.original.to(self.packed.device)
         linear = QuantizedLinear(self.quantized, False, self.compute_dtype, self.bias)
+        linear.trained = self.trained
         return linear.train(self.training).dense()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

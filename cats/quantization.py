@@ -168,6 +168,7 @@ def _quantize_linear(
     except ValueError as error:
         raise ValueError(f"{path} cannot be quantised: {error}") from error
     quantized = QuantizedLinear(made, transposed, weight.dtype, linear.bias).train(linear.training)
+    quantized.trained = linear.weight.requires_grad
     if keep:
         quantized.__dict__["original"] = linear
     setattr(mlp, part, quantized)

@@ -27,6 +27,7 @@ class QuantizedLinear(nn.Module):
         transposed: whether it is W transposed.
         in_features, out_features: as in `nn.Linear`.
         bias: as in `nn.Linear`, or None.
+        trained: whether the weight that was quantised required gradients, as that of `dense` then does.
         original: the layer that was quantised, where it is kept; not part of the module tree, neither moved nor saved.
     """
 
@@ -47,6 +48,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=weight.device), persistent=False)
         self.register_parameter("bias", bias)
         self.__dict__["original"] = None
+        self.trained = False
         self._cached: tuple[tuple[Any, ...], dict[int, tuple[QuantizedWeight, ...]]] | None = None
 
     @property
@@ -105,7 +107,7 @@ class QuantizedLinear(nn.Module):
             return self.original.to(device)
         weight = dequantize(self.quantized, self.compute_dtype)
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight.t().contiguous() if self.transposed else weight, requires_grad=False)
+        linear.weight = nn.Parameter(weight.t().contiguous() if self.transposed else weight, self.trained)
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 

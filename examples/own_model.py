@@ -35,4 +35,7 @@ def main(name: str, criterion: str = "cats") -> None:
 
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:] or ["pocket"]))
+    try:
+        main(*(sys.argv[1:] or ["pocket"]))
+    except (ValueError, OSError) as error:  # such as a path that does not exist
+        sys.exit(str(error))

@@ -314,3 +314,9 @@ def test_wrong_formats_are_said(words, says: str, model: str, capsys) -> None:
     assert main(["bench", model, *words]) == 2
     shown = capsys.readouterr().err
     assert says in shown and shown.count("\n") == 1
+
+
+def test_thresholds_that_need_no_text_name_none(model: str, tmp_path: Path, capsys) -> None:
+    assert main(["calibrate", model, "--criterion", "relufication", "--output", str(tmp_path / "t.json")]) == 0
+    said = capsys.readouterr().out
+    assert "thresholds that no text decides: " in said and "0 tokens" not in said

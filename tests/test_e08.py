@@ -18,7 +18,7 @@ from experiments import e08_criteria
 from experiments.e08_criteria.cases import DENSE_CASE, Case, Weights, cases
 from experiments.e08_criteria.heldout import continuation_losses, losses_and_skipped
 from experiments.e08_criteria.measures import Comparison
-from experiments.e08_criteria.speed import timed_blocks
+from experiments.e08_criteria.speed import timed_blocks, token_rows
 from experiments.framework.runner import run_experiment
 from experiments.framework.samples import flags, median_interval, numbers, paired
 from tests.accuracy_world import build_world, config_of, profile, samples, table
@@ -187,6 +187,13 @@ def test_speed_rows_are_of_the_rounds(run):
         if row["what"] == "token":
             (text,) = of(run, metric="perplexity", variant=row["variant"])
             assert number(row, "sparsity") == pytest.approx(number(text, "sparsity_measured"), abs=1e-6)
+
+
+def test_token_speed_leaves_the_sliding_window_on(world):
+    config = config_of(world, "e08", world, speed_levels=[0.6])
+    subject = Comparison(config, str(world / "model"))
+    subject.model.config.sliding_window = 64
+    assert token_rows(subject) and subject.model.config.sliding_window == 64
 
 
 def test_timed_blocks_are_the_patched_and_the_dense_ones(world):

@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,21 @@ def test_a_shape_keeps_its_seed_and_layers() -> None:
     (a, none), (b, _) = load_model("shape:small", layers=1, seed=3), load_model("shape:small", layers=1, seed=4)
     assert none is None and len(a.model.layers) == 1 and a.dtype == torch.bfloat16
     assert not torch.equal(a.lm_head.weight, b.lm_head.weight)
+
+
+def test_random_weights_leave_the_generator_as_it_was() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    first, _ = load_model("shape:small", layers=1, seed=3)
+    assert torch.equal(torch.rand(3), expected)
+    again, _ = load_model("shape:small", layers=1, seed=3)
+    assert torch.equal(first.lm_head.weight, again.lm_head.weight)
+
+
+def test_the_example_says_in_one_sentence_what_does_not_exist(tmp_path: Path) -> None:
+    example = Path(__file__).parents[1] / "examples/own_model.py"
+    words = [sys.executable, str(example), str(tmp_path / "nowhere/model")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=400)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "does not exist: give" in last and "Traceback" not in done.stderr

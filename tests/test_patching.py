@@ -256,3 +256,10 @@ def test_refusals(llama: nn.Module, batches: list) -> None:
     model = nn.ModuleDict({"mlp": ClippedMLP()})
     with pytest.raises(ValueError, match="does not compute"):
         cats.apply(model, cats.Thresholds(0.5, {"mlp": 0.1}))
+
+
+def test_weights_with_nan_are_named(llama, batches):
+    thresholds = cats.calibrate(llama, batches)
+    llama.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight has NaN or infinite numbers"):
+        cats.apply(llama, thresholds)

@@ -295,3 +295,13 @@ def test_a_block_is_checked_by_few_products(llama, monkeypatch):
     name, mlp = next(iter(cats.gated_mlps(llama).items()))
     check_equation_1(name, mlp)
     assert seen == [2] * 6
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_dequantised_weights_require_gradients_where_they_did(keep):
+    model = tiny_model(hidden_size=128, vocab_size=320)
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    before = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    cats.quantize(model, 8, linears="all", keep=keep)
+    cats.dequantize(model)
+    assert {name: weight.requires_grad for name, weight in model.named_parameters()} == before

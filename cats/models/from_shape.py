@@ -73,8 +73,9 @@ class ShapeLoader(Loader):
         config = self.config(spec, request.layers)
         if request.device == "sharded":
             raise ValueError(f"{spec} has random weights, which cannot be sharded: give one device")
-        torch.manual_seed(request.seed)
-        with torch.device(request.device):
+        device = torch.device(request.device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+            torch.manual_seed(request.seed)
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=request.dtype or torch.bfloat16)
         model.to(torch.device(request.device))  # type: ignore[arg-type]  # buffers that transformers makes on the host
         return model.eval(), None

@@ -126,7 +126,7 @@ def token_rows(subject: Comparison) -> list[Row]:
         subject.become(case)
         sparsity[case] = overall_sparsity(model, subject.heldout_pass(case)[1])
     cats.remove(model)
-    before = model.generation_config
+    before, window = model.generation_config, getattr(model.config, "sliding_window", None)
     length, context = options.speed_length, options.speed_prompt_tokens + options.speed_length
     make_greedy(model, context)
     loop = fastest_loop(model) if options.speed_loop == FASTEST else options.speed_loop
@@ -149,6 +149,8 @@ def token_rows(subject: Comparison) -> list[Row]:
     finally:
         cats.remove(model)
         model.generation_config = before
+        if window is not None:
+            model.config.sliding_window = window
         torch._dynamo.reset()
     return _rows(subject, dict(times), sparsity, "token", loop)
 
