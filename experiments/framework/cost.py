@@ -46,6 +46,7 @@ class Work:
         items: of tasks, made into requests and scored.
         steps: of training, for what Trainer and the optimizer do beside the model.
         trained, micro_steps: operations and passes of training, forward and backward with adapters.
+        runs: of training, each with adapters and a Trainer of its own, and compiled where that pays.
     """
 
     operations: float = 0.0
@@ -54,6 +55,7 @@ class Work:
     steps: float = 0.0
     trained: float = 0.0
     micro_steps: float = 0.0
+    runs: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
         sums = (own + its for own, its in zip(astuple(self), astuple(other), strict=True))
@@ -114,7 +116,8 @@ def evaluation(tasks: Sequence[str], limit: int | None, batch: int) -> Work:
 def training(steps: float, sequences: int, length: float, at_once: int | None) -> Work:
     """Steps of LoRA on so many sequences each, ``at_once`` of them together."""
     micro = math.ceil(sequences / min(at_once or sequences, sequences))
-    return Work(steps=steps, trained=TRAINING * steps * sequences * length, micro_steps=steps * micro)
+    trained = TRAINING * steps * sequences * length
+    return Work(steps=steps, trained=trained, micro_steps=steps * micro, runs=1)
 
 
 def default_cost(config: Any) -> Cost:

@@ -63,6 +63,7 @@ class Machine:
         layer: seconds that the host needs to start a decoder layer's kernels, dense or masked.
         trained, trained_layer: the share of ``flops`` that training reaches, and ``layer`` for a layer of a micro-step,
             forward and backward, with adapters.
+        run: seconds that a run of training takes besides its steps: adapters, items, and compiling on a GPU.
     """
 
     flops: float
@@ -70,12 +71,13 @@ class Machine:
     layer: float
     trained: float
     trained_layer: float
+    run: float = 0.0
 
     @classmethod
     def of(cls, device: str, flops: float, bandwidth: float) -> "Machine":
         """With what was measured on an H100, or on two cores of a Xeon."""
         on_gpu = device.startswith("cuda")
-        return cls(flops, bandwidth, *((1e-3, 0.13, 6.5e-3) if on_gpu else (4e-4, REACHED, 1.2e-3)))
+        return cls(flops, bandwidth, *((1e-3, 0.3, 3.5e-3, 10.0) if on_gpu else (4e-4, REACHED, 1.2e-3)))
 
 
 REACHED, READ = 0.4, 0.65
@@ -270,7 +272,7 @@ def model_seconds(machine: Machine, cost: Cost, models: Sequence[tuple[int, int]
         computed = parameters * cost.work.trained / (machine.trained * machine.flops)
         seconds += max(computed, cost.work.micro_steps * layers * machine.trained_layer)
         seconds += parameters * cost.bytes_read / machine.bandwidth + cost.work.items * ITEM
-        seconds += cost.work.steps * STEP
+        seconds += cost.work.steps * STEP + cost.work.runs * machine.run
     return seconds
 
 
