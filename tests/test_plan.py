@@ -64,9 +64,9 @@ ALONE = {
     "h100/qwen2.5-coder-0.5b-instruct-tokens": ("cuda", H100, ("e08",)),
     "h100/qwen2.5-coder-1.5b-instruct-tokens": ("cuda", H100, ("e08",)),
 }
-"""Runs that nothing ran beside on their card, of the present kind: device, machine, experiments. Of the other real-model
-runs gemma's generation found its compiled steps in the cache of the run before, and the rest shared a card with up to
-eleven others, so that their seconds are no timings."""
+"""Runs that nothing ran beside on their card, of the present kind: device, machine, experiments. Of the other runs of
+real models gemma's generation found its compiled steps in the cache of the run before, and the rest shared a card with
+up to eleven others, so that their seconds are no timings."""
 
 
 def planned(entry: dict[str, Any], experiment: str, device: str, machine: Machine) -> float:

@@ -38,14 +38,17 @@ def choose_attention_config(group: int, d: int, element_size: int) -> AttentionC
     """For queries per key-value head, head size and bytes of an element.
 
     Measured on one H100 (results/h100-profile/attention_gpu.csv) with heads of 128 in bfloat16 at 160 to 2048 places:
-    for one query the fastest throughout, for four within 1 % of it, but 13 % at 512. Up to 16 queries are padded to 16
-    on tensor cores, and heads of 64 get as many bytes at a time: carried over, not measured. Nothing else is measured
-    either: what a lane keeps of a group fits its registers, and 16 to 32 KB of a program's keys and values are on their
-    way.
+    the fastest of all candidates over these. Up to 16 queries are padded to 16 on tensor cores like four: carried over,
+    not measured. Heads of 64 have the configuration of an earlier measurement of 128, with as many bytes at a time.
+    Nothing else is measured: what a lane keeps of a group fits its registers, and 16 to 32 KB of a program's keys and
+    values are on their way.
     """
     if element_size == 2 and d in (64, 128):
         if group == 1:
-            return AttentionConfig(tile=8 * lanes_of(d, element_size, 2), warps=2, programs=4)
+            tile = 8 * lanes_of(d, element_size, 2)
+            return AttentionConfig(tile=tile, warps=2, programs=4, together=d == 128)
+        if 4 <= group <= 16 and d == 128:
+            return AttentionConfig(tile=16, warps=2, programs=4, dot=True, stages=1, together=True)
         if 4 <= group <= 16:
             return AttentionConfig(tile=4096 // d, dot=True)
     if group > 4:

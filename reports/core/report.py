@@ -93,7 +93,7 @@ def _draw_headline(runs: list[Run], sections: list[Section], folder: Path) -> st
     painters = [painter for section in sections if (painter := section.glance(runs)) is not None]
     if not painters:
         return None
-    size = (style.WIDTH if len(painters) > 1 else 3.8, 1.9)
+    size = (style.WIDTH if len(painters) > 1 else 3.8, 1.7)
     figure, axes = plt.subplots(1, len(painters), figsize=size, squeeze=False)
     for ax, painter in zip(axes[0], painters, strict=True):
         painter(ax)
