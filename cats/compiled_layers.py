@@ -36,14 +36,17 @@ def compiled_layers(model: PreTrainedModel) -> Iterator[None]:
     loss = model.__dict__.get("_loss_function")
     hook = model.get_input_embeddings().register_forward_hook(_require_gradient)
     model.loss_function = torch.compile(model.loss_function)
+    own = {layer: vars(layer).get("forward") for layer in layers}  # accelerate's, of a model spread over GPUs
     for layer in layers:
         layer.forward = torch.compile(layer.forward)
     try:
         with torch._dynamo.config.patch(recompile_limit=GRAPHS):
             yield
     finally:
-        for layer in layers:
+        for layer, forward in own.items():
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
         del model._loss_function
         if loss is not None:
             model.loss_function = loss

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 import cats
 from cats import finetuning
+from cats.compiled_layers import compiled_layers, decoder_layers
 from cats.finetuning import (
     PRESETS,
     DivergedError,
@@ -346,3 +348,14 @@ def test_layers_are_compiled_on_a_gpu_alone_and_of_long_runs(monkeypatch):
     for steps, asked in ((25, None), (1, True)):
         finetuning._compiled(model, dataclasses.replace(SETTINGS, steps=steps, micro_batch_size=2, compiled=asked))
     assert compiled == [model.get_base_model()] * 2
+
+
+def test_a_layer_that_accelerate_has_hooked_keeps_its_hook():
+    model = patched().get_base_model()
+    layer = decoder_layers(model)[0]
+    accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.ModelHook())
+    hooked = layer.forward
+    with compiled_layers(model):
+        assert layer.forward is not hooked
+    assert layer.forward is hooked
+    assert all("forward" not in vars(other) for other in decoder_layers(model)[1:])
