@@ -6,12 +6,14 @@ function checks a bound.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
-from cats_kernels.cpu.vectors import F32, FLOATS, I8, I32, INTEGERS, LANES, features, intrinsic, pointer_to
+from cats_kernels.cpu.vectors import F32, FLOATS, I8, I16, I32, INTEGERS, LANES, features, intrinsic, pointer_to
 
 BLOCK_BYTES = 64
 """Bytes of a vector."""
@@ -147,3 +149,42 @@ def _spread(count: int) -> Any:
 
 spread_two = _spread(2)
 spread_four = _spread(4)
+spread_eight = _spread(8)
+
+
+def _masked(element: ir.Type, widen: Callable[[Any, Any], Any]) -> Any:
+    """An intrinsic: at most LANES numbers at an address, those from the ``last`` on as zero; no memory of theirs is
+    read."""
+
+    def some(context: Any, address: Any, k: Any, last: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            address, k, last = arguments
+            vector, mask = ir.VectorType(element, LANES), ir.VectorType(ir.IntType(1), LANES)
+            at = builder.bitcast(pointer_to(builder, element, address, k), vector.as_pointer())
+            left = builder.trunc(builder.sub(last, k), I32)
+            lanes = ir.Constant(INTEGERS.backend, list(range(LANES)))
+            first = builder.insert_element(_repeated(0), left, ir.Constant(I32, 0))
+            limit = builder.shuffle_vector(first, first, _repeated(0))
+            kind = ir.FunctionType(vector, [vector.as_pointer(), I32, mask, vector])
+            name = f"llvm.masked.load.v{LANES}{'i16' if element == I16 else 'f32'}.p0"
+            function = cgutils.get_or_insert_function(builder.module, kind, name)
+            inside = builder.icmp_signed("<", lanes, limit)
+            align = ir.Constant(I32, 2 if element == I16 else 4)
+            return widen(builder, builder.call(function, [at, align, inside, ir.Constant(vector, None)]))
+
+        return FLOATS(types.int64, types.int64, types.int64), generate
+
+    return intrinsic(some)
+
+
+def _from_bfloat16(builder: Any, values: Any) -> Any:
+    return builder.bitcast(builder.shl(builder.zext(values, INTEGERS.backend), _repeated(16)), FLOATS.backend)
+
+
+def _from_float16(builder: Any, values: Any) -> Any:
+    return builder.fpext(builder.bitcast(values, ir.VectorType(ir.HalfType(), LANES)), FLOATS.backend)
+
+
+load_floats_before = _masked(F32, lambda builder, values: values)
+load_bfloat16_before = _masked(I16, _from_bfloat16)
+load_float16_before = _masked(I16, _from_float16)

@@ -16,9 +16,18 @@ from numba import types
 from numba.extending import overload
 
 from cats_kernels.cpu.compiling import Array, jit
-from cats_kernels.cpu.integers import DOT_BYTES
+from cats_kernels.cpu.integers import (
+    DOT_BYTES,
+    load_bfloat16_before,
+    load_float16_before,
+    load_floats_before,
+    spread_eight,
+    spread_four,
+)
 from cats_kernels.cpu.kernels import adds, dots, neurons, scratch_size, with_scratch
 from cats_kernels.cpu.packed import (
+    BFLOAT16,
+    FLOAT32,
     LARGEST,
     dequantised,
     dot,
@@ -32,7 +41,7 @@ from cats_kernels.cpu.packed import (
 from cats_kernels.cpu.packed_floats import add_bytes, add_nibbles, byte_dots, nibble_dots
 from cats_kernels.cpu.packed_integers import integer_dots
 from cats_kernels.cpu.plain import COLUMNS, add_four, four_dots
-from cats_kernels.cpu.vectors import address_of, float_at, set_float
+from cats_kernels.cpu.vectors import LANES, address_of, float_at, load, set_float, splat, store, times
 
 
 @jit()
@@ -52,25 +61,32 @@ def scales_of_groups(weight: Any, scales: int, q: int) -> None:
 
 
 @jit()
+def scales_before(scales: int, k: int, groups: int, kind: int) -> Any:
+    """The vector of scales from number ``k`` on, as float32; there are ``groups``."""
+    if kind == FLOAT32:
+        return load_floats_before(scales, k, groups)
+    return load_bfloat16_before(scales, k, groups) if kind == BFLOAT16 else load_float16_before(scales, k, groups)
+
+
+@jit()
 def scales_of_pieces(weight: Any, scales: int, q: int) -> None:
-    """A row's scales times the steps of x, piece by piece, to row q of the scratch memory."""
-    out, steps = weight.scratch + 4 * q * weight.pieces, steps_of(weight)
-    if weight.groups == 1:
-        scale = widened(scales, 0, weight.kind)
-        for j in range(weight.pieces):
-            set_float(out, j, scale * float_at(steps, j))
-        return
-    each = weight.group // weight.piece
-    spare = weight.scratch + 16 * weight.pieces
-    scaled_row(scales, weight.kind, weight.groups, np.float32(1), spare)
-    if each == 1:
-        for j in range(weight.groups):
-            set_float(out, j, float_at(spare, j) * float_at(steps, j))
+    """A row's scales times the steps of x, piece by piece, to row q of the scratch memory; what is written beyond its
+    end is overwritten by the row that follows, or is the memory of `zeros_dot` and `integer_dots`."""
+    out, steps, groups, kind = weight.scratch + 4 * q * weight.pieces, steps_of(weight), weight.groups, weight.kind
+    if groups == 1:
+        scale = splat(widened(scales, 0, kind))
+        for j in range(0, weight.pieces, LANES):
+            store(out, j, times(scale, load(steps, j)))
+    elif weight.group == weight.piece:
+        for j in range(0, weight.pieces, LANES):
+            store(out, j, times(scales_before(scales, j, groups, kind), load(steps, j)))
     else:
-        for j in range(min(weight.pieces, weight.groups * each)):
-            set_float(out, j, float_at(spare, j // each) * float_at(steps, j))
-    for j in range(weight.groups * each, weight.pieces):  # of columns that a row lacks
-        set_float(out, j, np.float32(0))
+        spare, each = weight.scratch + 16 * weight.pieces + 4 * LANES, weight.group // weight.piece
+        for g in range(0, groups, LANES):
+            store(spare, g, scales_before(scales, g, groups, kind))
+        for j in range(0, weight.pieces, LANES):
+            scale = spread_eight(spare, j // 2) if each == 2 else spread_four(spare, j // 4)
+            store(out, j, times(scale, load(steps, j)))
 
 
 widen_scales, dots_of_rows = (scales_of_pieces, integer_dots) if DOT_BYTES else (scales_of_groups, float_dots)

@@ -246,6 +246,16 @@ def plus(context: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
+def times(context: Any, a: Any, b: Any) -> Any:
+    """``a * b``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fmul(*arguments, flags=FAST)
+
+    return FLOATS(FLOATS, FLOATS), generate
+
+
+@intrinsic
 def multiply_add(context: Any, a: Any, b: Any, c: Any) -> Any:
     """``a * b + c``, fused where the processor can."""
 
