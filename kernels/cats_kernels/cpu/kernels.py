@@ -45,6 +45,12 @@ def adds(weight: Any, i: Array, h: Array, y: Array) -> None:
     raise NotImplementedError
 
 
+def many_adds(weight: Any, i: Array, h: Array, n: int, y: Array) -> int:
+    """`adds` of neurons i[:n] at once, or as many of them as this kind of weight takes so; how many. n is a multiple of
+    four, h (rows, n)."""
+    raise NotImplementedError
+
+
 def neurons(weight: Any) -> int:
     """Rows of a weight of any kind."""
     raise NotImplementedError
@@ -68,6 +74,11 @@ def _dots(weight: Any, i: Any, x: Any, s: Any) -> Any:
 @overload(adds, strict=False)
 def _adds(weight: Any, i: Any, h: Any, y: Any) -> Any:
     return (lambda weight, i, h, y: plain_adds(weight, i, h, y)) if isinstance(weight, types.Array) else None
+
+
+@overload(many_adds, strict=False)
+def _many_adds(weight: Any, i: Any, h: Any, n: Any, y: Any) -> Any:
+    return (lambda weight, i, h, n, y: 0) if isinstance(weight, types.Array) else None
 
 
 @overload(neurons, strict=False)
@@ -161,7 +172,7 @@ def other_rows(
 def down_rows(value: Array, down: Any, index: Array, n: int, y: Array) -> None:
     """``y += value down[index]`` for the first n listed neurons (padded to a multiple of four)."""
     padded = n + -n % 4
-    for j in range(0, n, 4):
+    for j in range(many_adds(down, index, value, padded, y), padded, 4):
         adds(down, index[j : min(j + 8, padded)], value[:, j : j + 4], y)
 
 

@@ -10,7 +10,13 @@ from numba import carray
 
 from cats_kernels.cpu.addressed import pointer
 from cats_kernels.cpu.compiling import Array, jit
-from cats_kernels.cpu.integers import BLOCK_BYTES, DOT_BYTES
+from cats_kernels.cpu.integers import (
+    BLOCK_BYTES,
+    DOT_BYTES,
+    load_bfloat16_before,
+    load_float16_before,
+    load_floats_before,
+)
 from cats_kernels.cpu.plain import LINE
 from cats_kernels.cpu.vectors import address_of, byte_at, float_at, half_at, prefetch, set_float
 
@@ -76,8 +82,8 @@ def from_numbers(numbers: Array, first: int, row: int, x: int, scratch: int) -> 
 
 
 @jit()
-def scratch_floats(weight: Any) -> int:
-    """float32 of memory that a thread needs: coefficients of four rows, one row's of groups, and four blocks."""
+def row_scratch_floats(weight: Any) -> int:
+    """float32 of memory that a thread needs for four rows: coefficients of four rows, one row's of groups, and four blocks."""
     return 4 * max(weight.pieces, weight.groups) + weight.groups + BLOCK_BYTES
 
 
@@ -236,6 +242,14 @@ def scaled_row(row: int, kind: int, groups: int, factor: Any, out: int) -> None:
     else:
         for g in range(groups):
             set_float(out, g, factor * widened(row, g, FLOAT16))
+
+
+@jit()
+def scales_before(scales: int, k: int, groups: int, kind: int) -> Any:
+    """The vector of scales from number ``k`` on, as float32; there are ``groups``."""
+    if kind == FLOAT32:
+        return load_floats_before(scales, k, groups)
+    return load_bfloat16_before(scales, k, groups) if kind == BFLOAT16 else load_float16_before(scales, k, groups)
 
 
 @jit()

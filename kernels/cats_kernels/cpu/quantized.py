@@ -18,21 +18,17 @@ from numba.extending import overload
 from cats_kernels.cpu.compiling import Array, jit
 from cats_kernels.cpu.integers import (
     DOT_BYTES,
-    load_bfloat16_before,
-    load_float16_before,
-    load_floats_before,
     spread_eight,
     spread_four,
 )
-from cats_kernels.cpu.kernels import adds, dots, neurons, scratch_size, with_scratch
+from cats_kernels.cpu.kernels import adds, dots, many_adds, neurons, scratch_size, with_scratch
 from cats_kernels.cpu.packed import (
-    BFLOAT16,
-    FLOAT32,
     LARGEST,
     dequantised,
     dot,
+    row_scratch_floats,
     scaled_row,
-    scratch_floats,
+    scales_before,
     steps_of,
     sums_of,
     widened,
@@ -40,6 +36,7 @@ from cats_kernels.cpu.packed import (
 )
 from cats_kernels.cpu.packed_floats import add_bytes, add_nibbles, byte_dots, nibble_dots
 from cats_kernels.cpu.packed_integers import integer_dots
+from cats_kernels.cpu.packed_sums import packed_sums, sum_floats, sums_rows
 from cats_kernels.cpu.plain import COLUMNS, add_four, four_dots
 from cats_kernels.cpu.vectors import LANES, address_of, float_at, load, set_float, splat, store, times
 
@@ -58,14 +55,6 @@ def float_dots(
 def scales_of_groups(weight: Any, scales: int, q: int) -> None:
     """A row's scales at address ``scales`` to row q of the scratch memory."""
     scaled_row(scales, weight.kind, weight.groups, np.float32(1), weight.scratch + 4 * q * weight.groups)
-
-
-@jit()
-def scales_before(scales: int, k: int, groups: int, kind: int) -> Any:
-    """The vector of scales from number ``k`` on, as float32; there are ``groups``."""
-    if kind == FLOAT32:
-        return load_floats_before(scales, k, groups)
-    return load_bfloat16_before(scales, k, groups) if kind == BFLOAT16 else load_float16_before(scales, k, groups)
 
 
 @jit()
@@ -166,6 +155,20 @@ def packed_adds(weight: Any, i: Array, h: Array, y: Array) -> None:
             add_four(tile[0], tile[1], tile[2], tile[3], h[r], y[r, k : k + n])
 
 
+@jit()
+def packed_many_adds(weight: Any, i: Array, h: Array, n: int, y: Array) -> int:
+    """`kernels.many_adds` of a packed weight."""
+    if y.shape[0] > 1 or not sums_rows(weight):
+        return 0
+    address = address_of(y)
+    added = packed_sums(weight, i, h[0], n, weight.scratch + 4 * row_scratch_floats(weight), address)
+    if weight.zeros:
+        for q in range(added):
+            if h[0, q] != 0:
+                add_zeros(weight, i[q], h[0, q], address)
+    return added
+
+
 @overload(dots, strict=False)
 def _dots(weight: Any, i: Any, x: Any, s: Any) -> Any:
     packed = isinstance(weight, types.BaseTuple)
@@ -178,6 +181,12 @@ def _adds(weight: Any, i: Any, h: Any, y: Any) -> Any:
     return (lambda weight, i, h, y: packed_adds(weight, i, h, y)) if packed else None
 
 
+@overload(many_adds, strict=False)
+def _many_adds(weight: Any, i: Any, h: Any, n: Any, y: Any) -> Any:
+    packed = isinstance(weight, types.BaseTuple)
+    return (lambda weight, i, h, n, y: packed_many_adds(weight, i, h, n, y)) if packed else None
+
+
 @overload(neurons, strict=False)
 def _neurons(weight: Any) -> Any:
     return (lambda weight: weight.m) if isinstance(weight, types.BaseTuple) else None
@@ -185,7 +194,7 @@ def _neurons(weight: Any) -> Any:
 
 @overload(scratch_size, strict=False)
 def _scratch_size(weight: Any) -> Any:
-    return (lambda weight: scratch_floats(weight)) if isinstance(weight, types.BaseTuple) else None
+    return (lambda weight: row_scratch_floats(weight) + sum_floats(weight)) if isinstance(weight, types.BaseTuple) else None
 
 
 @overload(with_scratch, strict=False)
