@@ -205,7 +205,10 @@ def sum_rows(weight: Any, rows: Array, first: int, pairs: int, last: int, memory
             prefetch_second(rows[q] + at)
         words, offset, step = memory + 4 * g, word_at(offsets, g), float_at(steps, g)
         if weight.bits == 4:
-            sum_nibbles(rows, first, pairs, at, words, padded, offset, step, sums + 4 * 128 * b)
+            if pairs == 8:
+                sum_nibbles(rows, first, 8, at, words, padded, offset, step, sums + 4 * 128 * b)
+            else:
+                sum_nibbles(rows, first, pairs, at, words, padded, offset, step, sums + 4 * 128 * b)
         else:
             sum_bytes(rows, first, pairs, at, words, padded, offset, step, sums + 4 * 64 * b)
 
