@@ -47,7 +47,7 @@ class Packed(NamedTuple):
         row: address of what `prepare_row` made of the one row of x; 0 where x has several, or has values for which
             rows must be dequantised first.
         x: address of the one row of x, float32, padded with zeros to a multiple of WIDTH.
-        scratch: address of `scratch_floats` float32, of one thread.
+        scratch: address of memory of one thread, `row_scratch_floats` float32 and what `packed_sums` needs.
     """
 
     data: int
@@ -83,7 +83,7 @@ def from_numbers(numbers: Array, first: int, row: int, x: int, scratch: int) -> 
 
 @jit()
 def row_scratch_floats(weight: Any) -> int:
-    """float32 of memory that a thread needs for four rows: coefficients of four rows, one row's of groups, and four blocks."""
+    """float32 of memory that a thread needs for four rows: their coefficients, one row's of groups, and four blocks."""
     return 4 * max(weight.pieces, weight.groups) + weight.groups + BLOCK_BYTES
 
 

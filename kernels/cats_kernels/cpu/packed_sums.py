@@ -2,8 +2,8 @@
 
 For one row of x, of bfloat16: the coefficients of the rows, h times a scale, are in fixed point of 16 bits with an
 exponent for each group, so that pairs of rows are multiplied as they are, summed exactly, and widened to float32 once
-for sixteen rows. int4 numbers are used as 0 to 15 and of int8 ones every other as 0 to 255: what that adds, which depends
-on the coefficients alone, is what the sums begin with.
+for sixteen rows. int4 numbers are used as 0 to 15, and every other int8 one as 0 to 255: what that adds, which depends
+on the coefficients alone, is taken off where the sums begin.
 
 A pair of rows is interleaved by words, each of which holds the bytes of two columns, so the sums are in another order
 than the columns until all rows of a block of neurons have been added.
@@ -18,7 +18,6 @@ import numpy as np
 from cats_kernels.cpu.compiling import Array, jit
 from cats_kernels.cpu.integers import (
     BLOCK_BYTES,
-    DOT_BYTES,
     all_between,
     as_floats,
     as_words,
@@ -68,7 +67,7 @@ MOST = np.float32(32767)
 @jit()
 def sums_rows(weight: Any) -> bool:
     """Whether rows of this weight are added here, for one row of x: whole blocks of one group each, x in two bytes."""
-    if not DOT_BYTES or weight.parts != 2 or weight.row_bytes % BLOCK_BYTES:
+    if weight.parts != 2 or weight.row_bytes % BLOCK_BYTES:
         return False
     return weight.groups == 1 or weight.group >= BLOCK_BYTES * 8 // weight.bits
 
@@ -108,7 +107,10 @@ def coefficients(weight: Any, h: Array, index: Array, first: int, rows: int, mem
             q = first + 2 * p
             low = scales_before(weight.scales + 2 * index[q] * weight.row_halves, g, weight.groups, weight.kind)
             high = scales_before(weight.scales + 2 * index[q + 1] * weight.row_halves, g, weight.groups, weight.kind)
-            even, odd = as_words(times(times(splat(h[q]), low), inverse)), as_words(times(times(splat(h[q + 1]), high), inverse))
+            even, odd = (
+                as_words(times(times(splat(h[q]), low), inverse)),
+                as_words(times(times(splat(h[q + 1]), high), inverse)),
+            )
             store_words(memory, p * padded + g, pairs_of_words(even, odd))
             sum_of_all = plus_words(sum_of_all, plus_words(even, odd))
         store_words(sums, g, sum_of_all)
@@ -123,7 +125,9 @@ def add_to(y: int, k: int, sums: Any, unit: Any) -> None:
 
 
 @jit()
-def sum_nibbles(rows: Array, first: int, pairs: int, at: int, words: int, padded: int, offset: int, step: Any, y: int) -> None:
+def sum_nibbles(
+    rows: Array, first: int, pairs: int, at: int, words: int, padded: int, offset: int, step: Any, y: int
+) -> None:
     """Add one block of ``pairs`` of rows to 128 columns of y."""
     a0, a1 = splat_word(-8 * offset), splat_word(-128 * offset)
     a2, a3 = splat_word(-2048 * offset), splat_word(-8 * offset)
@@ -149,7 +153,9 @@ def sum_nibbles(rows: Array, first: int, pairs: int, at: int, words: int, padded
 
 
 @jit()
-def sum_bytes(rows: Array, first: int, pairs: int, at: int, words: int, padded: int, offset: int, step: Any, y: int) -> None:
+def sum_bytes(
+    rows: Array, first: int, pairs: int, at: int, words: int, padded: int, offset: int, step: Any, y: int
+) -> None:
     """Add one block of ``pairs`` of rows to 64 columns of y."""
     a0 = splat_word(-128 * offset)
     b0, a1, b1 = a0, no_words(), no_words()
@@ -167,7 +173,7 @@ def sum_bytes(rows: Array, first: int, pairs: int, at: int, words: int, padded: 
 
 @jit()
 def in_order(sums: int, y: int) -> None:
-    """Add 64 sums to the columns that they belong to: first those of even columns of every 128 bits, then of odd ones."""
+    """Add 64 sums to the columns that they belong to: the first half are those of even columns."""
     even_low, even_high = load(sums, 0), load(sums, LANES)
     odd_low, odd_high = load(sums, 2 * LANES), load(sums, 3 * LANES)
     store(y, 0, plus(load(y, 0), woven_0(even_low, odd_low, even_high, odd_high)))
@@ -193,8 +199,8 @@ def add_in_order(weight: Any, sums: int, y: int) -> None:
 
 @jit()
 def sum_rows(weight: Any, rows: Array, first: int, pairs: int, last: int, memory: int, sums: int) -> None:
-    """Add ``pairs`` of rows, whose `coefficients` are in ``memory``, to ``sums``. Those that follow, up to the ``last``,
-    are read next."""
+    """Add ``pairs`` of rows from the ``first`` on, whose `coefficients` are in ``memory``, to ``sums``. Those that
+    follow, to before the ``last``, are read next."""
     padded = padded_groups(weight)
     offsets, steps = memory + 4 * (ROWS // 2) * padded, memory + 4 * (ROWS // 2 + 1) * padded
     blocks = weight.row_bytes // BLOCK_BYTES

@@ -183,8 +183,11 @@ def _adds(weight: Any, i: Any, h: Any, y: Any) -> Any:
 
 @overload(many_adds, strict=False)
 def _many_adds(weight: Any, i: Any, h: Any, n: Any, y: Any) -> Any:
-    packed = isinstance(weight, types.BaseTuple)
-    return (lambda weight, i, h, n, y: packed_many_adds(weight, i, h, n, y)) if packed else None
+    if not isinstance(weight, types.BaseTuple):
+        return None
+    if not DOT_BYTES:
+        return lambda weight, i, h, n, y: 0
+    return lambda weight, i, h, n, y: packed_many_adds(weight, i, h, n, y)
 
 
 @overload(neurons, strict=False)
@@ -194,7 +197,11 @@ def _neurons(weight: Any) -> Any:
 
 @overload(scratch_size, strict=False)
 def _scratch_size(weight: Any) -> Any:
-    return (lambda weight: row_scratch_floats(weight) + sum_floats(weight)) if isinstance(weight, types.BaseTuple) else None
+    return (
+        (lambda weight: row_scratch_floats(weight) + sum_floats(weight))
+        if isinstance(weight, types.BaseTuple)
+        else None
+    )
 
 
 @overload(with_scratch, strict=False)

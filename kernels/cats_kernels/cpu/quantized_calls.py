@@ -23,13 +23,14 @@ from cats_kernels.cpu.team import compiled_member, open_region
 from cats_kernels.cpu.vectors import intrinsic
 
 DECIDING, OTHER, DOWN = 0, FIELDS, 2 * FIELDS
-THRESHOLDS, COUNT, GELU, UP_DECIDES, KIND, SAME_FORMAT = range(3 * FIELDS, 3 * FIELDS + 6)
-PLAN = 3 * FIELDS + 6
-"""Numbers that stay the same from call to call: the three weights; address and number of the thresholds; the options;
-dtype of x and y; whether the first two weights need x alike."""
-X, ROWS, ROW_OF_DECIDING, ROW_OF_OTHER, PARTIAL, COUNTERS = range(PLAN, PLAN + 6)
-CALL = PLAN + 6
-"""Numbers of one call: x as float32, padded, and how many rows; what `prepare_row` made of it; the blocks' results."""
+GELU, UP_DECIDES, KIND, SAME_FORMAT = range(3 * FIELDS, 3 * FIELDS + 4)
+PLAN = 3 * FIELDS + 4
+"""Numbers that stay the same from call to call: the three weights; the options; dtype of x and y; whether the first two
+weights need x alike."""
+THRESHOLDS, COUNT, X, ROWS, ROW_OF_DECIDING, ROW_OF_OTHER, PARTIAL, COUNTERS = range(PLAN, PLAN + 8)
+CALL = PLAN + 8
+"""Numbers of one call: address and number of the thresholds; x as float32, padded, and how many rows; what
+`prepare_row` made of it; the blocks' results."""
 
 
 @intrinsic
@@ -116,10 +117,12 @@ def begin(plan: Array, x: int, rows: int, padded: Array, first: Array, second: A
 
 
 @jit(nogil=True)
-def run_packed(region: int, member: int, plan: int, x: int, y: int, rows: int, threads: int) -> int:
+def run_packed(
+    region: int, member: int, plan: int, thresholds: int, count: int, x: int, y: int, rows: int, threads: int
+) -> int:
     """y = the sparse gated MLP of x, on this thread or by ``region``'s; how many threads did not come to their end.
 
-    x (rows, d) in the plan's dtype, y (rows, d) float32, by address.
+    Thresholds (count,) float32, x (rows, d) in the plan's dtype, y (rows, d) float32, by address.
     """
     numbers = carray(pointer(plan), (PLAN,), np.int64)
     m, d = numbers[DECIDING + 9], numbers[DECIDING + 10]
@@ -131,6 +134,7 @@ def run_packed(region: int, member: int, plan: int, x: int, y: int, rows: int, t
     counters = np.zeros(2, np.int64)  # blocks taken; threads at work
     data = np.empty(CALL, np.int64)
     begin(numbers, x, rows, padded, first, second, data)
+    data[THRESHOLDS], data[COUNT] = thresholds, count
     data[PARTIAL], data[COUNTERS] = partial.ctypes.data, counters.ctypes.data
     if threads == 1:
         call_member(member, data.ctypes.data)
@@ -141,7 +145,7 @@ def run_packed(region: int, member: int, plan: int, x: int, y: int, rows: int, t
     return counters[1]
 
 
-def run_packed_on_numba(member: int, plan: Array, x: int, y: Array, threads: int) -> int:
+def run_packed_on_numba(member: int, plan: Array, thresholds: int, count: int, x: int, y: Array, threads: int) -> int:
     """The same on numba's threads; hold the lock of `cats_kernels.cpu.threads.parallel_region`."""
     rows, d = y.shape
     m, width = plan[DECIDING + 9], d + -d % WIDTH
@@ -150,6 +154,7 @@ def run_packed_on_numba(member: int, plan: Array, x: int, y: Array, threads: int
     partial = np.empty(((m + BLOCK - 1) // BLOCK, rows, width), np.float32)
     counters, data = np.zeros(2, np.int64), np.empty(CALL, np.int64)
     begin(plan, x, rows, padded, first, second, data)
+    data[THRESHOLDS], data[COUNT] = thresholds, count
     data[PARTIAL], data[COUNTERS] = partial.ctypes.data, counters.ctypes.data
     numba_region(member, data.ctypes.data, threads)
     add_all_partial(partial, y)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -21,6 +23,10 @@ from cats_kernels.weights import MAX_ROWS
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 Weights = tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]
+Call = Callable[[Tensor, np.ndarray], Tensor]
+"""y for x, and thresholds (1,) or (m,), float32."""
+MOST_KEPT = 64
+"""Calls of one gate weight, of different shapes of x."""
 
 
 def pack(weight: QuantizedWeight, dtype: torch.dtype) -> Packed:
@@ -66,27 +72,56 @@ def sparse_gated_mlp_quantized_cpu(
     """
     gate_activation(activation)
     check_decider(decider)
-    thresholds = as_thresholds(threshold)
     weights = gate_weight, up_weight, down_weight_t
-    return by_address(x, weights, thresholds.ctypes.data, thresholds.size, activation, decider)(x)
+    return kept_call(x, weights, activation, decider)(x, as_thresholds(threshold))
 
 
-def by_address(
-    x: Tensor, weights: Weights, thresholds: int, count: int, activation: str, decider: str
-) -> Callable[[Tensor], Tensor]:
-    """The kernel for x (..., d) of this shape and dtype, weights (gate, up, transposed down) and ``count`` thresholds
-    where they are now. It keeps none of them alive."""
+def addresses(weights: Weights) -> list[int]:
+    """Of all tensors of the weights."""
+    return [tensor.data_ptr() for weight in weights for tensor in weight.tensors if tensor is not None]
+
+
+class Kept(NamedTuple):
+    """A call that was made with a gate weight: the other two, all addresses, and what makes it again."""
+
+    others: tuple[ReferenceType[QuantizedWeight], ...]
+    addresses: list[int]
+    call: Call
+
+
+_kept: WeakKeyDictionary[QuantizedWeight, dict[Any, Kept]] = WeakKeyDictionary()
+
+
+def kept_call(x: Tensor, weights: Weights, activation: str, decider: str) -> Call:
+    """`by_address`, made once for weights that stay where they are: a model calls it for every token."""
+    gate, *others = weights
+    calls = _kept.setdefault(gate, {})
+    key = x.shape, x.dtype, activation, decider
+    kept, now = calls.get(key), addresses(weights)
+    if kept is not None and kept.addresses == now and all(a() is b for a, b in zip(kept.others, others, strict=True)):
+        return kept.call
+    made = by_address(x, weights, activation, decider)
+    if len(calls) >= MOST_KEPT:
+        calls.clear()
+    calls[key] = Kept(tuple(map(ref, others)), now, made)
+    return made
+
+
+def by_address(x: Tensor, weights: Weights, activation: str, decider: str) -> Call:
+    """The kernel for x (..., d) of this shape and dtype and weights (gate, up, transposed down) where they are now, of
+    which it keeps none alive."""
     gate, up, down = (pack(weight, x.dtype) for weight in weights)
     m, d = weights[0].shape
     rows, dtype, row_bytes = x.numel() // d, x.dtype, d * x.dtype.itemsize
     deciding, other = (gate, up) if decider == "gate" else (up, gate)
     alike = (gate.bits, gate.group) == (up.bits, up.group)
     options = activation == "gelu_tanh", decider == "up", KINDS[dtype], alike
-    plan = np.array([*deciding, *other, *down, thresholds, count, *options], np.int64)
+    plan = np.array([*deciding, *other, *down, *options], np.int64)
     chunks = [(i, min(MAX_ROWS, rows - i)) for i in range(0, rows, MAX_ROWS)]
     address, code, region = plan.ctypes.data, member().address, region_address()
 
-    def call(x: Tensor) -> Tensor:
+    def call(x: Tensor, thresholds: np.ndarray) -> Tensor:
+        limits, count = thresholds.__array_interface__["data"][0], thresholds.size
         y = torch.empty(x.shape, dtype=torch.float32)  # whatever torch.set_default_dtype says
         first_x, first_y = x.data_ptr(), y.data_ptr()
         threads = threads_for(3 * m * d)
@@ -94,13 +129,15 @@ def by_address(
         for i, n in chunks:
             at = first_x + i * row_bytes
             if threads == 1:
-                lost += run_packed(0, code, address, at, first_y + 4 * i * d, n, 1)
+                lost += run_packed(0, code, address, limits, count, at, first_y + 4 * i * d, n, 1)
             elif region is not None:
                 with torch_region():
-                    lost += run_packed(region, code, address, at, first_y + 4 * i * d, n, threads)
+                    lost += run_packed(region, code, address, limits, count, at, first_y + 4 * i * d, n, threads)
             else:
                 with parallel_region(threads):
-                    lost += run_packed_on_numba(code, plan, at, as_array(y.view(-1, d))[i : i + n], threads)
+                    lost += run_packed_on_numba(
+                        code, plan, limits, count, at, as_array(y.view(-1, d))[i : i + n], threads
+                    )
         if lost:
             raise MemoryError("the CPU kernel had no memory for its lists of active neurons")
         return y if dtype == torch.float32 else y.to(dtype)
