@@ -30,6 +30,7 @@ from cats.levels import calibrate_in_force
 from cats.observe import Batches
 from cats.patching import swap_thresholds
 from cats.structure import gated_mlps
+from cats.text_config import no_cache
 from cats.thresholds import Thresholds
 
 try:
@@ -230,15 +231,13 @@ def finetune(
         )
         model.eval()
         return _records(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
-    use_cache = model.config.use_cache
     try:
-        with _random_states_kept(), _no_cudnn_attention(), _compiled(model, settings):
+        with _random_states_kept(), no_cache(model), _no_cudnn_attention(), _compiled(model, settings):
             recorder = _Recorder(wanted, measure)
             trainer = Trainer(model, arguments, collator, data, callbacks=[recorder])
             trainer.remove_callback(PrinterCallback)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
-        model.config.use_cache = use_cache
         model.eval()
     return _records(trainer.state)
 

@@ -201,7 +201,7 @@ def _config(data: Any, file: _File) -> PretrainedConfig:
     if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
         raise ValueError("its config must be a model's configuration with a model_type")
     config: PretrainedConfig = AutoConfig.for_model(data.pop("model_type"), **data)
-    count = getattr(config, "num_hidden_layers", 0)
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
     if not isinstance(count, int) or count > len(file.shapes):
         raise ValueError(f"its config has {count!r} layers, of which its {len(file.shapes)} tensors cannot be")
     return config
