@@ -33,6 +33,7 @@ from cats.command_inputs import load, model_options, sample_text, token_batches
 from cats.files import check_output
 from cats.generation import LOOPS as LOOP_NAMES
 from cats.sparsity import overall_sparsity
+from cats.text_config import text_config
 from cats.thresholds import Thresholds, check_sparsity
 
 
@@ -133,7 +134,7 @@ def generate(arguments: argparse.Namespace) -> None:
     ids = tokenizer(arguments.prompt, return_tensors="pt")["input_ids"].long().to(model.device)
     if not ids.numel():
         raise ValueError("the prompt has no tokens")
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(text_config(model), "max_position_embeddings", None)
     if positions is not None and ids.shape[1] + arguments.new_tokens > positions:
         warnings.warn(
             f"the prompt's {ids.shape[1]} tokens and --new-tokens {arguments.new_tokens} go beyond the "
@@ -180,7 +181,8 @@ def bench(arguments: argparse.Namespace) -> None:
     thresholds = Thresholds.load(arguments.thresholds) if arguments.thresholds else None
     model, tokenizer = load(arguments)
     if tokenizer is None:
-        batches = [torch.randint(model.config.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0))]
+        size, generator = text_config(model).vocab_size, torch.Generator().manual_seed(0)
+        batches = [torch.randint(size, (1, 512), generator=generator)]
     else:
         batches = token_batches(model, tokenizer, sample_text(None, heldout=False), 2048)
     if thresholds is None:

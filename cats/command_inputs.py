@@ -11,6 +11,7 @@ from torch import Tensor
 from cats.devices import resolve_device
 from cats.models import DTYPES, load_model
 from cats.quantization import GROUP_SIZE, LINEARS
+from cats.text_config import text_config
 from cats.texts import beginning
 
 
@@ -73,7 +74,7 @@ def token_batches(model: Any, tokenizer: Any, text: str, tokens: int, length: in
     """
     if tokens < 1:
         raise ValueError(f"--tokens must be positive, not {tokens}")
-    length = min(length, getattr(model.config, "max_position_embeddings", length))
+    length = min(length, getattr(text_config(model), "max_position_embeddings", length))
     # seven characters make more than a token in every tokenizer seen: no need to encode a whole book
     ids = tokenizer(text[: 7 * tokens + 1000], add_special_tokens=False, verbose=False, return_tensors="pt")
     blocks = ids["input_ids"].long()[:, :tokens].split(length, dim=1)

@@ -23,13 +23,14 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from cats.calibration import calibrate
 from cats.compiled_layers import compiled_layers
 from cats.extras import missing
 from cats.files import write_text_atomically
+from cats.levels import calibrate_in_force
 from cats.observe import Batches
-from cats.patching import criterion_in_force, sites_in_force, swap_thresholds
+from cats.patching import swap_thresholds
 from cats.structure import gated_mlps
+from cats.text_config import no_cache
 from cats.thresholds import Thresholds
 
 try:
@@ -162,7 +163,7 @@ def remove_lora(model: PeftModel) -> PreTrainedModel:
 def recalibrate(model: nn.Module, batches: Batches, sparsity: float) -> Thresholds:
     """Move the thresholds of a patched model, perhaps inside peft, back onto the target: calibrate again and swap them.
 
-    The sites that have thresholds get new ones, and the kernel stays as it was.
+    The sites that have thresholds get new ones; levels per layer and the kernel stay as they were.
 
     Fine-tuning shifts the activations under thresholds that stay (the paper's CATS-50 Mistral-7B drifted to 41 %).
     To be called after training, or during it from ``measure`` of `finetune`.
@@ -171,10 +172,9 @@ def recalibrate(model: nn.Module, batches: Batches, sparsity: float) -> Threshol
         The new thresholds, now in force.
 
     Raises:
-        ValueError: the model is not patched by `cats.apply`, and as `cats.calibrate`.
+        ValueError: as `cats.levels.calibrate_in_force`.
     """
-    sites, criterion = sites_in_force(model), criterion_in_force(model)
-    thresholds = calibrate(model, batches, sparsity, sites, criterion)
+    thresholds = calibrate_in_force(model, batches, sparsity)
     swap_thresholds(model, thresholds)
     return thresholds
 
@@ -231,15 +231,13 @@ def finetune(
         )
         model.eval()
         return _records(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
-    use_cache = model.config.use_cache
     try:
-        with _random_states_kept(), _no_cudnn_attention(), _compiled(model, settings):
+        with _random_states_kept(), no_cache(model), _no_cudnn_attention(), _compiled(model, settings):
             recorder = _Recorder(wanted, measure)
             trainer = Trainer(model, arguments, collator, data, callbacks=[recorder])
             trainer.remove_callback(PrinterCallback)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
-        model.config.use_cache = use_cache
         model.eval()
     return _records(trainer.state)
 

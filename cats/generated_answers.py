@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 
 from cats.evaluation import Tasks, load_tasks, run_tasks
 from cats.structure import unwrapped
+from cats.text_config import text_config
 
 METRIC = "exact_match"
 MOST_TOKENS = 256
@@ -91,8 +92,7 @@ def check_positions(model: nn.Module, tokenizer: Any, tasks: Tasks) -> None:
     Raises:
         ValueError: the first item of a task does not fit.
     """
-    config: Any = getattr(unwrapped(model), "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(text_config(model), "max_position_embeddings", None)
     for name, task in tasks.items() if positions is not None else ():
         prompt = task.fewshot_context(task.eval_docs[0], task.get_config("num_fewshot") or 0)
         needed = len(tokenizer.encode(prompt)) + task.config.generation_kwargs["max_gen_toks"]

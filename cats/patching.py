@@ -97,7 +97,8 @@ def swap_thresholds(model: nn.Module, thresholds: Thresholds) -> None:
             places = {"up": thresholds.up.get(name), "neurons": thresholds.neurons.get(name)}
             places |= {INPUT + part: thresholds.mlp_linears.get(f"{name}.{part}") for part in of.linears}
             masks = {place: value for place, value in places.items() if value is not None}
-            _set_masks(mlp, masks, criterion, sparsity)
+            _set_masks(mlp, masks, criterion, thresholds.level_of(name))
+            state.sparsity, state.level = sparsity, thresholds.levels.get(name)
             state.criterion, state.decider = criterion.name, thresholds.decider_of(name) or "gate"
             state.written_out = bool(masks) or of.activation is None
             state.known = None
@@ -124,6 +125,14 @@ def sites_in_force(model: nn.Module) -> tuple[str, ...]:
     for module in _masked_modules(model):
         sites.add("mlp_input" if "cats_state" in module.__dict__ else attention)
     return (*criterion.sites, *sorted(sites))
+
+
+def levels_in_force(model: nn.Module) -> tuple[float, dict[str, float]]:
+    """`Thresholds.sparsity` and ``levels`` of what is applied to ``model``. Raises ValueError unless `apply` has."""
+    criterion_in_force(model)
+    states = {name: mlp.cats_state for name, mlp in gated_mlps(model).items()}
+    own = {name: state.level for name, state in states.items() if state.level is not None}
+    return next(iter(states.values())).sparsity, own
 
 
 def _masked_modules(model: nn.Module) -> list[nn.Module]:

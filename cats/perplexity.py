@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cats.devices import eval_mode, execution_device
 from cats.extras import missing
+from cats.text_config import text_config
 
 try:
     import accelerate
@@ -47,7 +48,7 @@ def sequences_at_once(model: nn.Module, length: int) -> int:
 
 
 def vocabulary_size(model: nn.Module) -> int:
-    return getattr(getattr(model, "config", None), "vocab_size", None) or 2**18
+    return getattr(text_config(model), "vocab_size", None) or 2**18
 
 
 def _losses(model: nn.Module, ids: Tensor) -> Tensor:

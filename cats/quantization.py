@@ -18,6 +18,7 @@ from torch import nn
 
 from cats.equation import activation_of
 from cats.kernel_choice import kernel_activation, refresh_kernels, suspend_kernels
+from cats.not_serializable import allow_save_pretrained, refuse_save_pretrained
 from cats.other_linears import check_others, dequantize_others, quantize_others
 from cats.quantized_linear import QuantizedLinear
 from cats.sparse_forward import QuantizedState, original_class, set_class, sparse_class
@@ -43,6 +44,7 @@ def quantize(
     """Quantise the linear layers of ``model`` in place, rounding to nearest.
 
     Thresholds should be calibrated on the quantised model. It is for inference: no gradient reaches quantised weights.
+    `cats.save_quantized` saves it; transformers' `save_pretrained` refuses, since it could not be read back.
 
     Args:
         model: a causal language model, patched by `cats.apply` or not, on the CPU or a GPU.
@@ -70,6 +72,7 @@ def quantize(
     for name, mlp in mlps.items():
         for part in parts_of(mlp).linears:
             _check_linear(f"{name}.{part}", mlp, part, bits, group_size)
+    refuse_save_pretrained(model)
     for name, mlp in mlps.items():
         suspend_kernels(mlp)
         try:
@@ -108,6 +111,7 @@ def dequantize(model: nn.Module) -> None:
                 setattr(mlp, part, linear.dense())
         unmark_quantized(mlp)
         refresh_kernels(mlp)
+    allow_save_pretrained(model)
 
 
 def is_quantized(mlp: GatedMLP) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from cats.files import check_output
+from cats.not_serializable import refuse_save_pretrained
 from cats.other_linears import packed_linears
 from cats.packed_linear import PackedLinear
 from cats.quantization import is_quantized, mark_quantized
@@ -168,6 +169,7 @@ def _load(file: _File) -> PreTrainedModel:
     layers = _layers(json.loads(metadata["layers"]))
     _check_sizes(config, layers, file)
     model = empty_model(config, dtype)
+    refuse_save_pretrained(model)
     of_mlps = set(mlp_linears(model))
     for path, form in layers.items():
         _fill_layer(model, path, form, file, path in of_mlps)
@@ -201,7 +203,7 @@ def _config(data: Any, file: _File) -> PretrainedConfig:
     if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
         raise ValueError("its config must be a model's configuration with a model_type")
     config: PretrainedConfig = AutoConfig.for_model(data.pop("model_type"), **data)
-    count = getattr(config, "num_hidden_layers", 0)
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
     if not isinstance(count, int) or count > len(file.shapes):
         raise ValueError(f"its config has {count!r} layers, of which its {len(file.shapes)} tensors cannot be")
     return config

@@ -38,6 +38,7 @@ class State:
         sparse: whether rows may go to the sparse kernel.
         criterion: name of the criterion in force.
         decider: the product that decides, as the operator takes it.
+        sparsity, level: the target of the thresholds in force, and that of this block where it has its own.
         written_out: whether the dense masked path is equation 1 written out here.
         dense_prompts: whether prompts run dense and unmasked, see `is_prompt`.
         handles: of the hooks on the down projection.
@@ -51,6 +52,8 @@ class State:
     sparse: bool = False
     criterion: str = "cats"
     decider: str = "gate"
+    sparsity: float = 0.0
+    level: float | None = None
     written_out: bool = False
     dense_prompts: bool = False
     handles: list[Any] = field(default_factory=list)

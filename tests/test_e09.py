@@ -2,6 +2,7 @@
 and the speed of a small shape."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from experiments.e09_quantization.formats import PLAIN, QuantizedLinears, format
 from experiments.e09_quantization.quality import cases
 from experiments.framework.runner import run_experiment
 from experiments.framework.samples import flags, numbers, paired
+from experiments.framework.tables import QuantizationSpeedRow
 from tests.accuracy_world import build_world, config_of, profile, samples, table
 
+KEY = QuantizationSpeedRow.key
 E09 = """[e09]
 include_path = "{world}/tasks"
 tasks = ["tiny_words"]
@@ -156,7 +159,13 @@ def test_speed_rows_of_a_small_shape(world, tmp_path, monkeypatch):
     own = {row["format"]: int(row["bytes_stored"]) for row in rows if row["implementation"] == "cats"}
     # bfloat16 scales: per row of 64 weights 128 bytes, 64 and one scale, 32 and two scales
     assert own == {"none": 3 * 96 * 128, "int8-row": 3 * 96 * 66, "int4-32": 3 * 96 * 36}
-    assert len(samples(tmp_path, "e09_rounds")) == sum(row["error"] == "" for row in rows)
+    rounds = {tuple(each[key] for key in KEY): each["milliseconds"] for each in samples(tmp_path, "e09_rounds")}
+    timed = [row for row in rows if row["error"] == ""]
+    assert len(rounds) == len(timed)
+    for row in timed:
+        times = [float(number) for number in rounds[tuple(row[key] for key in KEY)].split(";")]
+        of_bound = float(row["bound_ms"]) / statistics.geometric_mean(times)
+        assert float(row["fraction_of_bound"]) == pytest.approx(of_bound, rel=1e-5)
 
 
 def test_generation_in_every_format(world, tmp_path):

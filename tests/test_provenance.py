@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import shlex
 import subprocess
 import sys
 import time
@@ -51,6 +52,30 @@ def test_provenance_says_where_numbers_come_from(tmp_path: Path, toy: Callable, 
     ]
     assert entry["calibration_tokens"] == 7 and entry["tables"] == ["e90_measured.csv"]
     assert entry["attempts"] == 1 and entry["seconds"] >= 0 and entry["units"]["a"]["commit"] == entry["commit"]
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("/srv/models/gemma.gguf", "gemma.gguf"),
+        ("/srv/my models/gemma/", "gemma"),
+        (str(ROOT / "runs" / "pocket"), "runs/pocket"),
+        (f"--output={ROOT}/runs/a b", "--output=runs/a b"),
+        ('e02.include_path="/srv/tasks"', 'e02.include_path="tasks"'),
+        ('models=["/srv/a.gguf", "google/gemma-3-270m", "shape:small"]',
+         'models=["a.gguf", "google/gemma-3-270m", "shape:small"]'),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+        ("runs/pocket", "runs/pocket"),
+        ("../elsewhere", "../elsewhere"),
+        ("e02.limit=a b", "e02.limit=a b"),
+        ("/", "/"),
+    ],
+)  # fmt: skip
+def test_commands_name_no_folders_of_the_machine(monkeypatch, word: str, expected: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["experiments", "run", word])
+    assert entries.command_line() == shlex.join(["python", "-m", "experiments", "run", expected])
+    monkeypatch.setenv(entries.COMMAND, shlex.join(["python", "-m", "experiments", "reproduce", word]))
+    assert entries.command_line() == shlex.join(["python", "-m", "experiments", "reproduce", expected])
 
 
 def test_a_run_over_two_commits_says_both_and_the_seconds_of_all_attempts(

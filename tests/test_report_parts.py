@@ -208,6 +208,20 @@ def test_the_throughput_table_is_of_figure_4_and_the_growth_table_of_the_rest() 
     assert grown.loc[("2", "16", "CATS-50"), "Speed-up"].startswith(f"{ratio:.2f}x")
 
 
+def test_tables_of_generation_name_the_commit_of_rows_of_other_code() -> None:
+    joined = {
+        "e06_throughput": made.throughput().assign(origin="0123456789"),
+        "e06_amdahl": pd.concat([made.amdahl().assign(origin=origin) for origin in ("", "0123456789")]),
+    }
+    blocks = [block for block in e06.more(made.loaded(**joined)) if isinstance(block, document.Table)]
+    assert len(blocks) == 3
+    for block in blocks:
+        assert "“Commit”: of rows of other code" in block.caption and "0123456789" in set(block.frame["Commit"])
+    assert set(blocks[0].frame["Commit"]) == {style.DASH, "0123456789"}
+    for block in e06.more(made.loaded(e06_amdahl=made.amdahl(), e06_throughput=made.throughput())):
+        assert "Commit" not in block.frame and "Commit" not in block.caption
+
+
 def test_a_loop_that_nobody_knows_is_drawn_too() -> None:
     table = made.throughput(loops=("eager", "graph-tuned", "some-loop", "other-loop"))
     figure = e06_figures.ratio_figure(made.loaded(e06_throughput=table))

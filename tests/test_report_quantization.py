@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from experiments.framework.tables import QuantizationSpeedSample
 from reports import e09
 from reports.core import style
 from reports.core.verdicts import FAILS, HOLDS, NOT_TESTED, UNDECIDED
@@ -62,6 +63,19 @@ def test_speed_table_compares_with_the_fastest_dense_of_the_same_bits() -> None:
     others = shown["ms"] == "not measured"
     assert (shown.loc[~others, "Of the bound"] != style.DASH).all()
     assert list(shown.loc[others, "Kernel"]) == ["llama.cpp", "gpt-fast", "Marlin", "GemLite", "bitsandbytes"]
+
+
+def test_fraction_of_the_bound_is_of_the_geometric_mean_of_the_rounds() -> None:
+    """Two slow rounds of five: it is 2^(2/5) times the median, and what the row says, of a median, is not read."""
+    tables = made.quantization()
+    speed = tables["e09_speed"].assign(bound_ms=1.0, fraction_of_bound=0.5)
+    keys = list(QuantizationSpeedSample.key)
+    rounds = speed.loc[speed["error"] == "", keys].assign(milliseconds="2.0;4.0;2.0;4.0;2.0")
+    for kept, expected in ((rounds, "38 %"), (rounds.iloc[:0], "50 %")):
+        run = made.loaded(**{**tables, "e09_speed": speed, "e09_rounds": kept})
+        ((_, part),) = e09.groups(run.tables["e09_speed"])
+        shown = e09.speed_table(run, part)
+        assert set(shown.loc[shown["ms"] != "not measured", "Of the bound"]) == {expected}
 
 
 def test_generation_is_compared_with_dense_of_the_same_format_and_with_unquantised() -> None:

@@ -22,7 +22,7 @@ class Oracle(Criterion):
         return layer.norms()
 
     def parameter(self, sparsity: float, weights: Tensor | None, quantile: Callable[[float], float]) -> float | Tensor:
-        """The norms: the level is that of the thresholds as a whole."""
+        """The norms: the level is that of the thresholds, `cats.Thresholds.level_of`."""
         assert weights is not None
         return weights
 

@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cats.devices import execution_device
 from cats.generation.cache import capacity_for
 from cats.generation.decoder import Decoder, decoder_of
 from cats.generation.loops import LOOPS, Loop, check_loop, default_loop
 from cats.generation.projections import separate
+from cats.generation.prompt import check_prompt
 from cats.generation.sampling import Sampling, whole_number
 from cats.generation.serving import inner, obstacle, transformers_generate, wrapper_obstacle
 from cats.generation.settings import Settings
-from cats.observe import vocabulary_of
 
 __all__ = ["LOOPS", "Decoder", "Loop", "Sampling", "Settings", "capacity_for", "decoder_of", "generate", "release"]
 
@@ -76,7 +75,7 @@ def generate(
     Raises:
         TypeError, ValueError: one sentence naming the argument that is wrong and what is allowed.
     """
-    ids, mask = _check_input(model, input_ids, attention_mask)
+    ids, mask, outside = check_prompt(model, input_ids, attention_mask)
     max_new_tokens = _check_whole("max_new_tokens", max_new_tokens, 1)
     sampling = Sampling(temperature, top_k, top_p)
     itself = inner(model)
@@ -88,13 +87,16 @@ def generate(
     stop, pad = _special_tokens(itself, eos_token_id, pad_token_id)
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(_check_seed(seed))
     settings = Settings(loop, sampling, generator, stop, pad, room=_check_whole("cache_tokens", cache_tokens, 0))
-    on_tokens = _on_tokens(streamer, ids)
+    if hasattr(streamer, "put"):  # it gets the prompt, for which the host waits
+        outside.check()
+    on_tokens = outside.before(_on_tokens(streamer, ids))
     if reason is not None or loop == "transformers":
         if reason is not None and loop != "transformers":
             warnings.warn(f"transformers' generate is used, since {reason}", stacklevel=2)
         tokens = transformers_generate(model, ids, mask, max_new_tokens, settings, on_tokens)
     else:
         tokens = decoder_of(itself).run(itself, ids, mask, max_new_tokens, settings, on_tokens)
+    outside.check()
     if hasattr(streamer, "end"):
         streamer.end()
     return tokens
@@ -105,29 +107,6 @@ def release(model: nn.Module) -> None:
     itself = inner(model)
     decoder_of(itself).release()
     separate(itself)
-
-
-def _check_input(model: Any, ids: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.dim() not in (1, 2):
-        given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"input_ids must be an int64 tensor (batch, prompt), not {given}")
-    if not ids.numel():
-        raise ValueError("input_ids has no tokens: a prompt needs at least one")
-    vocabulary = vocabulary_of(model)
-    # on a GPU the host would have to wait for them
-    if vocabulary is not None and not ids.is_cuda and not (int(ids.min()) >= 0 and int(ids.max()) < vocabulary):
-        raise ValueError(f"input_ids must lie in 0 to {vocabulary - 1}, this model's vocabulary")
-    device = execution_device(model)
-    ids = ids.long().to(device)
-    ids = ids[None] if ids.dim() == 1 else ids
-    if mask is None:
-        return ids, None
-    if not isinstance(mask, Tensor) or mask.shape not in (ids.shape, ids.shape[ids.shape[0] == 1 :]):
-        raise ValueError(f"attention_mask must be a tensor of the shape of input_ids, {tuple(ids.shape)}")
-    mask = (mask.reshape(ids.shape) != 0).long().to(device)
-    if bool((mask[:, 1:] < mask[:, :-1]).any()) or not bool(mask[:, -1].all()):
-        raise ValueError("attention_mask has padding after a token: pad on the left (tokenizer.padding_side = 'left')")
-    return ids, mask
 
 
 def _check_whole(name: str, value: Any, least: int) -> int:

@@ -24,7 +24,7 @@ def load_config(spec: str, where: str, layers: int | None = None) -> PretrainedC
     with loading(spec):
         config = AutoConfig.from_pretrained(source(where), trust_remote_code=False)
     if layers is not None:
-        config.num_hidden_layers = layers
+        config.get_text_config(decoder=True).num_hidden_layers = layers
     return config
 
 
@@ -57,7 +57,7 @@ def _load_quantized(where: str, request: Request) -> PreTrainedModel | None:
         return None
     config = AutoConfig.from_pretrained(where, trust_remote_code=False)
     if request.layers is not None:
-        config.num_hidden_layers = request.layers
+        config.get_text_config(decoder=True).num_hidden_layers = request.layers
     checkpoint = Checkpoint(where, torch.device(request.device))
     if getattr(config, "quantization_config", None) is not None or not checkpoint.holds(config):
         return None

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from cats.not_serializable import refuse_save_pretrained
 from cats.other_linears import pack_linear, quantize_others
 from cats.packed_linear import check_dtype, unsuited
 from cats.quantization import mark_quantized
@@ -58,6 +59,7 @@ def quantized_model(
         others: bits and group size to which the other linear layers are quantised; None: they are not.
     """
     model = empty_model(config, dtype)
+    refuse_save_pretrained(model)
     if others is not None:
         _quantize_others(model, dtype, device, names, plain, others)
     for path, mlp in gated_mlps(model).items():

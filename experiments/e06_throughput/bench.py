@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import cats
 from cats.models import DTYPES, load_config, load_model
 from cats.observe import observe
+from cats.text_config import text_config
 from experiments.e06_throughput.amdahl import STEPS, shares_and_amdahl
 from experiments.e06_throughput.cases import Case, Options
 from experiments.e06_throughput.decoding import ATTENTION, LOOPS, Decoder, Generation, compile_step, make_greedy
@@ -51,7 +52,7 @@ class Bench:
     ) -> None:
         """``prepare`` changes the loaded model before its thresholds are calibrated."""
         self.config, self.options = config, config.options
-        full = load_config(name).num_hidden_layers
+        full = load_config(name).get_text_config(decoder=True).num_hidden_layers
         kept = fitting_layers(name, dtype, config.device, min(layers or full, full))
         model, tokenizer = load_model(name, dtype, config.device, kept if kept < full else None, config.seed)
         self.model: PreTrainedModel = model
@@ -80,7 +81,7 @@ class Bench:
         """``count`` sequences of ``length`` tokens: text, or random tokens for a model without a tokenizer."""
         if tokenizer is None:
             generator = torch.Generator().manual_seed(self.config.seed * 10 + stream)
-            return torch.randint(0, self.model.config.vocab_size, (count, length), generator=generator)
+            return torch.randint(0, text_config(self.model).vocab_size, (count, length), generator=generator)
         # imported here, since it needs the datasets package, which a machine for timing shapes may lack
         from experiments.data import blocks, texts
 

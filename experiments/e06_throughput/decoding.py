@@ -33,6 +33,7 @@ from cats.generation import LOOPS as GENERATION_LOOPS
 from cats.generation import Decoder as GraphDecoder
 from cats.generation import Loop, Settings
 from cats.generation.loops import compile_options
+from cats.text_config import text_config
 from experiments.e06_throughput.memory import peak_memory, reset_peak_memory
 
 LOOPS = {
@@ -107,9 +108,10 @@ def make_greedy(model: PreTrainedModel, context: int) -> None:
     cache counts tokens of a windowed layer in a Python int, on which torch.compile specialises.
     """
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=None)
-    window = getattr(model.config, "sliding_window", None)
-    if window is not None and window >= context and getattr(model.config, "layer_types", None) is None:
-        model.config.sliding_window = None
+    config = text_config(model)
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window >= context and getattr(config, "layer_types", None) is None:
+        config.sliding_window = None
 
 
 @dataclass

@@ -20,6 +20,7 @@ from cats.generation.serving import obstacle
 from cats.search import sample_inputs
 from cats.sparsity import overall_sparsity
 from cats.structure import parts_of
+from cats.text_config import text_config
 from experiments.e06_throughput.decoding import Decoder, make_greedy
 from experiments.e08_criteria.cases import DENSE_CASE, Case
 from experiments.e08_criteria.measures import Comparison
@@ -126,7 +127,7 @@ def token_rows(subject: Comparison) -> list[Row]:
         subject.become(case)
         sparsity[case] = overall_sparsity(model, subject.heldout_pass(case)[1])
     cats.remove(model)
-    before, window = model.generation_config, getattr(model.config, "sliding_window", None)
+    before, window = model.generation_config, getattr(text_config(model), "sliding_window", None)
     length, context = options.speed_length, options.speed_prompt_tokens + options.speed_length
     make_greedy(model, context)
     loop = fastest_loop(model) if options.speed_loop == FASTEST else options.speed_loop
@@ -150,7 +151,7 @@ def token_rows(subject: Comparison) -> list[Row]:
         cats.remove(model)
         model.generation_config = before
         if window is not None:
-            model.config.sliding_window = window
+            text_config(model).sliding_window = window
         torch._dynamo.reset()
     return _rows(subject, dict(times), sparsity, "token", loop)
 

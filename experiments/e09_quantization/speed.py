@@ -195,7 +195,7 @@ def speed_rows(
             "bytes_stored": timed.bytes_stored,
             "bandwidth_gb_per_s": bandwidth,
             "bound_ms": bound,
-            "fraction_of_bound": bound / timing.p50_ms,
+            "fraction_of_bound": bound / timing.geomean_ms,
         }
         rows.append(QuantizationSpeedSample(**place, **names, milliseconds=pack_numbers(timing.times_ms)))
     row = QuantizationSpeedRow(

@@ -2,7 +2,8 @@
 
 A bound on latency is bytes over bandwidth, and no bound if something is faster. So `best_rate` takes the highest rate
 that anything reached in the rounds of one comparison: reads of one weight matrix, of all three, on a GPU of a buffer
-many times its L2 cache, and every implementation's own bytes over its own time. Nothing can then exceed the bound.
+many times its L2 cache, and every implementation's own bytes over its own time, each the geometric mean of its rounds.
+A fraction of the bound is that bound over a geometric mean too (e05 and e09), so that none can exceed 1.
 """
 
 from __future__ import annotations

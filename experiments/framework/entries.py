@@ -1,14 +1,16 @@
 """What provenance says of one experiment, and what each attempt at it notes of itself for that."""
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from experiments.framework.children import COMMAND
 from experiments.framework.config import Config
-from experiments.framework.provenance import hardware, merged_sources, now, source_hash, source_state, versions
+from experiments.framework.provenance import ROOT, hardware, merged_sources, now, source_hash, source_state, versions
 from experiments.framework.tables import SCHEMA_VERSION
 
 OF_ATTEMPTS = ("source_sha256", "command", "versions", "hardware", "processes", "workers")
@@ -33,8 +35,23 @@ def machine_facts() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command as the user typed it."""
-    return os.environ.get(COMMAND) or shlex.join(["python", "-m", "experiments", *sys.argv[1:]])
+    """The command as the user typed it, but for where this machine keeps its files, see `portable`."""
+    typed = os.environ.get(COMMAND)
+    words = shlex.split(typed) if typed else ["python", "-m", "experiments", *sys.argv[1:]]
+    return shlex.join(portable(word) for word in words)
+
+
+def portable(word: str) -> str:
+    """A word of a command line with absolute paths relative to the repository, and of those outside the name alone.
+
+    They may be the whole word, what an option or a setting equals, or in quotes within a list.
+    """
+
+    def shortened(match: re.Match[str]) -> str:
+        path = Path(match.group())
+        return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name or match.group()
+
+    return re.sub(r"""(?:^|(?<=[="'\[, ]))/[^"',\]]*""", shortened, word)
 
 
 def provenance_entry(

@@ -229,7 +229,7 @@ def memory_of(cost: Cost, parameters: int, vocabulary: int) -> float:
 def vocabulary_of(name: str) -> int:
     """Entries of a model's vocabulary; 0 where its configuration would have to be downloaded."""
     try:
-        return 0 if is_remote(name) else int(load_config(name).vocab_size)
+        return 0 if is_remote(name) else int(load_config(name).get_text_config(decoder=True).vocab_size)
     except OSError:
         return 0
 
@@ -237,7 +237,7 @@ def vocabulary_of(name: str) -> int:
 def depth_of(name: str, most: int) -> int:
     """Decoder layers that are run of a model; `DEPTH` where its configuration would have to be downloaded."""
     try:
-        layers = DEPTH if is_remote(name) else int(load_config(name).num_hidden_layers)
+        layers = DEPTH if is_remote(name) else int(load_config(name).get_text_config(decoder=True).num_hidden_layers)
     except OSError:
         layers = DEPTH
     return min(layers, most) if most else layers
@@ -257,7 +257,7 @@ def run_parameters(name: str, layers: int, need: Need) -> int:
     if not layers or (is_remote(name) and need.parameters):
         return need.parameters
     try:
-        full = load_config(name).num_hidden_layers
+        full = load_config(name).get_text_config(decoder=True).num_hidden_layers
         return parameters_of(name, layers if layers < full else None)
     except OSError:
         return 0

@@ -25,6 +25,7 @@ from transformers import StoppingCriteriaList
 
 import cats
 from cats.models import load_model
+from cats.text_config import text_config
 from experiments.e06_throughput.decoding import make_greedy
 
 TOKENS = 60
@@ -130,7 +131,7 @@ def timed_rows(model: Any, ids: Tensor, variant: str, batches: list[int], begun:
         prompt = ids[:1].expand(batch, -1).contiguous()
         token_times(model, prompt, 6)
         times = token_times(model, prompt, TOKENS)
-        width, dtype = model.config.hidden_size, next(model.parameters()).dtype
+        width, dtype = text_config(model).hidden_size, next(model.parameters()).dtype
         x = torch.randn(batch, 1, width, device=ids.device, dtype=dtype)
         row = {
             "variant": variant,
@@ -148,7 +149,7 @@ def timed_rows(model: Any, ids: Tensor, variant: str, batches: list[int], begun:
 def others(model: Any, ids: Tensor, label: str) -> None:
     """Static cache with transformers' own compilation, and the MLPs compiled one by one."""
     mlps: list[Any] = list(cats.gated_mlps(model).values())
-    x = torch.randn(1, 1, model.config.hidden_size, device=ids.device, dtype=next(model.parameters()).dtype)
+    x = torch.randn(1, 1, text_config(model).hidden_size, device=ids.device, dtype=next(model.parameters()).dtype)
     compiled = [torch.compile(mlp) for mlp in mlps]
     print(f"{label}: MLPs compiled one by one, host {host_us(compiled, x):.1f} us each", flush=True)
     options = {"cache_implementation": "static"}
@@ -174,7 +175,7 @@ def main() -> None:
     model, _ = load_model(options.model, options.dtype, options.device, options.layers, 0)
     make_greedy(model, 256)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (2, 16), generator=generator).to(options.device)
+    ids = torch.randint(0, text_config(model).vocab_size, (2, 16), generator=generator).to(options.device)
     print(f"loaded in {time.perf_counter() - begun:.0f} s", flush=True)
     actions: list[tuple[str, Callable[[], None]]] = [("dense", lambda: cats.remove(model))]
     thresholds = cats.calibrate(model, [ids], list(options.sparsities))

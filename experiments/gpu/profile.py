@@ -21,6 +21,7 @@ from torch import Tensor
 
 import cats
 from cats.models import load_model
+from cats.text_config import text_config
 from experiments.e05_mlp_latency import SHAPES, variants
 from experiments.e06_throughput.decoding import ATTENTION, Decoder, make_greedy
 from experiments.framework.files import write_text_atomically
@@ -66,7 +67,7 @@ def profile_token(name: str, dtype: str, attention: str, loop: str, sparsity: fl
     model.set_attn_implementation("sdpa" if attention == ATTENTION else attention)
     make_greedy(model, 128)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (4, 64), generator=generator)
+    ids = torch.randint(0, text_config(model).vocab_size, (4, 64), generator=generator)
     thresholds = cats.calibrate(model, [ids], sparsity)
     # without dependent launch, else kernels that wait would be timed waiting
     decoder = Decoder(model, loop, 128, dependent_launch=False, attention=attention)

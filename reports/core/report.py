@@ -25,6 +25,8 @@ ELSEWHERE = (
     "times, the log of the runs and their settings are in `report.html` and `report.md` beside this file; every "
     "number is in the runs' CSVs, hashes of all inputs and outputs in their `provenance.json`."
 )
+MANY_RUNS = 6
+"""Provenance of so many runs is long enough to stand at a page's end, the figure on the next."""
 OUTLINE = "#block(height: 7.5em, columns(2, gutter: 2em, outline(title: none, depth: 1)))"
 
 
@@ -199,7 +201,8 @@ def _section(section: Section, runs: list[Run], folder: Path) -> tuple[list[Bloc
 def _sources(section: Section, runs: list[Run], several: bool) -> list[Block]:
     """When, how long and at which commit each run was measured, and which tables a single one lacks."""
     if several:
-        return [Text(f"*Provenance:* {'; '.join(sources(runs, section.experiment))}.", with_next=True)]
+        text = f"*Provenance:* {'; '.join(sources(runs, section.experiment))}."
+        return [Text(text, with_next=len(runs) < MANY_RUNS)]
     (run,) = runs
     blocks: list[Block] = [Text(provenance_line(run, section.experiment), with_next=True)]
     lacks = [t.table for t in section.tables if not t.samples and run.table(t) is None]

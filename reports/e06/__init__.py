@@ -11,6 +11,7 @@ from experiments.framework.tables import AmdahlRow, GreedyRow, ShareRow, Through
 from reports.core import style
 from reports.core.document import Block, Table, Text, escape, without_constant
 from reports.core.load import Run
+from reports.core.merge import ORIGIN
 from reports.core.protocol import of, phrases, values
 from reports.core.section import Aspect, Drawing, Section
 from reports.core.tables import without_empty
@@ -48,6 +49,7 @@ batch 1, geometric mean over prompts and repeats ± one standard error of the pa
 GROWTH_TABLE = """
 other conditions than Figure 4's; tokens per second are of all sequences of a batch together."""
 AMDAHL_TABLE = "Amdahl's law: what the MLP's share of the time and the kernel's own gain allow, and what was measured."
+COMMITS = "“Commit”: of rows of other code than the latest run's."
 GREEDY_TABLE = """
 greedy tokens: how many of the first generated tokens two ways of computing the same function agree on."""
 
@@ -87,7 +89,15 @@ def _condition(row: dict[Any, Any]) -> dict[str, str]:
         "Layers": f"{row['layers']:.0f}",
         "Dtype": style.dtype_name(row["dtype"]),
         "Loop": escape(str(row.get("loop", ""))),
+        "Commit": escape(str(row.get(ORIGIN) or style.DASH)),
     }
+
+
+def _table(shown: pd.DataFrame, caption: str) -> Table:
+    """With a column of commits, and what it means, where some rows are of other code than the latest run's."""
+    if "Commit" not in shown or (shown["Commit"] == style.DASH).all():
+        return Table(shown.drop(columns="Commit", errors="ignore"), caption)
+    return Table(shown, f"{caption} {COMMITS}")
 
 
 def _rates(row: dict[Any, Any]) -> dict[str, str]:
@@ -186,17 +196,17 @@ def more(run: Run) -> list[Block]:
     blocks: list[Block] = []
     label = escape(run.label)
     if (table := run.table(AmdahlRow)) is not None:
-        blocks.append(Table(amdahl_table(table), f"{label}: {AMDAHL_TABLE.strip()}"))
+        blocks.append(_table(amdahl_table(table), f"{label}: {AMDAHL_TABLE.strip()}"))
     if (table := run.table(ThroughputRow)) is not None:
         speedups = generation_speedups(table)
         shown = throughput_table(speedups, table)
         if len(shown):
             machines = escape(", ".join(table["machine"].unique()))
-            blocks.append(Table(shown, f"{label}: generation on {machines}, {THROUGHPUT_TABLE.strip()}"))
+            blocks.append(_table(shown, f"{label}: generation on {machines}, {THROUGHPUT_TABLE.strip()}"))
         if len(grown := growth_table(speedups)):
-            blocks.append(Table(grown, f"{label}: {GROWTH_TABLE.strip()}"))
+            blocks.append(_table(grown, f"{label}: {GROWTH_TABLE.strip()}"))
     if (table := run.table(GreedyRow)) is not None:
-        blocks.append(Table(greedy_table(table), f"{label}: {GREEDY_TABLE.strip()}"))
+        blocks.append(_table(greedy_table(table), f"{label}: {GREEDY_TABLE.strip()}"))
     return blocks
 
 

@@ -63,7 +63,7 @@ def ratio_figure(run: Run) -> Figure | None:
     ]
     groups += [(f"{name}\npaper, eager", paper_ratio[paper_ratio["model"] == name], "paper") for name in beside]
     figure, ax = plt.subplots(
-        figsize=(style.WIDTH, 0.5 + 0.128 * sum(max(len(part), LEAST) + 0.5 for _, part, _ in groups))
+        figsize=(style.WIDTH, 0.5 + 0.148 * sum(max(len(part), LEAST) + 0.5 for _, part, _ in groups))
     )
     middles, end_of_group = [], 0.0
     for _, part, loop in groups:

@@ -82,6 +82,8 @@ class QuantizationSpeedRow(Row):
     in `QuantizationRow`; ``dtype`` is that of the activations. ``implementation``: ``cats`` (this project's kernels),
     ``torch`` (torch's own kernels for the format; its dense products where the format is ``none``) or ``compiled``
     (inductor, tuned). ``bytes_moved`` and ``bytes_stored``: of weights and scales, read by one call and held in memory.
+    ``fraction_of_bound``: ``bound_ms`` over the geometric mean of the rounds; over their median in files before
+    2026-11-27, which is why the report computes it from the rounds.
     ``error`` says why it was not timed.
     """
 
