@@ -1,6 +1,7 @@
 """Shared by the tests: tiny random models of the supported families, and what a patched one must compute."""
 
 import copy
+import gc
 
 import cats_kernels
 import pytest
@@ -20,6 +21,13 @@ TINY = {
     "max_position_embeddings": 128,
 }
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Phi3")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of Python's garbage collections: Trainer asks for a full one at the end of each
+    run, which takes a second over the objects of torch and all the other packages, none of which can ever go."""
+    gc.collect()
+    gc.freeze()
 
 
 calls_compiler = pytest.mark.skipif(
