@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from collections.abc import Iterator
 
 import cats_kernels
 import pytest
@@ -9,6 +10,7 @@ import torch
 import transformers
 
 import cats
+from experiments.framework import timing
 from tests.toy_experiments import toy as toy
 
 TINY = {
@@ -61,6 +63,16 @@ def llama() -> torch.nn.Module:
 def batches() -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(7)
     return [{"input_ids": torch.randint(0, 64, (4, 48), generator=generator)} for _ in range(4)]
+
+
+@pytest.fixture(scope="module")
+def little_to_flush() -> Iterator[None]:
+    """A megabyte to read before each timed call, not the gigabyte that takes most of the time of an experiment with
+    small models: for tests of everything but the times."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(timing, "FLUSH_BYTES", 2**20)
+        monkeypatch.setattr(timing, "last_level_cache_bytes", lambda: 2**10)
+        yield
 
 
 def masked_reference_logits(model: torch.nn.Module, ids: torch.Tensor, thresholds: cats.Thresholds) -> torch.Tensor:

@@ -24,6 +24,7 @@ from experiments.framework.samples import flags, median_interval, numbers, paire
 from tests.accuracy_world import build_world, config_of, profile, samples, table
 from tests.conftest import tiny_model
 
+pytestmark = pytest.mark.usefixtures("little_to_flush")
 E08 = """[e08]
 include_path = "{world}/tasks"
 tasks = ["tiny_words"]

@@ -19,6 +19,7 @@ from experiments.framework.runner import run_experiment
 from experiments.framework.samples import flags, numbers, paired
 from tests.accuracy_world import build_world, config_of, profile, samples, table
 
+pytestmark = pytest.mark.usefixtures("little_to_flush")
 E09 = """[e09]
 include_path = "{world}/tasks"
 tasks = ["tiny_words"]
