@@ -6,6 +6,10 @@ import json
 import random
 from pathlib import Path
 
+import pytest
+from lm_eval.tasks import TaskManager
+
+from cats import task_index
 from experiments.framework.profiles import load_profile, make_config
 from experiments.pocket.tokenizer import as_pretrained, train_tokenizer
 from tests.conftest import tiny_model
@@ -209,6 +213,14 @@ def profile(world: Path) -> str:
     """A profile in TOML that runs e01, e02, e03, e04 and e07 in that world."""
     tables = [f"[{name}]\n{options.format(**SHARED)}" for name, options in EXPERIMENTS.items()]
     return "\n".join([PROFILE, *tables]).format(world=world)
+
+
+def leave_out_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no task of lm-eval's own: the index of all, which an unknown name asks for, takes ten seconds to read.
+
+    tests/test_task_lookup.py reads it.
+    """
+    monkeypatch.setattr(task_index, "all_own_tasks", lambda: TaskManager(include_defaults=False))
 
 
 def config_of(world, experiment, output, **changes):
