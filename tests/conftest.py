@@ -25,6 +25,12 @@ TINY = {
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Phi3")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: one that began when the others have ended would leave the cores idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_collection_finish() -> None:
     """Leave what the imports made out of Python's garbage collections: Trainer asks for a full one at the end of each
     run, which takes a second over the objects of torch and all the other packages, none of which can ever go."""
