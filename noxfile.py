@@ -114,6 +114,7 @@ def tests(s: nox.Session) -> None:
     if not options:  # here and not in lint, since types of torch's tensors are known only where torch is installed
         run(s, "-m", "mypy")
         options = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile"]  # each imports torch: half a gigabyte
+        options += ["--no-loadscope-reorder"]  # which would begin files of one or two long tests last of all
         s.env["OMP_WAIT_POLICY"] = "passive"  # else the waiting threads of each keep the others from the cores
     run(s, "-m", "pytest", "--durations=25", *options)
 

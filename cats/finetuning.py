@@ -1,4 +1,4 @@
-"""LoRA fine-tuning of a model, patched or not, through peft and transformers' Trainer.
+"""Fine-tuning of a model with LoRA adapters (`cats.lora`), patched or not, through transformers' Trainer.
 
 Thresholds are fixed before training, as in the paper; the gradient is that of the masked function (equation 4), because
 training takes the dense masked path. Every run with the same settings starts from the same adapters, sees the same data
@@ -8,19 +8,16 @@ launch` the same global batch is split among the processes.
 
 import contextlib
 import json
-import random
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from cats.compiled_layers import compiled_layers
@@ -29,53 +26,15 @@ from cats.files import write_text_atomically
 from cats.levels import calibrate_in_force
 from cats.observe import Batches
 from cats.patching import swap_thresholds
-from cats.structure import gated_mlps
+from cats.random_states import random_states_kept
 from cats.text_config import no_cache
 from cats.thresholds import Thresholds
 
 try:
     import accelerate
-    from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 except ImportError as error:
     raise missing(__name__, "experiments", error) from error
-
-PROJECTIONS = {
-    "query": ("q_proj", "qkv_proj"),
-    "key": ("k_proj", "qkv_proj"),
-    "value": ("v_proj", "qkv_proj"),
-    "gate": ("gate_proj", "gate_up_proj"),
-    "up": ("up_proj", "gate_up_proj"),
-    "down": ("down_proj",),
-}
-"""Names of each projection's module: of its own, or fused with its neighbours (Phi-3)."""
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """What LoRA adapts and with how many parameters.
-
-    Attributes:
-        projections: which of `PROJECTIONS`.
-        rank: rank of each adapter; None chooses it so that ``share`` of the model's parameters are trained.
-        share: trainable parameters over all parameters, used when ``rank`` is None.
-        scale: adapters are multiplied by this, peft's ``lora_alpha / r``.
-        dropout: on the adapters' input.
-    """
-
-    projections: tuple[str, ...]
-    rank: int | None
-    share: float
-    scale: float
-    dropout: float
-
-
-PRESETS = {
-    # section 5 of the paper; it names neither alpha nor dropout
-    "paper": LoraSettings(("query", "key", "gate", "down"), None, 0.01, 2.0, 0.0),
-    # the authors' repository: r = 64, alpha = 16
-    "code": LoraSettings(("query", "value", "gate", "up", "down"), 64, 0.01, 16 / 64, 0.1),
-}
-"""Both sets are selectable; "paper" is the default because the text is what describes figures 2 and 5."""
 
 
 @dataclass(frozen=True)
@@ -100,64 +59,6 @@ class TrainSettings:
 
 COMPILED_FROM = 100
 """Passes of a run on a GPU from which on it is compiled: each saves about 80 ms, compiling takes 4 to 20 s."""
-
-
-def preset(name: str) -> LoraSettings:
-    """One of `PRESETS`. Raises ValueError naming the allowed ones."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown LoRA settings {name!r}: allowed are {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def lora_config(model: nn.Module, settings: LoraSettings) -> LoraConfig:
-    """peft's configuration of ``settings`` on ``model``.
-
-    Raises:
-        ValueError: an unknown projection, or one that the model does not have; a model without gated MLP.
-    """
-    gated_mlps(model)
-    unknown = sorted(set(settings.projections) - set(PROJECTIONS))
-    if unknown or not settings.projections:
-        raise ValueError(f"unknown projections {unknown}: allowed are {', '.join(PROJECTIONS)}")
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    present = {name.rpartition(".")[2] for name in modules}
-    targets = set()
-    for projection in settings.projections:
-        found = [name for name in PROJECTIONS[projection] if name in present]
-        if not found:
-            raise ValueError(f"{type(model).__name__} has no {projection} projection for LoRA to adapt")
-        targets.add(found[0])
-    rank = settings.rank
-    if rank is None:
-        widths = [m.in_features + m.out_features for n, m in modules.items() if n.rpartition(".")[2] in targets]
-        rank = max(1, round(settings.share * sum(p.numel() for p in model.parameters()) / sum(widths)))
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=settings.scale * rank,  # type: ignore[arg-type]
-        lora_dropout=settings.dropout,
-        target_modules=sorted(targets),
-    )
-
-
-def add_lora(model: PreTrainedModel, settings: LoraSettings, seed: int = 0) -> PeftModel:
-    """Wrap ``model`` with fresh adapters, the same for the same seed, that do not change its output yet.
-
-    Raises:
-        ValueError: as `lora_config`.
-    """
-    config = lora_config(model, settings)
-    with _random_states_kept(), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing.*"
-        )  # peft asks transformers by its old name
-        set_seed(seed)
-        return get_peft_model(model, config)
-
-
-def remove_lora(model: PeftModel) -> PreTrainedModel:
-    """Take the adapters off without merging them: the model of before `add_lora`, its weights untouched."""
-    return model.unload()
 
 
 def recalibrate(model: nn.Module, batches: Batches, sparsity: float) -> Thresholds:
@@ -195,7 +96,7 @@ def finetune(
     """Train the adapters of ``model`` in place; the shuffled ``data`` is gone through again when it is too short.
 
     Args:
-        model: from `add_lora`.
+        model: from `cats.lora.add_lora`.
         data: items with ``input_ids`` and ``labels``.
         settings: hyper-parameters.
         workdir: checkpoints are written here at each of ``steps``; one found here, of a run with the same settings,
@@ -232,7 +133,7 @@ def finetune(
         model.eval()
         return _records(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
     try:
-        with _random_states_kept(), no_cache(model), _no_cudnn_attention(), _compiled(model, settings):
+        with random_states_kept(), no_cache(model), _no_cudnn_attention(), _compiled(model, settings):
             recorder = _Recorder(wanted, measure)
             trainer = Trainer(model, arguments, collator, data, callbacks=[recorder])
             trainer.remove_callback(PrinterCallback)
@@ -334,18 +235,6 @@ def _is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-@contextlib.contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Leave the global random states as they were: runs do not depend on what ran before them."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def _compiled(model: PeftModel, settings: TrainSettings) -> contextlib.AbstractContextManager[None]:

@@ -6,6 +6,10 @@ import json
 import random
 from pathlib import Path
 
+import pytest
+from lm_eval.tasks import TaskManager
+
+from cats import task_index
 from experiments.framework.profiles import load_profile, make_config
 from experiments.pocket.tokenizer import as_pretrained, train_tokenizer
 from tests.conftest import tiny_model
@@ -136,21 +140,7 @@ def build_world(root: Path) -> Path:
     return root
 
 
-def profile(world: Path) -> str:
-    """A profile in TOML that runs e01, e02, e03, e04 and e07 in that world."""
-    tasks = f"""include_path = "{world}/tasks"
-batch_size = 8
-length = 32
-"""
-    text = f"""{tasks}
-calibration_blocks = 8
-heldout_blocks = 4
-"""
-    training = """train_batch_size = 4
-weight_decay = 0.01
-warmup_steps = 1
-"""
-    return f"""models = ["{world}/model"]
+PROFILE = """models = ["{world}/model"]
 device = "cpu"
 dtype = "float32"
 seed = 0
@@ -160,31 +150,31 @@ path = "json"
 data_files = "{world}/text.jsonl"
 split = "train"
 heldout_documents = 100
-[e01]
-blocks = 4
+"""
+EXPERIMENTS = {
+    "e01": """blocks = 4
 length = 32
 batch_size = 4
 targets = [0.5, 0.9]
 bins = 10
 largest = 1.0
-[e02]
-tasks = ["tiny_words", "tiny_yes"]
+""",
+    "e02": """tasks = ["tiny_words", "tiny_yes"]
 levels = [0.5, 0.9]
 limit = 20
-{text}
-[e03]
-tasks = ["tiny_words"]
+{tasks}{text}""",
+    "e03": """tasks = ["tiny_words"]
 levels = [0.5]
 limit = 10
-{text}{training}
+{tasks}{text}{training}
 sweep_steps = 2
 sweep_blocks = 4
 learning_rates = [1e-3, 1e-2]
 sweep_level = 0.7
 seeds = [0, 1]
 steps = [2, 5]
-[e04]
-tasks = ["tiny_yes"]
+""",
+    "e04": """tasks = ["tiny_yes"]
 levels = [0.5]
 seeds = [0]
 epochs = 2
@@ -194,15 +184,43 @@ sweep_items = 12
 sweep_level = 0.7
 learning_rates = [1e-4, 1e-2]
 save_steps = 4
-{tasks}{training}
-[e07]
-tasks = ["tiny_words"]
+{tasks}{training}""",
+    "e07": """tasks = ["tiny_words"]
 levels = [0.5]
 limit = 10
-{text}{training}
+{tasks}{text}{training}
 steps = 2
 learning_rate = 1e-3
-"""
+""",
+}
+SHARED = {
+    "tasks": """include_path = "{world}/tasks"
+batch_size = 8
+length = 32
+""",
+    "text": """calibration_blocks = 8
+heldout_blocks = 4
+""",
+    "training": """train_batch_size = 4
+weight_decay = 0.01
+warmup_steps = 1
+""",
+}
+"""Options that several experiments have."""
+
+
+def profile(world: Path) -> str:
+    """A profile in TOML that runs e01, e02, e03, e04 and e07 in that world."""
+    tables = [f"[{name}]\n{options.format(**SHARED)}" for name, options in EXPERIMENTS.items()]
+    return "\n".join([PROFILE, *tables]).format(world=world)
+
+
+def leave_out_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no task of lm-eval's own: the index of all, which an unknown name asks for, takes ten seconds to read.
+
+    tests/test_task_lookup.py reads it.
+    """
+    monkeypatch.setattr(task_index, "all_own_tasks", lambda: TaskManager(include_defaults=False))
 
 
 def config_of(world, experiment, output, **changes):

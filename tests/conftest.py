@@ -1,6 +1,8 @@
 """Shared by the tests: tiny random models of the supported families, and what a patched one must compute."""
 
 import copy
+import gc
+from collections.abc import Iterator
 
 import cats_kernels
 import pytest
@@ -8,6 +10,7 @@ import torch
 import transformers
 
 import cats
+from experiments.framework import timing
 from tests.toy_experiments import toy as toy
 
 TINY = {
@@ -20,6 +23,19 @@ TINY = {
     "max_position_embeddings": 128,
 }
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Phi3")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: one that began when the others have ended would leave the cores idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of Python's garbage collections: Trainer asks for a full one at the end of each
+    run, which takes a second over the objects of torch and all the other packages, none of which can ever go."""
+    gc.collect()
+    gc.freeze()
 
 
 calls_compiler = pytest.mark.skipif(
@@ -53,6 +69,16 @@ def llama() -> torch.nn.Module:
 def batches() -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(7)
     return [{"input_ids": torch.randint(0, 64, (4, 48), generator=generator)} for _ in range(4)]
+
+
+@pytest.fixture(scope="module")
+def little_to_flush() -> Iterator[None]:
+    """A megabyte to read before each timed call, not the gigabyte that takes most of the time of an experiment with
+    small models: for tests of everything but the times."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(timing, "FLUSH_BYTES", 2**20)
+        monkeypatch.setattr(timing, "last_level_cache_bytes", lambda: 2**10)
+        yield
 
 
 def masked_reference_logits(model: torch.nn.Module, ids: torch.Tensor, thresholds: cats.Thresholds) -> torch.Tensor:

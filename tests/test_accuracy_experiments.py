@@ -17,7 +17,7 @@ from experiments.framework import variants, zero_shot
 from experiments.framework.profiles import EXPERIMENTS, PROFILES, load_profile, make_config
 from experiments.framework.runner import run_experiment
 from experiments.framework.samples import flags, numbers, paired
-from tests.accuracy_world import build_world, config_of, profile, samples, table
+from tests.accuracy_world import build_world, config_of, leave_out_own_tasks, profile, samples, table
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +265,7 @@ def test_bad_input_is_refused_before_a_model_is_loaded(world, tmp_path, monkeypa
 
     for module in (subjects, e01_activations):
         monkeypatch.setattr(module, "load_model", never)
+    leave_out_own_tasks(monkeypatch)
     with pytest.raises(ValueError, match=message):
         run_experiment(config_of(world, experiment, tmp_path, **changes))
 

@@ -1,13 +1,14 @@
 """Two processes (gloo, CPU) give what one gives: the same accuracies in e02, the same loss curve in e03."""
 
-import csv
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from tests.accuracy_world import build_world, profile
+from experiments.framework.runner import run_experiment
+from tests.accuracy_world import build_world, config_of, profile, table
 
 
 @pytest.fixture(scope="module")
@@ -17,30 +18,46 @@ def world(tmp_path_factory):
     return root
 
 
-def launch(world, experiment, processes, *options):
-    """Run an experiment through accelerate's launcher; its tables by name."""
-    output = world / f"{experiment}-{processes}"
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the launched processes have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def alone(world, experiment, **changes):
+    """Run an experiment in this process; its tables by name."""
+    output = world / f"{experiment}-alone"
+    run_experiment(config_of(world, experiment, output, **changes))
+    return tables_in(output)
+
+
+def tables_in(output):
+    return {path.stem: table(output, path.stem) for path in (output / "results").glob("*.csv")}
+
+
+def launch(world, experiment, *options):
+    """Run an experiment in two processes through accelerate's launcher; its tables by name."""
+    output = world / experiment
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
-    command += ["--num_processes", str(processes), "--main_process_port", "0", "--mixed_precision", "no"]
+    command += ["--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no"]
     command += ["--dynamo_backend", "no", "-m", "experiments", "run", experiment, "--output", str(output)]
     command += ["--profile", str(world / "tiny.toml"), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("wrote ") == len(list((output / "results").rglob("*.csv*"))), "only rank 0 writes"
-    tables = {}
-    for path in (output / "results").glob("*.csv"):
-        with path.open() as file:
-            tables[path.stem] = list(csv.DictReader(file))
-    return tables
+    return tables_in(output)
 
 
 @pytest.mark.slow
 def test_e02_is_identical_in_two_processes(world):
-    one, two = (launch(world, "e02", n)["e02_zero_shot"] for n in (1, 2))
+    one, two = (run(world, "e02")["e02_zero_shot"] for run in (alone, launch))
     assert len(one) == len(two) == 15
     # once more over the finished run: all processes must agree to measure again, or they wait for each other
-    assert launch(world, "e02", 2, "--force")["e02_zero_shot"] == two
+    assert launch(world, "e02", "--force")["e02_zero_shot"] == two
     for a, b in zip(one, two, strict=True):
         if a["metric"] == "acc":
             assert a == b
@@ -52,8 +69,7 @@ def test_e02_is_identical_in_two_processes(world):
 
 @pytest.mark.slow
 def test_e03_has_the_same_loss_curve_in_two_processes(world):
-    options = ["--set", "e03.seeds=[0]"]
-    one, two = (launch(world, "e03", n, *options) for n in (1, 2))
+    one, two = alone(world, "e03", seeds=[0]), launch(world, "e03", "--set", "e03.seeds=[0]")
     assert one.keys() == two.keys()
     for a, b in zip(one["e03_finetuning"], two["e03_finetuning"], strict=True):
         assert [a[key] for key in ("variant", "step", "learning_rate")] == [

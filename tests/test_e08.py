@@ -21,9 +21,10 @@ from experiments.e08_criteria.measures import Comparison
 from experiments.e08_criteria.speed import timed_blocks, token_rows
 from experiments.framework.runner import run_experiment
 from experiments.framework.samples import flags, median_interval, numbers, paired
-from tests.accuracy_world import build_world, config_of, profile, samples, table
+from tests.accuracy_world import build_world, config_of, leave_out_own_tasks, profile, samples, table
 from tests.conftest import tiny_model
 
+pytestmark = pytest.mark.usefixtures("little_to_flush")
 E08 = """[e08]
 include_path = "{world}/tasks"
 tasks = ["tiny_words"]
@@ -323,7 +324,8 @@ def test_targets_of_input_criteria(world):
     assert [case.variant for case in cases(["up", "cats"], [0.5])] == ["dense", "cats-50", "up-50"]
 
 
-def test_wrong_options_and_models_are_refused(world, tmp_path):
+def test_wrong_options_and_models_are_refused(world, tmp_path, monkeypatch):
+    leave_out_own_tasks(monkeypatch)
     with pytest.raises(ValueError, match=r"e08\.criteria must be"):
         config_of(world, "e08", tmp_path, criteria=["nonsense"])
     with pytest.raises(ValueError, match="unknown task"):

@@ -21,6 +21,7 @@ from experiments.framework.samples import flags, numbers, paired
 from experiments.framework.tables import QuantizationSpeedRow
 from tests.accuracy_world import build_world, config_of, profile, samples, table
 
+pytestmark = pytest.mark.usefixtures("little_to_flush")
 KEY = QuantizationSpeedRow.key
 E09 = """[e09]
 include_path = "{world}/tasks"

@@ -1,12 +1,8 @@
 """Accuracy through lm-eval equals what is computed by hand, and perplexity equals exp of the cross-entropy."""
 
-import copy
-import gc
-import json
 import logging
 import math
 import random
-import re
 import subprocess
 import sys
 import warnings
@@ -17,22 +13,16 @@ import torch
 import tqdm
 from cats_kernels.reference import sparse_gated_mlp_reference
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 import cats
-from cats import task_index
 from cats.evaluation import (
     TaskResult,
     block_losses,
-    check_tasks,
-    check_tokenizer,
     evaluate,
     load_tasks,
     paired_difference,
     perplexity,
 )
-from cats.generated_answers import evaluate_answers, load_answer_tasks
 from cats.language_model import LanguageModel
 from cats.models import load_model
 from tests.accuracy_world import ITEMS, build_world
@@ -108,92 +98,6 @@ def test_evaluating_again_gives_the_same_and_leaves_no_trace(world, loaded, capf
     assert "it/s" not in captured.err and captured.out == ""
 
 
-def test_encodings_go_with_their_tokenizer(world, loaded):
-    model, tokenizer = loaded
-    tasks = load_tasks(["tiny_yes"], world / "tasks")
-    evaluate(model, tokenizer, tasks, limit=2)
-    assert tasks.encodings[tokenizer]
-    other = copy.deepcopy(tokenizer)
-    evaluate(model, other, tasks, limit=2)
-    assert len(tasks.encodings) == 2
-    del other
-    gc.collect()
-    assert list(tasks.encodings) == [tokenizer], "a tokenizer with the same id would find another one's encodings"
-
-
-ANSWERS = """task: first_word
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {folder}/first_word.jsonl
-output_type: generate_until
-test_split: test
-doc_to_text: question
-doc_to_target: answer
-generation_kwargs:
-  until: ["zeta"]
-  max_gen_toks: 6
-metric_list:
-  - metric: exact_match
-    aggregation: mean
-    higher_is_better: true
-filter_list:
-  - name: first
-    filter: [{{function: regex, regex_pattern: "([a-z]+)"}}, {{function: take_first}}]
-  - name: last
-    filter: [{{function: regex, group_select: -1, regex_pattern: "([a-z]+)"}}, {{function: take_first}}]
-"""
-
-
-def greedy(model, ids, count):
-    """Continue ``ids`` token by token without a cache, up to an end token."""
-    new = []
-    for _ in range(count):
-        token = int(model(torch.tensor([ids + new])).logits[0, -1].argmax())
-        if token == model.config.eos_token_id:
-            break
-        new.append(token)
-    return new
-
-
-def test_generated_answers_are_those_of_greedy_decoding_by_hand(world, loaded, tmp_path):
-    """Items of several lengths in padded batches: every second one's answer is the word that comes first."""
-    model, tokenizer = loaded
-    model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0)  # put aside
-    cats.apply(model, cats.calibrate(model, [torch.randint(1, len(tokenizer), (4, 32))], 0.5))
-    questions = ["alpha beta", "tau rho pi", "mu nu xi omicron pi", "kappa", "eta theta", "iota lambda mu"]
-    rows, expected = [], {"first": [], "last": []}
-    for index, question in enumerate(questions):
-        text = tokenizer.decode(greedy(model, tokenizer.encode(question), 6), skip_special_tokens=True)
-        words = re.findall("[a-z]+", text.split("zeta")[0]) or ["[invalid]"]
-        answer = words[0] if index % 2 else "nothing"
-        rows.append(json.dumps({"question": question, "answer": answer}))
-        expected["first"].append(float(words[0] == answer))
-        expected["last"].append(float(words[-1] == answer))
-    (tmp_path / "first_word.jsonl").write_text("\n".join(rows))
-    (tmp_path / "first_word.yaml").write_text(ANSWERS.format(folder=tmp_path))
-    tasks = load_answer_tasks(["first_word"], tmp_path)
-    settings = model.generation_config
-    results = evaluate_answers(model, tokenizer, tasks, batch_size=4)
-    assert {r.reading: list(r.correct) for r in results} == expected
-    assert sum(expected["first"]) >= 2
-    assert [r.accuracy for r in results] == [np.mean(flags) for flags in expected.values()]
-    assert model.generation_config is settings and settings.temperature == 5.0
-    assert [r.items for r in evaluate_answers(model, tokenizer, tasks, limit=3)] == [3, 3]
-
-
-def test_generated_answers_are_refused_where_they_make_no_sense(world, loaded):
-    model, tokenizer = loaded
-    with pytest.raises(ValueError, match="no metric exact_match: only generated-answer tasks"):
-        load_answer_tasks(["tiny_words"], world / "tasks")
-    with pytest.raises(ValueError, match="tiny_answer has no metric acc: only multiple-choice tasks"):
-        load_tasks(["tiny_answer"], world / "tasks")
-    tasks = load_answer_tasks(["tiny_answer"], world / "tasks")
-    model.config.max_position_embeddings = 40
-    with pytest.raises(ValueError, match=r"task tiny_answer needs [0-9]+ positions .* the model has 40"):
-        evaluate_answers(model, tokenizer, tasks)
-
-
 def test_perplexity_is_exp_of_the_mean_cross_entropy(loaded):
     model, tokenizer = loaded
     ids = torch.randint(0, len(tokenizer), (5, 20), generator=torch.Generator().manual_seed(1))
@@ -238,104 +142,12 @@ def test_paired_difference_by_hand():
         paired_difference(a, TaskResult("other", 0.5, 0.0, 4, 0.5, b.correct))
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["tiny_words", "no_such_task"], "unknown task no_such_task"),
-        ([], "one or more different names"),
-        (["tiny_words", "tiny_words"], "one or more different names"),
-        (["tiny_without_acc"], "no metric acc"),
-    ],
-)
-def test_wrong_tasks_are_refused(world, names, message):
-    with pytest.raises(ValueError, match=message):
-        load_tasks(names, world / "tasks")
-
-
-def test_a_task_without_its_data_is_one_sentence(world, tmp_path):
-    (tmp_path / "gone.yaml").write_text((world / "tasks/tiny_yes.yaml").read_text().replace("tiny_yes", "gone"))
-    with pytest.raises(OSError, match="task gone cannot be loaded"):
-        load_tasks(["gone"], tmp_path)
-
-
-def test_lm_evals_own_tasks_are_known_without_a_download(monkeypatch):
-    """As its whole index has them, which is read for a name alone that no file or more than one gives to its task."""
-    paper = ["openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "boolq", "sciq", "gsm8k"]
-    with monkeypatch.context() as patch:
-        patch.setattr(task_index, "all_own_tasks", lambda: pytest.fail("the whole index was read"))
-        indices = check_tasks(paper)
-    assert list(indices) == paper
-    whole = task_index.all_own_tasks()
-    for name, index in indices.items():
-        assert index.task_index[name] == whole.task_index[name]
-    by_include = "AraDiCE_ArabicMMLU_high_stem_physics_egy"
-    assert check_tasks([by_include])[by_include] is whole
-    for unknown in ("arc_eas", "arc.easy", "ai2_arc", "glue"):  # the last two are a tag and a group
-        with pytest.raises(ValueError, match=f"unknown task {unknown}"):
-            check_tasks([unknown])
-
-
-def test_texts_encoded_ahead_are_all_that_lm_eval_asks_for(loaded, monkeypatch):
-    """With the ids that it gets one by one; a text that begins with the model's first token is left to it."""
-    model, tokenizer = loaded
-    first = tokenizer.decode(LanguageModel(model, tokenizer, 2, {}).prefix_token_id)
-    assert first
-    pairs = [("Is it so?", " yes"), ("Is it so?", " no"), ("with spaces  ", "at the end"), ("", "alone"), (first, " a")]
-    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
-    language_model = LanguageModel(model, tokenizer, 2, {})
-    language_model.loglikelihood(requests, disable_tqdm=True)
-    assert {"Is it so?", "Is it so? no", "with spaces", "with spaces  at the end"} <= language_model.cache.keys()
-    one_by_one = HFLM(pretrained=model, tokenizer=tokenizer)
-    assert language_model.cache == {text: one_by_one.tok_encode(text) for text in language_model.cache}
-    asked, original = [], HFLM.tok_encode
-
-    def recorded(self, text, *arguments, **options):
-        asked.append(text)
-        return original(self, text, *arguments, **options)
-
-    monkeypatch.setattr(HFLM, "tok_encode", recorded)
-    LanguageModel(model, tokenizer, 2, {}).loglikelihood(requests, disable_tqdm=True)
-    assert set(asked) == {"alone", first, first + " a"}
-
-
-def test_a_name_that_several_files_have_is_the_one_of_the_whole_index(tmp_path, monkeypatch):
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "x.yaml").write_text("task: twice\ndataset_path: " + folder)
-    (tmp_path / "a" / "y.yaml").write_text("'task': \"once\"\n")
-    (tmp_path / "b" / "z.yaml").write_text("task: 'thrice'  # quoted\n")
-    monkeypatch.setattr(task_index, "OWN", tmp_path)
-    whole = TaskManager(include_path=tmp_path, include_defaults=False)
-    monkeypatch.setattr(task_index, "all_own_tasks", lambda: whole)
-    task_index._files_of.cache_clear()
-    try:
-        indices = task_index.own_tasks(["twice", "once", "thrice", "never"])
-    finally:
-        task_index._files_of.cache_clear()
-    assert indices.keys() == {"twice", "once", "thrice"}
-    assert indices["twice"] is whole and indices["once"] is whole and indices["thrice"] is not whole
-
-
 def test_too_small_a_limit_and_no_text_are_refused(world, loaded):
     model, tokenizer = loaded
     with pytest.raises(ValueError, match="limit must be at least 2"):
         evaluate(model, tokenizer, ["tiny_yes"], limit=1, include_path=world / "tasks")
     with pytest.raises(ValueError, match="no text"):
         perplexity(model, [])
-
-
-def test_a_tokenizer_without_bos_and_eos_is_refused() -> None:
-    class Tokenizer:
-        bos_token_id: int | None = None
-        eos_token_id: int | None = None
-
-    tokenizer = Tokenizer()
-    with pytest.raises(ValueError, match="the tokenizer of some/model has neither a bos nor an eos token"):
-        check_tokenizer(tokenizer, "some/model")
-    tokenizer.eos_token_id = 0
-    check_tokenizer(tokenizer, "some/model")
-    tokenizer.bos_token_id, tokenizer.eos_token_id = 1, None
-    check_tokenizer(tokenizer, "some/model")
 
 
 def test_warnings_and_errors_are_shown_and_progress_is_not(world, loaded, capfd, monkeypatch):

@@ -12,18 +12,8 @@ from transformers import AutoModelForCausalLM, GPT2Config
 import cats
 from cats import finetuning
 from cats.compiled_layers import compiled_layers, decoder_layers
-from cats.finetuning import (
-    PRESETS,
-    DivergedError,
-    LoraSettings,
-    TrainSettings,
-    add_lora,
-    finetune,
-    lora_config,
-    preset,
-    recalibrate,
-    remove_lora,
-)
+from cats.finetuning import DivergedError, TrainSettings, finetune, recalibrate
+from cats.lora import PRESETS, LoraSettings, add_lora, lora_config, preset, remove_lora
 from tests.conftest import tiny_model
 
 SETTINGS = TrainSettings(steps=12, batch_size=8, learning_rate=1e-2, warmup_steps=2)

@@ -19,6 +19,7 @@ from tests import accuracy_world
 from tests.test_e08 import E08
 from tests.test_e09 import E09
 
+pytestmark = pytest.mark.usefixtures("little_to_flush")
 EXPERIMENTS = ("e01", "e02", "e03", "e04", "e07", "e08", "e09")
 LATER = ("chosen", "difference", "difference_stderr", "cats_difference", "cats_difference_stderr")
 """Columns that several units make together: without one of them they are empty, or nothing is chosen yet."""

@@ -130,7 +130,7 @@ def test_an_installed_wheel_imports_or_says_which_extra_is_missing(wheel: zipfil
     assert done.returncode == 0, done.stderr[-2000:]
     said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     names = (
-        "evaluation", "finetuning", "generated_answers", "language_model", "perplexity", "quiet", "task_data",
+        "evaluation", "finetuning", "generated_answers", "language_model", "lora", "perplexity", "quiet", "task_data",
         "task_index",
     )  # fmt: skip
     assert set(said) == {f"cats.{name}" for name in names}

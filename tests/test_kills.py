@@ -14,7 +14,7 @@ from experiments.framework.provenance import read_provenance
 from tests.accuracy_world import build_world, profile
 
 DRIVER = """
-import importlib, json, os, signal, sys
+import gc, importlib, json, os, signal, sys
 from pathlib import Path
 from transformers import TrainerState
 from cats import finetuning
@@ -55,6 +55,7 @@ def set_trap(where):
 
 for name in ("e03", "e04"):
     importlib.import_module(EXPERIMENTS[name])
+gc.freeze()  # each child collects several times, and none of this can go
 for line in sys.stdin:
     where, log, *words = json.loads(line)
     child = os.fork()

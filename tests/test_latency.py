@@ -16,6 +16,7 @@ from experiments.framework.options import parse
 from experiments.gpu.precompile import Task, precompile
 from tests.conftest import calls_compiler
 
+pytestmark = pytest.mark.usefixtures("little_to_flush")
 TARGETS, SPARSE = [0.0, 0.5, 0.9], "sparse kernel"
 D, M = e05.SHAPES["small"]
 
@@ -265,6 +266,21 @@ def test_kernels_that_do_not_compile_are_told_by_name():
         pytest.skip("kernels compile here")
     messages = precompile([Task("cats", 64, 96, torch.float32, rows) for rows in (1, 2)], workers=1)
     assert [f"rows={rows}" in message for rows, message in zip((1, 2), messages, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize(("cache", "floats"), [(2**10, 2**18), (2**20, 2**20)])
+def test_the_flush_reads_a_fixed_size_or_four_times_the_last_cache(
+    cache: int, floats: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(timing, "last_level_cache_bytes", lambda: cache)
+    assert timing.cpu_flush()() == floats  # each is 1, and none is left out
+
+
+def test_the_caches_are_flushed_before_every_call(monkeypatch: pytest.MonkeyPatch):
+    order: list[str] = []
+    monkeypatch.setattr(timing, "cpu_flush", lambda: lambda: order.append("flush"))
+    timing.measure({name: (lambda name=name: order.append(name)) for name in "ab"}, warmups=1, rounds=1)
+    assert order[::2] == ["flush"] * 4 and sorted(order[1::2]) == ["a", "a", "b", "b"]
 
 
 def test_warmups_are_dropped_and_every_call_runs_in_every_round(monkeypatch: pytest.MonkeyPatch):

@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
+    @pytest.mark.slow
     def test_kernels_in_the_interpreter():
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
         done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
+    @pytest.mark.slow
     def test_the_kernel_in_the_interpreter():
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
         done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)

@@ -10,8 +10,8 @@ MOST_TOKENS = 10**9
 
 
 def lora_names() -> tuple[str, ...]:
-    """Names of `cats.finetuning.PRESETS`, imported when they are needed."""
-    from cats.finetuning import PRESETS
+    """Names of `cats.lora.PRESETS`, imported when they are needed."""
+    from cats.lora import PRESETS
 
     return tuple(PRESETS)
 
@@ -66,7 +66,7 @@ class TrainingOptions(Checked):
     """LoRA training, shared by all variants.
 
     Attributes:
-        lora: one of `cats.finetuning.PRESETS`.
+        lora: one of `cats.lora.PRESETS`.
         train_batch_size: sequences per step, over all processes.
         micro_batch_size: of them at once; all when None; lowered when memory runs out.
     """

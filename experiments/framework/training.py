@@ -11,7 +11,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from cats.calibration import Thresholds
-from cats.finetuning import DivergedError, add_lora, preset, remove_lora
+from cats.finetuning import DivergedError
+from cats.lora import add_lora, preset, remove_lora
 from experiments.framework.config import Config
 from experiments.framework.subject import Subject
 from experiments.framework.variants import Variant, make
