@@ -149,8 +149,8 @@ def pretrain(s: nox.Session) -> None:
 
 
 KERNEL_FILES = (
-    "*kernel*", "triton*", "quantized_cpu*", "quantized_formats", "quantized_weights", "decode_attention", "repeated*",
-    "reference", "operator*", "problem", "cpu_threads",
+    "*kernel*", "triton*", "quantized_cpu*", "packed_sums", "quantized_formats", "quantized_weights",
+    "decode_attention", "repeated*", "reference", "operator*", "problem", "cpu_threads",
 )  # fmt: skip
 KERNEL_TESTS = sorted(
     {str(path.relative_to(ROOT)) for name in KERNEL_FILES for path in ROOT.glob(f"tests/test_{name}.py")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import ReferenceType, ref
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT1
 Weights = tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]
 Call = Callable[[Tensor, np.ndarray], Tensor]
 """y for x, and thresholds (1,) or (m,), float32."""
-MOST_KEPT = 64
-"""Calls of one gate weight, of different shapes of x."""
+MOST_KEPT = 4096
+"""Calls, each of three weights and a shape of x."""
 
 
 def pack(weight: QuantizedWeight, dtype: torch.dtype) -> Packed:
@@ -72,38 +72,38 @@ def sparse_gated_mlp_quantized_cpu(
     """
     gate_activation(activation)
     check_decider(decider)
-    weights = gate_weight, up_weight, down_weight_t
-    return kept_call(x, weights, activation, decider)(x, as_thresholds(threshold))
+    return kept_call(x, gate_weight, up_weight, down_weight_t, activation, decider)(x, as_thresholds(threshold))
 
 
-def addresses(weights: Weights) -> list[int]:
-    """Of all tensors of the weights."""
-    return [tensor.data_ptr() for weight in weights for tensor in weight.tensors if tensor is not None]
+def addresses(weight: QuantizedWeight) -> tuple[int, int, int]:
+    """Of its tensors."""
+    return weight.data.data_ptr(), weight.scales.data_ptr(), 0 if weight.zeros is None else weight.zeros.data_ptr()
 
 
 class Kept(NamedTuple):
-    """A call that was made with a gate weight: the other two, all addresses, and what makes it again."""
+    """A call that was made before: its weights, the addresses that they had, and what makes it again."""
 
-    others: tuple[ReferenceType[QuantizedWeight], ...]
-    addresses: list[int]
+    weights: tuple[ReferenceType[QuantizedWeight], ...]
+    addresses: tuple[tuple[int, int, int], ...]
     call: Call
 
 
-_kept: WeakKeyDictionary[QuantizedWeight, dict[Any, Kept]] = WeakKeyDictionary()
+_kept: dict[Any, Kept] = {}
 
 
-def kept_call(x: Tensor, weights: Weights, activation: str, decider: str) -> Call:
-    """`by_address`, made once for weights that stay where they are: a model calls it for every token."""
-    gate, *others = weights
-    calls = _kept.setdefault(gate, {})
-    key = x.shape, x.dtype, activation, decider
-    kept, now = calls.get(key), addresses(weights)
-    if kept is not None and kept.addresses == now and all(a() is b for a, b in zip(kept.others, others, strict=True)):
-        return kept.call
-    made = by_address(x, weights, activation, decider)
-    if len(calls) >= MOST_KEPT:
-        calls.clear()
-    calls[key] = Kept(tuple(map(ref, others)), now, made)
+def kept_call(x: Tensor, gate: QuantizedWeight, up: QuantizedWeight, down: QuantizedWeight, *options: str) -> Call:
+    """`by_address`, made once for weights that stay where they are: a model calls it for every token. Few objects are
+    looked at, since after a token's weights have been read each of them comes from memory."""
+    key = id(gate), id(up), id(down), x.shape, x.dtype, options
+    kept, now = _kept.get(key), (addresses(gate), addresses(up), addresses(down))
+    if kept is not None and kept.addresses == now:
+        a, b, c = kept.weights
+        if a() is gate and b() is up and c() is down:
+            return kept.call
+    made = by_address(x, (gate, up, down), *options)
+    if len(_kept) >= MOST_KEPT:
+        _kept.clear()
+    _kept[key] = Kept((ref(gate), ref(up), ref(down)), now, made)
     return made
 
 
