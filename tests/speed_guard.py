@@ -43,7 +43,8 @@ def measured_ratios(
     Args:
         copies: gate, up and down of each copy of the weights, of one size.
         dense: the call, or on a GPU one call per copy, of torch's dense MLP.
-        kernels: sparsity -> the same of the kernel; one of them 0.
+        kernels: sparsity -> the same of the kernel; one of them 0, which reads all weights and counts among the plain
+            reads: where it is the fastest, a kernel that skips nothing would seem to be near the bound.
         measure: times named calls against each other, as `experiments.framework.timing.measure` does.
         **options: passed on to ``measure``.
     """
@@ -52,7 +53,7 @@ def measured_ratios(
     timings = measure(calls | {str(s): call for s, call in kernels.items()}, **options)
     times = {name: timing.p50_ms for name, timing in timings.items()}
     matrix = copies[0][0].nbytes
-    moved = {name: read.bytes_moved for name, read in reads.items()} | {"dense": 3 * matrix}
+    moved = {name: read.bytes_moved for name, read in reads.items()} | {"dense": 3 * matrix, "0.0": 3 * matrix}
     rate = max(size / times[name] for name, size in moved.items())
     ratios = {f"bound/{s}": bytes_needed(matrix, s) / rate / times[str(s)] for s in kernels}
     ratios |= {f"dense/{s}": times["dense"] / times[str(s)] for s in kernels}
