@@ -72,12 +72,12 @@ def quantize(
     for name, mlp in mlps.items():
         for part in parts_of(mlp).linears:
             _check_linear(f"{name}.{part}", mlp, part, bits, group_size)
-    refuse_save_pretrained(model)
     for name, mlp in mlps.items():
         suspend_kernels(mlp)
         try:
             for part in parts_of(mlp).linears:
                 _quantize_linear(f"{name}.{part}", mlp, part, bits, group_size, symmetric, keep, scale_dtype)
+                refuse_save_pretrained(model)
             mark_quantized(mlp)
         finally:
             refresh_kernels(mlp)

@@ -91,6 +91,15 @@ def test_adapters_that_transformers_adds_are_saved(tmp_path):
     torch.testing.assert_close(again(ids()).logits, model.eval()(ids()).logits)
 
 
+def test_a_model_that_could_not_be_quantised_is_saved(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="finite"):
+        cats.quantize(model, 8, 32)
+    model.save_pretrained(tmp_path / "saved")
+
+
 def test_a_quantizer_of_another_library_stays():
     model = tiny_model()
     model.hf_quantizer = other = object()

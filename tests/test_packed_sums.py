@@ -96,6 +96,28 @@ def test_what_has_no_fixed_point_is_left(value):
     assert relative_error(y, dequantize(weight).double()[:16].sum(0)) < 1e-4
 
 
+@pytest.mark.parametrize("place", range(16))
+def test_a_scale_that_is_nan_is_seen_in_any_row(place):
+    weight = quantize(torch.randn(16, 256), 4, 128)
+    weight.scales[place, 1] = math.nan
+    assert add(weight, range(16), [1.0] * 16)[0] == 0
+
+
+@pytest.mark.parametrize(("largest", "added"), [(100.0, 16), (1e5, 0)])
+def test_small_rows_are_not_lost_beside_a_large_one(largest, added):
+    """Where the large row is zero the others are what is left, to bfloat16 at least."""
+    rows = torch.randn(16, 256)
+    rows[3, ::2] = 0
+    weight = quantize(rows, 4, 128)
+    h = torch.ones(16)
+    h[3] = largest
+    now, y = add(weight, range(16), h)
+    assert now == added
+    if added:
+        expected = (h.double() @ dequantize(weight).double())[::2]
+        assert relative_error(y[::2], expected) < 2**-8
+
+
 def test_a_sixteen_of_zeros():
     weight = quantize(torch.randn(16, 256), 4, 128)
     added, y = add(weight, range(16), [0.0] * 16)

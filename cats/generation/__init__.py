@@ -75,10 +75,11 @@ def generate(
     Raises:
         TypeError, ValueError: one sentence naming the argument that is wrong and what is allowed.
     """
-    ids, mask, outside = check_prompt(model, input_ids, attention_mask)
+    itself = inner(model)
+    with decoder_of(itself).lock:  # on a GPU nothing may be enqueued while another thread captures a graph
+        ids, mask, outside = check_prompt(model, input_ids, attention_mask)
     max_new_tokens = _check_whole("max_new_tokens", max_new_tokens, 1)
     sampling = Sampling(temperature, top_k, top_p)
-    itself = inner(model)
     reason = obstacle(itself) or wrapper_obstacle(model)
     if loop == "auto" and reason is None:
         loop = default_loop(ids.device, len(ids))
@@ -89,7 +90,7 @@ def generate(
     settings = Settings(loop, sampling, generator, stop, pad, room=_check_whole("cache_tokens", cache_tokens, 0))
     if hasattr(streamer, "put"):  # it gets the prompt, for which the host waits
         outside.check()
-    on_tokens = outside.before(_on_tokens(streamer, ids))
+    on_tokens = outside.checking(_on_tokens(streamer, ids))
     if reason is not None or loop == "transformers":
         if reason is not None and loop != "transformers":
             warnings.warn(f"transformers' generate is used, since {reason}", stacklevel=2)

@@ -8,6 +8,7 @@ has guards of its own.
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -81,8 +82,10 @@ class Decoder:
             on_step: called with n when the n-th token has been enqueued; on a GPU it may not be there yet.
         """
         limit = torch._dynamo.config.patch(recompile_limit=VARIANTS, fail_on_recompile_limit_hit=True)
+        # streams and graphs are those of the current device
+        there = torch.cuda.device(ids.device) if ids.is_cuda else nullcontext()
         # tensors made in inference mode could never be written or trained outside of it
-        with torch.inference_mode(False), self.lock, torch.no_grad(), limit:
+        with torch.inference_mode(False), self.lock, torch.no_grad(), limit, there:
             ids = ids.clone() if ids.is_inference() else ids
             mask = mask.clone() if mask is not None and mask.is_inference() else mask
             return _Call(self, model, ids, mask, new_tokens, settings).run(on_tokens, on_step)

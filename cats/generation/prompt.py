@@ -18,13 +18,15 @@ class Outside:
     """
 
     def __init__(self, ids: Tensor, vocabulary: int | None) -> None:
-        self.vocabulary, self.event, self.answer = vocabulary, None, torch.tensor(False)
+        self.vocabulary = vocabulary
+        self.event: torch.cuda.Event | None = None
+        self.answer: Tensor | None = None
         if vocabulary is None:
             return
         low, high = ids.aminmax()
         answer = (low < 0) | (high >= vocabulary)
         if ids.is_cuda:
-            self.answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self.answer = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
             self.answer.copy_(answer, non_blocking=True)
             self.event = torch.cuda.Event()
             self.event.record(torch.cuda.current_stream(ids.device))
@@ -39,11 +41,11 @@ class Outside:
         """Raise ValueError if any lies outside."""
         if self.event is not None:
             self.event.synchronize()
-        if bool(self.answer):
+        if self.answer is not None and bool(self.answer):
             assert self.vocabulary is not None
             raise ValueError(f"input_ids must lie in 0 to {self.vocabulary - 1}, this model's vocabulary")
 
-    def before(self, on_tokens: Callable[[Tensor], None] | None) -> Callable[[Tensor], None] | None:
+    def checking(self, on_tokens: Callable[[Tensor], None] | None) -> Callable[[Tensor], None] | None:
         """``on_tokens``, which is not called before `check`."""
         if on_tokens is None:
             return None
@@ -77,6 +79,8 @@ def check_prompt(model: Any, ids: Any, mask: Any) -> tuple[Tensor, Tensor | None
     else:
         ids = outside.clamped(ids)
     device = execution_device(model)
+    if ids.is_cuda and device.type != "cuda":  # the host waits for them
+        outside.check()
     ids = ids.long().to(device)
     ids = ids[None] if ids.dim() == 1 else ids
     if mask is None:
@@ -86,4 +90,5 @@ def check_prompt(model: Any, ids: Any, mask: Any) -> tuple[Tensor, Tensor | None
     mask = (mask.reshape(ids.shape) != 0).long().to(device)
     if bool((mask[:, 1:] < mask[:, :-1]).any()) or not bool(mask[:, -1].all()):
         raise ValueError("attention_mask has padding after a token: pad on the left (tokenizer.padding_side = 'left')")
+    outside.check()  # the host has waited for the mask
     return ids, mask, outside

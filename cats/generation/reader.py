@@ -15,19 +15,19 @@ class TokenReader:
 
     def __init__(self, batch: int, settings: Settings, on_tokens: Callable[[Tensor], None] | None) -> None:
         self.padding, self.on_tokens = settings.pad, on_tokens
-        self.stop = torch.tensor(sorted(settings.stop), dtype=torch.int64)
-        self.ended = torch.zeros(batch, dtype=torch.bool)
-        self.lengths = torch.zeros(batch, dtype=torch.int64)
+        self.stop = torch.tensor(sorted(settings.stop), dtype=torch.int64, device="cpu")
+        self.ended = torch.zeros(batch, dtype=torch.bool, device="cpu")
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device="cpu")
         self.pending: deque[tuple[Tensor, Any]] = deque()
         self.count = 0
 
     def push(self, token: Tensor) -> bool:
         """Take the next token in; whether all sequences have ended."""
         if token.is_cuda:
-            host = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
+            host = torch.empty(token.shape, dtype=token.dtype, device="cpu", pin_memory=True)
             host.copy_(token, non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(token.device))
             self.pending.append((host, event))
             return len(self.pending) > 1 and self._read()
         self.pending.append((token.clone(), None))

@@ -48,10 +48,10 @@ def portable(word: str) -> str:
     """
 
     def shortened(match: re.Match[str]) -> str:
-        path = Path(match.group())
+        path = Path(os.path.normpath(match.group()))
         return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name or match.group()
 
-    return re.sub(r"""(?:^|(?<=[="'\[, ]))/[^"',\]]*""", shortened, word)
+    return re.sub(r"""(?:^|(?<=[="'\[{(:, ])|(?<=://))/(?!/)[^\s/"',\]})](?:[^"',\]})\s]|\s(?!/))*""", shortened, word)
 
 
 def provenance_entry(

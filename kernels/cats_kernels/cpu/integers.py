@@ -243,11 +243,11 @@ def magnitudes(context: Any, values: Any) -> Any:
 
 @intrinsic
 def larger(context: Any, a: Any, b: Any) -> Any:
-    """The larger one of each lane; NaN where ``a`` is."""
+    """The larger one of each lane of numbers without a sign; NaN where either is, by their bits."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        a, b = arguments
-        return builder.select(builder.fcmp_ordered("<", a, b), b, a)
+        a, b = (builder.bitcast(argument, INTEGERS.backend) for argument in arguments)
+        return builder.bitcast(builder.select(builder.icmp_unsigned("<", a, b), b, a), FLOATS.backend)
 
     return FLOATS(FLOATS, FLOATS), generate
 

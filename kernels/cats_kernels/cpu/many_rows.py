@@ -39,7 +39,7 @@ def quantized_mlp_many_rows(
     step = min(m, max(1, WEIGHTS // d))
     for rows, out in zip(x.split(ROWS), y.split(ROWS), strict=True):
         piece = multiply(rows, activation, decider)
-        sums = torch.zeros(rows.shape, dtype=torch.float32)
+        sums = torch.zeros(rows.shape, dtype=torch.float32, device=x.device)
         for first in range(0, m, step):
             last = min(m, first + step)
             gate, up, down_t = (weight.rows(first, last) for weight in (gate_weight, up_weight, down_weight_t))

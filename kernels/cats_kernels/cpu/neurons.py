@@ -174,8 +174,8 @@ def neurons(
         largest += weight.zeros.float().abs()
     largest = largest.amax(1)
     reach = norms * (TIMES * float(ROUNDED))
-    marks = torch.empty(len(x), m, dtype=torch.uint8)
-    memory = torch.empty(max(1, torch.get_num_threads()), d, dtype=torch.float32)
+    marks = torch.empty(len(x), m, dtype=torch.uint8, device=x.device)
+    memory = torch.empty(max(1, torch.get_num_threads()), d, dtype=torch.float32, device=x.device)
     counters = np.zeros(3, np.int64)  # rows taken, blocks of neurons taken, threads at work
     tensors = products, deciding, other, marks, x, reach, largest, thresholds, memory
     addresses = [tensor.data_ptr() for tensor in tensors]

@@ -46,6 +46,7 @@ from cats_kernels.cpu.integers import (
     woven_3,
 )
 from cats_kernels.cpu.packed import LARGEST, SMALLEST, scales_before
+from cats_kernels.cpu.plain import LINE
 from cats_kernels.cpu.vectors import (
     LANES,
     float_at,
@@ -62,6 +63,8 @@ ROWS = 16
 """As many 15-bit coefficients times numbers up to 15 * 256 as a sum of 32 bits holds."""
 MOST = np.float32(32767)
 """Largest coefficient."""
+UNEQUAL = np.float32(256)
+"""So many times the mean of the others' values the largest one of sixteen rows may be."""
 
 
 @jit()
@@ -83,19 +86,23 @@ def sum_floats(weight: Any) -> int:
     every row, their sum and their step."""
     if not sums_rows(weight):
         return 0
-    return weight.row_bytes * 8 // weight.bits + (ROWS // 2 + 2) * padded_groups(weight)
+    return LANES + weight.row_bytes * 8 // weight.bits + (ROWS // 2 + 2) * padded_groups(weight)
 
 
 @jit()
 def coefficients(weight: Any, h: Array, index: Array, first: int, rows: int, memory: int) -> bool:
     """Of ``rows`` listed neurons from the ``first`` on, into ``memory``: for each pair of rows and each group two of 16
     bits, then the sums over all rows, then the steps in float32. False where they have no fixed point: a value is not
-    finite or very large, or all of a group are tiny."""
+    finite or very large, all of a group are tiny, or one row is so much larger than the others that a step, which is
+    `MOST` of it, would be coarser than bfloat16 for them."""
     padded = padded_groups(weight)
     sums, steps = memory + 4 * (ROWS // 2) * padded, memory + 4 * (ROWS // 2 + 1) * padded
-    fine = True
+    fine, count, largest, total = True, 0, np.float32(0), np.float32(0)
     for q in range(first, first + rows):
-        fine &= abs(h[q]) < LARGEST
+        size = abs(h[q])
+        fine &= size < LARGEST
+        largest, total, count = max(largest, size), total + size, count + (size > 0)
+    fine &= count < 2 or largest * (count - 1) < UNEQUAL * (total - largest)
     for g in range(0, padded, LANES):
         peak = splat(0.0)
         for q in range(first, first + rows):
@@ -224,6 +231,7 @@ def packed_sums(weight: Any, index: Array, h: Array, count: int, spare: int, y: 
     """``y += h weight[index]`` without zero points, for the first ``count`` neurons, a multiple of four, or as many as
     have a fixed point; how many. ``spare``: address of `sum_floats`."""
     columns = weight.row_bytes * 8 // weight.bits
+    spare = (spare + LINE - 1) // LINE * LINE
     memory = spare + 4 * columns
     rows = np.empty(count, np.int64)
     for q in range(count):

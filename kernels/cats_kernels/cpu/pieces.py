@@ -34,7 +34,7 @@ def piece_memory(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     memory: Tensor | None = getattr(_own, "memory", None)
     if memory is None or len(memory) < size:
         with torch.inference_mode(False):
-            memory = _own.memory = torch.empty(size, dtype=torch.uint8)
+            memory = _own.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
     return memory[:size].view(dtype).view(rows, columns)
 
 

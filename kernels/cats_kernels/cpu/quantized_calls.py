@@ -99,8 +99,8 @@ def numba_region(member: int, data: int, threads: int) -> None:
 
 @jit(nogil=True)
 def begin(plan: Array, x: int, rows: int, padded: Array, first: Array, second: Array, data: Array) -> None:
-    """Write the numbers of a call but for its results, and x for its threads into ``padded`` and, if there is one row,
-    ``first`` and ``second``."""
+    """Write the numbers of a call but for its thresholds and results, and x for its threads into ``padded`` and, if
+    there is one row, ``first`` and ``second``."""
     d = plan[DECIDING + 10]
     widen_rows(x, plan[KIND], padded[:, :d])
     data[:PLAN] = plan

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
-from weakref import ReferenceType, ref
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,36 +74,26 @@ def sparse_gated_mlp_quantized_cpu(
     return kept_call(x, gate_weight, up_weight, down_weight_t, activation, decider)(x, as_thresholds(threshold))
 
 
-def addresses(weight: QuantizedWeight) -> tuple[int, int, int]:
-    """Of its tensors."""
-    return weight.data.data_ptr(), weight.scales.data_ptr(), 0 if weight.zeros is None else weight.zeros.data_ptr()
+def facts(weight: QuantizedWeight) -> tuple[Any, ...]:
+    """All that the kernel knows of a weight: two that agree in it are one to it."""
+    data, scales, zeros = weight.tensors
+    places = data.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr()
+    return places, data.shape, scales.dtype, weight.bits, weight.group_size, weight.d
 
 
-class Kept(NamedTuple):
-    """A call that was made before: its weights, the addresses that they had, and what makes it again."""
-
-    weights: tuple[ReferenceType[QuantizedWeight], ...]
-    addresses: tuple[tuple[int, int, int], ...]
-    call: Call
-
-
-_kept: dict[Any, Kept] = {}
+_kept: dict[Any, Call] = {}
 
 
 def kept_call(x: Tensor, gate: QuantizedWeight, up: QuantizedWeight, down: QuantizedWeight, *options: str) -> Call:
     """`by_address`, made once for weights that stay where they are: a model calls it for every token. Few objects are
     looked at, since after a token's weights have been read each of them comes from memory."""
-    key = id(gate), id(up), id(down), x.shape, x.dtype, options
-    kept, now = _kept.get(key), (addresses(gate), addresses(up), addresses(down))
-    if kept is not None and kept.addresses == now:
-        a, b, c = kept.weights
-        if a() is gate and b() is up and c() is down:
-            return kept.call
-    made = by_address(x, (gate, up, down), *options)
-    if len(_kept) >= MOST_KEPT:
-        _kept.clear()
-    _kept[key] = Kept((ref(gate), ref(up), ref(down)), now, made)
-    return made
+    key = x.shape, x.dtype, options, facts(gate), facts(up), facts(down)
+    call = _kept.get(key)
+    if call is None:
+        if len(_kept) >= MOST_KEPT:
+            _kept.clear()
+        call = _kept[key] = by_address(x, (gate, up, down), *options)
+    return call
 
 
 def by_address(x: Tensor, weights: Weights, activation: str, decider: str) -> Call:
@@ -122,7 +111,7 @@ def by_address(x: Tensor, weights: Weights, activation: str, decider: str) -> Ca
 
     def call(x: Tensor, thresholds: np.ndarray) -> Tensor:
         limits, count = thresholds.__array_interface__["data"][0], thresholds.size
-        y = torch.empty(x.shape, dtype=torch.float32)  # whatever torch.set_default_dtype says
+        y = torch.empty(x.shape, dtype=torch.float32, device=x.device)  # whatever torch's defaults are
         first_x, first_y = x.data_ptr(), y.data_ptr()
         threads = threads_for(3 * m * d)
         lost = 0
