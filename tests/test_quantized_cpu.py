@@ -208,7 +208,7 @@ def bfloat16_products(monkeypatch):
     seed=st.integers(0, 1000),
 )
 def test_any_shape_of_many_rows(d, m, rows, sparsity, form, symmetric, dtype, activation, kind, decider, seed):
-    """(With less than 40 columns or neurons a sum of the few that are kept may cancel so that what is rounded before it shows.)"""
+    """(With less than 40 columns or neurons a sum of few may cancel so that what is rounded before it shows.)"""
     made = QuantizedProblem(
         d, m, rows, *form, symmetric=symmetric, dtype=dtype, seed=seed, activation=activation, decider=decider
     )
