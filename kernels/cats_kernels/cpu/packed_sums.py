@@ -97,7 +97,8 @@ def coefficients(weight: Any, h: Array, index: Array, first: int, rows: int, mem
     `MOST` of it, would be coarser than bfloat16 for them."""
     padded = padded_groups(weight)
     sums, steps = memory + 4 * (ROWS // 2) * padded, memory + 4 * (ROWS // 2 + 1) * padded
-    fine, count, largest, total = True, 0, np.float32(0), np.float32(0)
+    fine: Any = True
+    count, largest, total = 0, np.float32(0), np.float32(0)
     for q in range(first, first + rows):
         size = abs(h[q])
         fine &= size < LARGEST
