@@ -10,6 +10,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from cats import task_index
+from cats.models import load_model
 from experiments.framework.profiles import load_profile, make_config
 from experiments.pocket.tokenizer import as_pretrained, train_tokenizer
 from tests.conftest import tiny_model
@@ -138,6 +139,18 @@ def build_world(root: Path) -> Path:
     write_task(root / "tasks", "tiny_without_acc", 4, "acc_norm")
     write_answer_task(root / "tasks", "tiny_answer")
     return root
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The folder of a world, which a module shares."""
+    return build_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def loaded(world):
+    """Its model and tokenizer."""
+    return load_model(str(world / "model"), "float32")
 
 
 PROFILE = """models = ["{world}/model"]

@@ -25,17 +25,9 @@ from cats.evaluation import (
 )
 from cats.language_model import LanguageModel
 from cats.models import load_model
-from tests.accuracy_world import ITEMS, build_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return build_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture
-def loaded(world):
-    return load_model(str(world / "model"), "float32")
+from tests.accuracy_world import ITEMS
+from tests.accuracy_world import loaded as loaded
+from tests.accuracy_world import world as world
 
 
 def hand_loglikelihood(model, thresholds, ids, start):

@@ -10,19 +10,8 @@ import torch
 import cats
 from cats.evaluation import load_tasks
 from cats.generated_answers import evaluate_answers, load_answer_tasks
-from cats.models import load_model
-from tests.accuracy_world import build_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return build_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture
-def loaded(world):
-    return load_model(str(world / "model"), "float32")
-
+from tests.accuracy_world import loaded as loaded
+from tests.accuracy_world import world as world
 
 ANSWERS = """task: first_word
 dataset_path: json

@@ -5,12 +5,7 @@ from lm_eval.tasks import TaskManager
 
 from cats import task_index
 from cats.evaluation import check_tasks, load_tasks
-from tests.accuracy_world import build_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return build_world(tmp_path_factory.mktemp("world"))
+from tests.accuracy_world import world as world
 
 
 @pytest.mark.parametrize(

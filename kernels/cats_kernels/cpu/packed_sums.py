@@ -16,35 +16,7 @@ from typing import Any
 import numpy as np
 
 from cats_kernels.cpu.compiling import Array, jit
-from cats_kernels.cpu.integers import (
-    BLOCK_BYTES,
-    all_between,
-    as_floats,
-    as_words,
-    dot_words,
-    high_bytes,
-    interleaved_high,
-    interleaved_low,
-    inverses,
-    larger,
-    load_words,
-    low_bytes,
-    magnitudes,
-    nibble_0,
-    nibble_1,
-    nibble_2,
-    nibble_3,
-    no_words,
-    pairs_of_words,
-    plus_words,
-    splat_word,
-    store_words,
-    word_at,
-    woven_0,
-    woven_1,
-    woven_2,
-    woven_3,
-)
+from cats_kernels.cpu.integers import BLOCK_BYTES, as_floats, load_words, no_words, plus_words
 from cats_kernels.cpu.packed import LARGEST, SMALLEST, scales_before
 from cats_kernels.cpu.plain import LINE
 from cats_kernels.cpu.vectors import (
@@ -57,6 +29,30 @@ from cats_kernels.cpu.vectors import (
     splat,
     store,
     times,
+)
+from cats_kernels.cpu.words import (
+    all_between,
+    as_words,
+    dot_words,
+    high_bytes,
+    interleaved_high,
+    interleaved_low,
+    inverses,
+    larger,
+    low_bytes,
+    magnitudes,
+    nibble_0,
+    nibble_1,
+    nibble_2,
+    nibble_3,
+    pairs_of_words,
+    splat_word,
+    store_words,
+    word_at,
+    woven_0,
+    woven_1,
+    woven_2,
+    woven_3,
 )
 
 ROWS = 16
