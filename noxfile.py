@@ -34,12 +34,12 @@ def environment(s: nox.Session, name: str, *packages: str) -> str:
     stamp, wanted = folder / "cats-installed", fingerprint(*packages)
     if not stamp.exists() or stamp.read_text() != wanted:
         s.log(f"step 1 of 2, seconds: an empty environment, {folder}")
-        s.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(folder), external=True)
+        s.run_install(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(folder), external=True)
         s.log(f"step 2 of 2, once: packages in the versions of constraints.txt, for {' '.join(packages)}")
         if packages == PROJECT:
             s.log("with torch: 3 to 10 minutes; 3 GB on the disk, 6 with CUDA; pip names each package below")
         with growing(s, folder):
-            s.run(python, "-m", "pip", "install", "--no-input", "-c", "constraints.txt", *packages, external=True)
+            s.run_install(python, "-m", "pip", "install", "--no-input", "-c", "constraints.txt", *packages, external=True)
         stamp.write_text(wanted)
         s.log("installed; the next run begins at once")
     return python
