@@ -169,13 +169,13 @@ def _load(file: _File) -> PreTrainedModel:
     layers = _layers(json.loads(metadata["layers"]))
     _check_sizes(config, layers, file)
     model = empty_model(config, dtype)
-    refuse_save_pretrained(model)
     of_mlps = set(mlp_linears(model))
     for path, form in layers.items():
         _fill_layer(model, path, form, file, path in of_mlps)
     _fill(model, file)
     for name in {path.rpartition(".")[0]: None for path in layers if path in of_mlps}:
         mark_quantized(model.get_submodule(name))
+    refuse_save_pretrained(model)
     if "generation" in metadata:
         model.generation_config = GenerationConfig.from_dict(json.loads(metadata["generation"]))
     return model.eval()
