@@ -39,7 +39,8 @@ def environment(s: nox.Session, name: str, *packages: str) -> str:
         if packages == PROJECT:
             s.log("with torch: 3 to 10 minutes; 3 GB on the disk, 6 with CUDA; pip names each package below")
         with growing(s, folder):
-            s.run_install(python, "-m", "pip", "install", "--no-input", "-c", "constraints.txt", *packages, external=True)
+            pip = (python, "-m", "pip", "install", "--no-input", "-c", "constraints.txt")
+            s.run_install(*pip, *packages, external=True)
         stamp.write_text(wanted)
         s.log("installed; the next run begins at once")
     return python

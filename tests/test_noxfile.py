@@ -55,6 +55,19 @@ class Session:
         elif "install" in command and self.fails:
             raise RuntimeError("interrupted")
 
+    def run_install(self, *command: str, **options: Any) -> None:
+        self.run(*command, **options)
+
+
+class Installing(Session):
+    """As under ``nox --install-only``, which skips what is not of the installation."""
+
+    def run(self, *command: str, **options: Any) -> None:
+        return
+
+    def run_install(self, *command: str, **options: Any) -> None:
+        super().run(*command, **options)
+
 
 def test_an_environment_is_made_once_and_says_what_it_does(noxfile: Any) -> None:
     first, second = Session("runs/mine"), Session("runs/mine")
@@ -64,6 +77,14 @@ def test_an_environment_is_made_once_and_says_what_it_does(noxfile: Any) -> None
     assert [command[2] for command in first.commands] == ["virtualenv", "pip", "reports"]
     assert "a folder" in python and second.commands == [(python, "-m", "reports", "runs/mine")]
     assert any("minutes" in line and "GB" in line for line in first.lines) and second.lines == []
+
+
+def test_install_only_makes_the_environment_and_runs_nothing(noxfile: Any) -> None:
+    s, later = Installing(), Session()
+    noxfile.report(s)
+    noxfile.report(later)
+    assert [command[2] for command in s.commands] == ["virtualenv", "pip"]
+    assert [command[2] for command in later.commands] == ["reports"]
 
 
 def test_an_environment_that_was_not_finished_is_made_again(noxfile: Any) -> None:
