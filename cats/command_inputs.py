@@ -99,7 +99,7 @@ def load(arguments: argparse.Namespace, layers: int | None = None) -> tuple[Any,
     if bits is None and arguments.linears is not None:
         raise ValueError("--linears is for quantised weights: give --bits 8 or --bits 4 too")
     if bits == 4 and group_size == "row":
-        raise ValueError("--group-size row is for --bits 8: give 32, 64, 128 or 256")
+        raise ValueError(f"--group-size row is for --bits 8: allowed are {', '.join(map(str, GROUP_SIZES))}")
     device, size = resolve_device(arguments.device), None if group_size == "row" else int(group_size)
     packed, linears = arguments.packed, arguments.linears or "mlp"
     model, tokenizer = load_model(arguments.model, arguments.dtype, device, layers, 0, packed, bits, size, linears)

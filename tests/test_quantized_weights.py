@@ -1,14 +1,17 @@
 """The format of quantised weights: how values are rounded, packed and read, and what is refused."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from cats_kernels import QuantizedWeight, dequantize, quantize
-from cats_kernels.quantized import GROUP_SIZES, from_ggml_blocks, pack
+from cats_kernels.quantized import BITS, GROUP_SIZES, from_ggml_blocks, pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.quantized_cases import CPU_FORMATS as FORMATS
+FORMATS = [(8, None), *itertools.product(BITS, GROUP_SIZES)]
+"""(bits, group size), all there are."""
 
 
 @settings(max_examples=60, deadline=None)
