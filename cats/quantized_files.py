@@ -42,8 +42,8 @@ def save_quantized(model: PreTrainedModel, path: str | Path) -> None:
 
     Raises:
         TypeError: it is no module.
-        ValueError: it is not quantised, it is a part of a model, or its other weights are of several dtypes, which a file
-            could not be read to.
+        ValueError: it is not quantised, it is a part of a model, or its other weights are of several dtypes, which a
+            file could not be read to.
         OSError: ``path`` cannot be written.
     """
     check_module(model)
