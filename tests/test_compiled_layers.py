@@ -50,18 +50,22 @@ def test_compiled_layers_train_to_the_same_adapters_and_leave_nothing_behind(tmp
         assert torch.allclose(ran[True][1][name], value, rtol=1e-3, atol=1e-4), name
 
 
-def test_layers_are_compiled_on_a_gpu_alone_and_of_long_runs(monkeypatch):
+def test_layers_are_compiled_on_a_gpu_alone_and_of_long_runs(monkeypatch, tmp_path):
     compiled = []
     monkeypatch.setattr(finetuning, "compiled_layers", compiled.append)
     model = patched()
-    for device, steps, asked in (("cpu", 500, None), ("cuda", 13, None), ("cuda", 500, False)):
+
+    def ask(device, steps, micro_batch_size, asked=None):
         monkeypatch.setattr(type(model), "device", torch.device(device), raising=False)
-        settings = dataclasses.replace(SETTINGS, steps=steps, micro_batch_size=2, compiled=asked)
-        finetuning._compiled(model, settings)
-    assert compiled == []
-    for steps, asked in ((25, None), (1, True)):
-        finetuning._compiled(model, dataclasses.replace(SETTINGS, steps=steps, micro_batch_size=2, compiled=asked))
-    assert compiled == [model.get_base_model()] * 2
+        changes = {"steps": steps, "micro_batch_size": micro_batch_size, "compiled": asked}
+        settings = dataclasses.replace(SETTINGS, **changes)
+        compiled.clear()
+        finetuning._compiled(model, settings, finetuning._arguments(model, settings, tmp_path))
+        return compiled == [model.get_base_model()]
+
+    assert not ask("cpu", 500, 2) and not ask("cuda", 24, 2) and not ask("cuda", 500, 2, False)
+    assert ask("cuda", 25, 2) and ask("cuda", 1, 2, True)
+    assert ask("cuda", 100, 16), "a micro batch larger than the batch of 8 is one pass a step"
 
 
 def test_a_layer_that_accelerate_has_hooked_keeps_its_hook():
