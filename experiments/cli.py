@@ -176,10 +176,14 @@ def reproduce(arguments: argparse.Namespace) -> int:
 
         return print_plan(configs)
     from experiments.framework.locks import locked
-    from experiments.framework.runner import run_all
+    from experiments.framework.runner import is_done, run_all
 
     typed = shlex.join(["python", "-m", "experiments", *arguments.words])
     with locked(arguments.output, works=False):
+        if any("folder" in config.data for config in configs):
+            from experiments.framework.inputs import check_folders
+
+            check_folders([config for config in configs if arguments.force or not is_done(config)])
         failures = run_all(configs, forwarded(arguments), arguments.force, arguments.processes, typed)
         from reports.__main__ import main as report
 

@@ -53,10 +53,15 @@ class Options:
         check_tokens(blocks=self.blocks, length=self.length)
 
 
+def text_blocks(config: Config[Options]) -> dict[str, int]:
+    """Blocks of text that it needs of each purpose."""
+    return {"train": config.options.blocks, "heldout": config.options.blocks}
+
+
 def run(config: Config[Options]) -> Iterable[Row]:
     """Measure histograms and thresholds of each model in ``config.models``, and of its control."""
     check_models(config)
-    check_length(config, train=config.options.blocks, heldout=config.options.blocks)
+    check_length(config, text_blocks(config))
     for model in config.models:
         for weights in WEIGHTS:
             compute = partial(measure, config, model, weights)

@@ -46,11 +46,15 @@ class Options(EvaluationOptions):
         return list(dict.fromkeys(variant(name, level) for name in self.criteria for level in self.levels))
 
 
+def text_blocks(config: Config[Options]) -> dict[str, int]:
+    """Blocks of text that it needs of each purpose."""
+    return {"train": config.options.calibration_blocks, "heldout": config.options.heldout_blocks}
+
+
 def run(config: Config[Options]) -> Iterable[Row]:
     """Measure every variant of each model."""
-    options = config.options
     check(config)
-    check_length(config, train=options.calibration_blocks, heldout=options.heldout_blocks)
+    check_length(config, text_blocks(config))
     for name in config.models:
         yield from measure_model(config, name)
 

@@ -67,13 +67,19 @@ class Options(EvaluationOptions, TrainingOptions, SweepOptions):
         return [variant("cats", level) for level in self.levels]
 
 
+def text_blocks(config: Config[Options]) -> dict[str, int]:
+    """Blocks of text that it needs of each purpose: to calibrate and train on; to measure and choose the rate on."""
+    options = config.options
+    trained = options.longest() * options.train_batch_size
+    swept = options.sweep_blocks if options.sweeps() else 0
+    return {"train": options.calibration_blocks + trained, "heldout": options.heldout_blocks + swept}
+
+
 def run(config: Config[Options]) -> Iterable[Row]:
     """Sweep, train and measure."""
     options = config.options
     check(config)
-    trained = options.longest() * options.train_batch_size
-    swept = options.sweep_blocks if options.sweeps() else 0
-    check_length(config, train=options.calibration_blocks + trained, heldout=options.heldout_blocks + swept)
+    check_length(config, text_blocks(config))
     for name in config.models:
         yield from measure_model(FinetuningSubject(config, name, options.longest(), options.sweep_blocks))
 

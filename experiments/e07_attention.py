@@ -55,12 +55,18 @@ class Options(EvaluationOptions, TrainingOptions):
         return [DENSE, *(variant("cats", level, sites) for level in self.levels for sites in (("gate",), ALL_SITES))]
 
 
+def text_blocks(config: Config[Options]) -> dict[str, int]:
+    """Blocks of text that it needs of each purpose."""
+    options = config.options
+    trained = options.steps * options.train_batch_size
+    return {"train": options.calibration_blocks + trained, "heldout": options.heldout_blocks}
+
+
 def run(config: Config[Options]) -> Iterable[Row]:
     """Measure the dense model, CATS and CATS with attention."""
     options = config.options
     check(config)
-    trained = options.steps * options.train_batch_size
-    check_length(config, train=options.calibration_blocks + trained, heldout=options.heldout_blocks)
+    check_length(config, text_blocks(config))
     for name in config.models:
         subject = FinetuningSubject(config, name, options.steps)
         dense: dict[tuple[int, int], Samples | None] = {}

@@ -15,8 +15,10 @@ from cats.evaluation import load_tasks
 from cats.models import load_tokenizer
 from cats.task_data import check_answer, local_sets, tasks_identity
 from experiments import data
+from experiments.__main__ import main
 from experiments.cli import configs_of, forwarded, parser, profile_of
 from experiments.data import check_length, check_text, on_hub, text_identity, texts
+from experiments.framework import runner
 from experiments.framework.profiles import EXPERIMENTS
 
 from .hub_content import ITEMS, TASKS, save_task_data
@@ -241,6 +243,32 @@ def test_a_text_that_is_too_short_is_said_before_a_model_is_loaded(
     sentence = rf"the text has only \d+ tokens, but {asked} blocks of {options.length} were asked for"
     with pytest.raises(ValueError, match=sentence):
         list(module.run(config))
+
+
+def test_a_run_of_several_experiments_says_first_what_the_folder_lacks(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the first experiment, which has what it needs, nor any other is begun."""
+    monkeypatch.setattr(runner, "run_child", lambda *_arguments: pytest.fail("an experiment was begun"))
+    words = ["reproduce", "--data", str(folder), "--output", str(tmp_path / "run"), "--profile", "small"]
+    small = [
+        "--model",
+        "pocket",
+        "--device",
+        "cpu",
+        "--set",
+        "e02.calibration_blocks=1",
+        "--set",
+        "e02.heldout_blocks=1",
+        "--set",
+        "e02.length=8",
+    ]
+    assert main([*words, *small, "--only", "e02", "e03"]) == 2
+    assert "the text has only" in capsys.readouterr().err
+    shutil.rmtree(copy_of(folder, tmp_path) / "hub" / "allenai" / "sciq")
+    words[2] = str(tmp_path / "copy")
+    assert main([*words, *small, "--only", "e02"]) == 2
+    assert "has no set allenai/sciq" in capsys.readouterr().err
 
 
 def test_all_of_a_text_is_tokenised_only_where_it_may_be_too_short(

@@ -25,7 +25,8 @@ def test_the_oracle_is_the_formula_neuron_by_neuron(decider, activation):
                 expected[r] += v * u * down_t[j]
     assert relative_error(oracle(*made.arguments(vector)), expected) < 1e-14
     assert relative_error(made.expected(vector), expected) < 1e-14
-    assert made.errors({0.0: made.expected(0.0), 0.3: made.expected(0.3)}) == {0.0: 0.0, 0.3: 0.0}
+    errors = made.errors({0.0: made.expected(0.0), 0.3: made.expected(0.3)})
+    assert errors.keys() == {0.0, 0.3} and max(errors.values()) < 1e-14  # the same sum may round otherwise elsewhere
     assert made.error(made.expected(vector) * 1.01, vector) == pytest.approx(0.01)
 
 

@@ -60,6 +60,17 @@ def test_when_gpu_memory_runs_out_batches_are_halved_and_it_is_said(
     assert is_done(config_in(tmp_path, batch_size=16, train_batch_size=8))
 
 
+def test_with_smaller_batches_checkpoints_begin_anew(tmp_path: Path) -> None:
+    config = config_in(tmp_path, batch_size=16, train_batch_size=8)
+    whole = config.workdir("a")
+    assert config.workdir("a") == whole
+    config.halve_batches()
+    halved = config.workdir("a")
+    again = config_in(tmp_path, batch_size=16, train_batch_size=8)
+    again.halve_batches()
+    assert again.workdir("a") == halved != whole and again.stamp("a") == config.stamp("a")
+
+
 @pytest.mark.parametrize("device, chosen", [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
 def test_the_gpu_asked_for_is_the_current_one(
     device: str, chosen: list[str], tmp_path: Path, toy: Callable, monkeypatch: pytest.MonkeyPatch

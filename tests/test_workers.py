@@ -7,10 +7,12 @@ import signal
 import sys
 
 import pytest
+import torch
 
 from experiments.__main__ import main
+from experiments.framework import workers as workers_module
 from experiments.framework.config import Config, RunError
-from experiments.framework.workers import WORKER, Claims, WorkerFinished
+from experiments.framework.workers import SHARE, WORKER, Claims, WorkerFinished, keep_to_share
 from tests.accuracy_world import build_world, profile
 
 
@@ -110,6 +112,19 @@ def test_a_unit_is_taken_once(tmp_path):
     assert claims.take("a.json") and not claims.take("a.json") and claims.take("b.json")
     claims.clear()
     assert claims.take("a.json")
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "share"), [(3, 1, 0.3), (4, 4, None), (2, 4, None), (5, 2, 0.3), (3, 0, None)]
+)
+def test_workers_on_one_gpu_share_its_memory(workers, gpus, share, monkeypatch):
+    given = [workers_module._environment(number, workers, gpus).get(SHARE) for number in range(workers)]
+    assert given == [given[0]] * workers and (None if given[0] is None else float(given[0])) == pytest.approx(share)
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *arguments: taken.append(arguments))
+    monkeypatch.setenv(SHARE, given[0]) if given[0] else monkeypatch.delenv(SHARE, raising=False)
+    keep_to_share("cuda:1")
+    assert taken == ([(pytest.approx(share), 1)] if share else [])
 
 
 def test_this_process_is_no_worker():

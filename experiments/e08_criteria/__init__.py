@@ -53,13 +53,18 @@ STEP_SECONDS, COMPILE_SECONDS, KERNEL_SECONDS = 0.03, 30.0, 10.0
 that the MLPs are timed with."""
 
 
+def text_blocks(config: Config[Options]) -> dict[str, int]:
+    """Blocks of text that it needs of each purpose."""
+    return {"train": config.options.calibration_blocks, "heldout": config.options.heldout_blocks}
+
+
 def run(config: Config[Options]) -> Iterable[Row]:
     """Measure every criterion at every level on each model."""
     options, kinds = config.options, {piece.kind for piece in config.options.pieces()}
     if "tasks" in kinds:
         check(config)
     check_models(config)
-    check_length(config, train=options.calibration_blocks, heldout=options.heldout_blocks)
+    check_length(config, text_blocks(config))
     if "answers" in kinds and "folder" in config.data and not config.finished_only:
         load_answer_tasks(options.generation_tasks, task_folder(config), config.data["folder"])
     for name in config.models:

@@ -81,6 +81,12 @@ class Options(EvaluationOptions):
         return cases(self.formats, self.criterion, self.levels) if self.quality else []
 
 
+def text_blocks(config: Config[Options]) -> dict[str, int]:
+    """Blocks of text that it needs of each purpose."""
+    options = config.options
+    return {"train": options.calibration_blocks, "heldout": options.heldout_blocks} if options.quality else {}
+
+
 def run(config: Config[Options]) -> Iterable[Row]:
     """Quality of each model, then speed of each shape, then generation by each model."""
     options = config.options
@@ -89,7 +95,7 @@ def run(config: Config[Options]) -> Iterable[Row]:
         if options.tasks:
             check(config)
         check_models(config)
-        check_length(config, train=options.calibration_blocks, heldout=options.heldout_blocks)
+        check_length(config, text_blocks(config))
         for name in config.models:
             yield from measure_model(config, name)
     units = [(shape, dtype) for shape in options.shapes for dtype in options.dtypes]

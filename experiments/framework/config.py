@@ -191,8 +191,15 @@ class Config(Generic[O]):
         return self.store.read(key, self.stamp(key), row_types, outcome)
 
     def workdir(self, key: str) -> Path:
-        """Directory for a unit's checkpoints; it goes when the experiment has finished or its settings have changed."""
-        return self.store.workdir(key, self.stamp(key))
+        """Directory for a unit's checkpoints; it goes when the experiment has finished or its settings have changed.
+
+        With smaller batches it is another one: training goes on only with those that it began with.
+        """
+        stamp = self.stamp(key)
+        if self.reduced:
+            options = to_json(self.options)
+            stamp = digest([stamp, {name: options[name] for name in sorted(self.reduced)}])
+        return self.store.workdir(key, stamp)
 
     def clear_state(self) -> None:
         """Forget stored units and checkpoints."""

@@ -24,7 +24,7 @@ from experiments.framework.profiles import EXPERIMENTS
 from experiments.framework.provenance import now, read_provenance, write_provenance
 from experiments.framework.results import damage, remove_tables, table_entries, write_tables
 from experiments.framework.tables import Row
-from experiments.framework.workers import WorkerFinished, is_worker
+from experiments.framework.workers import WorkerFinished, is_worker, keep_to_share
 
 
 def run_experiment(config: Config, force: bool = False) -> list[Path]:
@@ -79,6 +79,7 @@ def _measure(config: Config) -> list[Row]:
 
 def _work(config: Config) -> list[Path]:
     """Compute units beside other workers; the run that started this process writes the tables."""
+    keep_to_share(config.device)
     with suppress(WorkerFinished):
         run_within_memory(importlib.import_module(EXPERIMENTS[config.experiment]), config)
     return []

@@ -1,5 +1,6 @@
 """What the accuracy experiments share: a model with its tasks and texts, and checks before any long work."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -21,6 +22,7 @@ from experiments import data
 from experiments.data import batches, check_text
 from experiments.framework.config import Config
 from experiments.framework.identity import task_identity, text_identity
+from experiments.framework.parent import PARENT
 from experiments.framework.variants import ALL_SITES, DENSE, RELUFICATION, Variant, make
 from experiments.framework.workers import is_worker
 
@@ -180,7 +182,7 @@ def check_models(config: Config[Any]) -> None:
             cats.gated_mlps(AutoModelForCausalLM.from_config(load_config(name)))
 
 
-def check_length(config: Config[Any], **counts: int) -> None:
+def check_length(config: Config[Any], counts: Mapping[str, int]) -> None:
     """Refuse a data folder whose text is too short, before any long work.
 
     Args:
@@ -190,7 +192,7 @@ def check_length(config: Config[Any], **counts: int) -> None:
     Raises:
         ValueError: as `experiments.data.blocks`, for the first model that the text is too short for.
     """
-    if is_worker() or config.finished_only or "folder" not in config.data:
+    if config.finished_only or "folder" not in config.data or PARENT in os.environ:  # which has checked all of them
         return
     for name in config.models:
         tokenizer = load_tokenizer(name)

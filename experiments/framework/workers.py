@@ -3,9 +3,11 @@
 A worker runs the same experiment with the same settings. What is stored it reads; where the experiment has units that
 can be computed in any order (`Config.compute_ahead`), each worker takes the next that nobody has taken, and ends when
 none is left. The run that started them waits, and then reads all of them. With several GPUs the workers take turns on
-which one they see; processor cores are shared evenly.
+which one they see; its memory and the processor's cores are shared evenly. Workers are for several GPUs: three on one
+H100 were no faster than one (docs/LOG.md, 2026-11-27).
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -17,10 +19,16 @@ from experiments.framework.parent import PARENT
 
 WORKER = "CATS_WORKER"
 """Variable that says to a process that it is a worker, and which."""
+SHARE = "CATS_GPU_SHARE"
+"""Variable with the part of its GPU's memory that a worker may take."""
 SHARED = ("e02", "e03", "e04", "e07", "e08")
 """Experiments whose units may run side by side (`--workers`); those that time anything must not."""
 DISTRIBUTED = tuple(name for name in SHARED if name != "e08")
 """Experiments of which each unit may spread over processes (`--processes`): not e08, which times MLPs as well."""
+
+
+ALL = 0.9
+"""Of a GPU's memory, for the workers on it: the rest is for what is not torch's, and for the run that started them."""
 
 
 class WorkerFinished(Exception):
@@ -59,10 +67,9 @@ class Claims:
 
 def run_workers(words: list[str], workers: int, gpus: int) -> list[int]:
     """Run a command in so many worker processes at once, their output passed on; their exit statuses."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
     children = [
         subprocess.Popen(
-            words, env=_environment(number, threads, gpus), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            words, env=_environment(number, workers, gpus), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         for number in range(workers)
     ]
@@ -80,9 +87,22 @@ def run_workers(words: list[str], workers: int, gpus: int) -> list[int]:
             reader.join(timeout=30)
 
 
-def _environment(number: int, threads: int, gpus: int) -> dict[str, str]:
+def keep_to_share(device: str) -> None:
+    """In a worker that is not alone on its GPU: let torch take no more of its memory than is this worker's, so that it
+    runs out of its own (and lowers its batches) and not of what others happen to leave.
+    """
+    if share := os.environ.get(SHARE):
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(float(share), torch.device(device).index)
+
+
+def _environment(number: int, workers: int, gpus: int) -> dict[str, str]:
+    threads = max(1, (os.cpu_count() or 1) // workers)
     environment = {**os.environ, WORKER: str(number), PARENT: str(os.getpid()), "TOKENIZERS_PARALLELISM": "true"}
     environment |= dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
+    if 1 <= gpus < workers:
+        environment[SHARE] = str(ALL / math.ceil(workers / gpus))
     if gpus > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
         environment["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]
