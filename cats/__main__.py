@@ -5,6 +5,7 @@ cats calibrate MODEL --criterion up-norm --output thresholds.json # another crit
 cats sparsity MODEL --thresholds thresholds.json                  # what each layer skips on other text
 cats generate MODEL --thresholds thresholds.json "The weather"    # text from the sparse model
 cats bench MODEL --thresholds thresholds.json                     # tokens per second, dense and sparse
+cats bench shape:mistral-7b --layers 4                            # what CATS gains here: random weights, true shape
 
 MODEL is a hub id (owner/name), a directory written by save_pretrained, a GGUF file, `pocket` (shipped with this
 package), or for bench also shape:mistral-7b and the like (random weights). With --bits 8 or --bits 4 every command
@@ -78,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "bench", parents=[on_model, patched, by_criterion], help="time generation, dense and sparse"
     )
+    command.add_argument("--layers", type=int, metavar="N", help="the first N layers alone, where all are too much")
     command.add_argument("--new-tokens", type=int, default=64)
     command.add_argument("--rounds", type=int, default=5)
     return root
@@ -176,10 +178,12 @@ def bench(arguments: argparse.Namespace) -> None:
     """Time greedy generation with and without CATS, one round each in turn, so that a drift hits both alike."""
     if arguments.new_tokens < 2 or arguments.rounds < 1:
         raise ValueError("--new-tokens must be at least 2 and --rounds at least 1")
+    if arguments.layers is not None and arguments.layers < 1:
+        raise ValueError(f"--layers must be positive, not {arguments.layers}")
     check_sparsity(arguments.sparsity)
     criteria.get(arguments.criterion)  # said before the work, not after it
     thresholds = Thresholds.load(arguments.thresholds) if arguments.thresholds else None
-    model, tokenizer = load(arguments)
+    model, tokenizer = load(arguments, arguments.layers)
     if tokenizer is None:
         size, generator = text_config(model).vocab_size, torch.Generator().manual_seed(0)
         batches = [torch.randint(size, (1, 512), generator=generator)]

@@ -20,7 +20,8 @@ from cats.devices import compute_dtype, execution_device
 from cats.files import write_text_atomically
 from cats.histogram import Histogram
 from cats.observe import Batches, check_sites, observe
-from cats.structure import attention_linears, gated_mlps, mlp_linears, parts_of, unwrapped
+from cats.structure import attention_linears, gated_mlps, mlp_linears, parts_of
+from cats.text_config import text_config
 from cats.thresholds import Thresholds, Value, check_sparsity
 
 __all__ = [
@@ -40,9 +41,8 @@ FEW_TOKENS = 256
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What thresholds must agree on with a model: its type and its sizes."""
-    config = getattr(unwrapped(model), "config", None)
-    config = getattr(config, "text_config", None) or config
+    """What thresholds must agree on with a model: the type and the sizes of its language part."""
+    config = text_config(model)
     keys = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers")
     return {key: getattr(config, key) for key in keys if hasattr(config, key)}
 

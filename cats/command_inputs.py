@@ -86,8 +86,8 @@ def token_batches(model: Any, tokenizer: Any, text: str, tokens: int, length: in
     return list(blocks)
 
 
-def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The model and its tokenizer on the device asked for.
+def load(arguments: argparse.Namespace, layers: int | None = None) -> tuple[Any, Any]:
+    """The model, or the first ``layers`` of it, and its tokenizer on the device asked for.
 
     Raises:
         ValueError, OSError: as `load_model`; an unknown or absent device; a model without a tokenizer; a group size
@@ -99,10 +99,10 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     if bits is None and arguments.linears is not None:
         raise ValueError("--linears is for quantised weights: give --bits 8 or --bits 4 too")
     if bits == 4 and group_size == "row":
-        raise ValueError("--group-size row is for --bits 8: give 32, 64, 128 or 256")
+        raise ValueError(f"--group-size row is for --bits 8: allowed are {', '.join(map(str, GROUP_SIZES))}")
     device, size = resolve_device(arguments.device), None if group_size == "row" else int(group_size)
     packed, linears = arguments.packed, arguments.linears or "mlp"
-    model, tokenizer = load_model(arguments.model, arguments.dtype, device, None, 0, packed, bits, size, linears)
+    model, tokenizer = load_model(arguments.model, arguments.dtype, device, layers, 0, packed, bits, size, linears)
     if tokenizer is None and arguments.command != "bench":
         raise ValueError(f"{arguments.model} has random weights and no tokenizer: only `cats bench` can use it")
     return model, tokenizer

@@ -133,7 +133,7 @@ def finetune(
         model.eval()
         return _records(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
     try:
-        with random_states_kept(), no_cache(model), _no_cudnn_attention(), _compiled(model, settings):
+        with random_states_kept(), no_cache(model), _no_cudnn_attention(), _compiled(model, settings, arguments):
             recorder = _Recorder(wanted, measure)
             trainer = Trainer(model, arguments, collator, data, callbacks=[recorder])
             trainer.remove_callback(PrinterCallback)
@@ -237,10 +237,12 @@ def _is_complete(checkpoint: Path) -> bool:
     return True
 
 
-def _compiled(model: PeftModel, settings: TrainSettings) -> contextlib.AbstractContextManager[None]:
+def _compiled(
+    model: PeftModel, settings: TrainSettings, arguments: TrainingArguments
+) -> contextlib.AbstractContextManager[None]:
     compiled = settings.compiled
     if compiled is None:
-        passes = settings.steps * settings.batch_size // (settings.micro_batch_size or settings.batch_size)
+        passes = settings.steps * arguments.gradient_accumulation_steps
         compiled = model.device.type == "cuda" and passes >= COMPILED_FROM
     base: Any = model.get_base_model()
     return compiled_layers(base) if compiled else contextlib.nullcontext()

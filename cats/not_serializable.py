@@ -9,6 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
+from cats.packed_linear import PackedLinear
+from cats.quantized_linear import QuantizedLinear
 from cats.structure import unwrapped
 
 
@@ -43,15 +45,22 @@ class NotSerializable(HfQuantizer):
 
 
 def refuse_save_pretrained(model: nn.Module) -> None:
-    """Let ``model``, which is quantised, say so to transformers; a model that is not transformers' has no need."""
-    inner: Any = unwrapped(model)
-    of_transformers = isinstance(inner, PreTrainedModel)
-    if of_transformers and getattr(inner, "hf_quantizer", None) is None:
-        inner.hf_quantizer = NotSerializable()
+    """Let every model of transformers in ``model`` that holds quantised layers say so: itself and the decoder in it.
+
+    A model around ``model`` is not reached from here.
+    """
+    for each in _of_transformers(model):
+        quantized = any(isinstance(module, QuantizedLinear | PackedLinear) for module in each.modules())
+        if quantized and getattr(each, "hf_quantizer", None) is None:
+            each.hf_quantizer = NotSerializable()
 
 
 def allow_save_pretrained(model: nn.Module) -> None:
     """Undo `refuse_save_pretrained`."""
-    inner: Any = unwrapped(model)
-    if isinstance(getattr(inner, "hf_quantizer", None), NotSerializable):
-        del inner.hf_quantizer
+    for each in _of_transformers(model):
+        if isinstance(getattr(each, "hf_quantizer", None), NotSerializable):
+            del each.hf_quantizer
+
+
+def _of_transformers(model: nn.Module) -> list[Any]:
+    return [module for module in unwrapped(model).modules() if isinstance(module, PreTrainedModel)]

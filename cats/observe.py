@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from cats.activation import CATSActivation, Mask
 from cats.devices import eval_mode, execution_device
 from cats.equation import GatedMLP, check_forward
-from cats.structure import attention_blocks, attention_linears, gated_mlps, mlp_linears, parts_of, unwrapped
+from cats.structure import (
+    attention_blocks,
+    attention_linears,
+    check_module,
+    gated_mlps,
+    mlp_linears,
+    parts_of,
+    unwrapped,
+)
 from cats.thresholds import SITES
 
 __all__ = [
@@ -280,11 +288,13 @@ def observe(
         How many real tokens were seen.
 
     Raises:
-        TypeError: a batch is neither a tensor nor a mapping with ``input_ids``, or cannot be made a tensor of ids.
+        TypeError: ``model`` is no module; a batch is neither a tensor nor a mapping with ``input_ids``, or cannot be
+            made a tensor of ids.
         ValueError: there was no batch, or no real token in any; an id outside the vocabulary; a watched module never
             ran (a vision tower fed with text, a block that does not call its activation); a block has had its forward
             replaced; a mask of another shape than the tokens.
     """
+    check_module(model)
     sites, watcher = check_sites(sites), _Watcher(record)
     if after_threshold:
         return _run(model, batches, watcher, lambda: _watch_kept(watcher, model))

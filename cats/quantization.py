@@ -72,17 +72,19 @@ def quantize(
     for name, mlp in mlps.items():
         for part in parts_of(mlp).linears:
             _check_linear(f"{name}.{part}", mlp, part, bits, group_size)
-    for name, mlp in mlps.items():
-        suspend_kernels(mlp)
-        try:
-            for part in parts_of(mlp).linears:
-                _quantize_linear(f"{name}.{part}", mlp, part, bits, group_size, symmetric, keep, scale_dtype)
-                refuse_save_pretrained(model)
-            mark_quantized(mlp)
-        finally:
-            refresh_kernels(mlp)
-    if linears == "all":
-        quantize_others(model, bits, group_size, symmetric, keep)
+    try:
+        for name, mlp in mlps.items():
+            suspend_kernels(mlp)
+            try:
+                for part in parts_of(mlp).linears:
+                    _quantize_linear(f"{name}.{part}", mlp, part, bits, group_size, symmetric, keep, scale_dtype)
+                mark_quantized(mlp)
+            finally:
+                refresh_kernels(mlp)
+        if linears == "all":
+            quantize_others(model, bits, group_size, symmetric, keep)
+    finally:
+        refuse_save_pretrained(model)
 
 
 def check_linears(linears: str) -> None:

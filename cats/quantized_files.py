@@ -26,7 +26,7 @@ from cats.packed_linear import PackedLinear
 from cats.quantization import is_quantized, mark_quantized
 from cats.quantized_linear import TENSORS, QuantizedLinear
 from cats.skeleton import empty_model, fill
-from cats.structure import gated_mlps, mlp_linears, parts_of
+from cats.structure import check_module, gated_mlps, mlp_linears, parts_of
 
 FORMAT = "cats-quantized-1"
 """Of a file in which the linear layers of the gated MLPs are quantised, and no others."""
@@ -41,10 +41,13 @@ def save_quantized(model: PreTrainedModel, path: str | Path) -> None:
     """Write a model that `cats.quantize` has quantised, whole or not at all; thresholds are not part of it.
 
     Raises:
-        ValueError: it is not quantised, or its other weights are of several dtypes, which a file could not be read to.
+        TypeError: it is no module.
+        ValueError: it is not quantised, it is a part of a model, or its other weights are of several dtypes, which a
+            file could not be read to.
         OSError: ``path`` cannot be written.
     """
-    _check_dtypes(model)
+    check_module(model)
+    _check_readable(model)
     layers = {}
     for name, mlp in gated_mlps(model).items():
         if not is_quantized(mlp):
@@ -120,11 +123,16 @@ def _text(error: Exception) -> str:
     return f"its metadata lack {error.args[0]}" if isinstance(error, KeyError) else str(error)
 
 
-def _check_dtypes(model: PreTrainedModel) -> None:
-    """Refuse weights of another dtype than the model of this configuration has in the dtype of this one."""
+def _check_readable(model: PreTrainedModel) -> None:
+    """Refuse a part of a model, and weights of another dtype than the model of this configuration has in the dtype of
+    this one."""
     with torch.device("meta"):
-        expected = empty_model(model.config, model.dtype).state_dict()
-    for name, tensor in model.state_dict().items():
+        whole = empty_model(model.config, model.dtype)
+    expected, held = whole.state_dict(), model.state_dict()
+    if not expected.keys() & held.keys():
+        kinds = type(model).__name__, type(whole).__name__
+        raise ValueError(f"a {kinds[0]} alone could not be read back: save the {kinds[1]} that it is a part of")
+    for name, tensor in held.items():
         if name in expected and tensor.dtype != expected[name].dtype:
             raise ValueError(
                 f"{name} is {tensor.dtype} in a model of {model.dtype}; only weights of one dtype can be saved: cast "
@@ -169,13 +177,13 @@ def _load(file: _File) -> PreTrainedModel:
     layers = _layers(json.loads(metadata["layers"]))
     _check_sizes(config, layers, file)
     model = empty_model(config, dtype)
-    refuse_save_pretrained(model)
     of_mlps = set(mlp_linears(model))
     for path, form in layers.items():
         _fill_layer(model, path, form, file, path in of_mlps)
     _fill(model, file)
     for name in {path.rpartition(".")[0]: None for path in layers if path in of_mlps}:
         mark_quantized(model.get_submodule(name))
+    refuse_save_pretrained(model)
     if "generation" in metadata:
         model.generation_config = GenerationConfig.from_dict(json.loads(metadata["generation"]))
     return model.eval()

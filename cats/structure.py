@@ -21,6 +21,7 @@ __all__ = [
     "canonical_name",
     "check_equation_1",
     "check_forward",
+    "check_module",
     "eval_mode",
     "execution_device",
     "gated_mlps",
@@ -49,8 +50,19 @@ def canonical_name(name: str) -> str:
     return name.replace("_orig_mod.", "").removesuffix("._orig_mod").replace("_fsdp_wrapped_module.", "")
 
 
+def check_module(model: Any) -> None:
+    """Raise TypeError in one sentence for what is no module, such as a model's name."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, as from_pretrained loads it, not a {type(model).__name__}")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside what torch.compile, peft, DataParallel and DistributedDataParallel put around it."""
+    """The model inside what torch.compile, peft, DataParallel and DistributedDataParallel put around it.
+
+    Raises:
+        TypeError: as `check_module`.
+    """
+    check_module(model)
     while True:
         inner: Any = model._modules.get("_orig_mod")
         if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):

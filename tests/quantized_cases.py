@@ -10,9 +10,9 @@ from cats_kernels.thresholds import Threshold
 from tests.mlp_cases import threshold_of_kind
 
 FORMATS = ((8, None, True), (8, 32, True), (8, 64, False), (4, 32, True), (4, 64, False), (4, 128, True))
-"""(bits, group size, symmetric)."""
+"""(bits, group size, symmetric) of the tests of the Triton kernels, which take them."""
 CPU_FORMATS = [(8, None), (8, 32), (8, 128), (4, 32), (4, 64), (4, 128), (4, 256)]
-"""(bits, group size) of the tests on a CPU."""
+"""(bits, group size) of the tests of the CPU's kernels, which take them."""
 KINDS = tuple(itertools.product(("number", "one", "vector"), ("gate", "up")))
 
 

@@ -203,6 +203,24 @@ def test_bad_batches(llama: torch.nn.Module) -> None:
         cats.calibrate(llama, [{"input_ids": torch.ones(2, 4).long(), "attention_mask": torch.ones(2, 1, 4, 4)}])
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: cats.calibrate(model, [torch.zeros(1, 4, dtype=torch.long)]),
+        lambda model: cats.apply(model, cats.Thresholds(0.5, gate={"a": 0.1})),
+        lambda model: cats.measure_sparsity(model, [torch.zeros(1, 4, dtype=torch.long)]),
+        lambda model: cats.generate(model, torch.zeros(1, 4, dtype=torch.long), max_new_tokens=2),
+        lambda model: cats.save_quantized(model, "file"),
+        cats.remove,
+        cats.quantize,
+        cats.dequantize,
+    ],
+)
+def test_a_name_in_place_of_a_model_is_one_sentence(call) -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, as from_pretrained loads it, not a str"):
+        call("pocket")
+
+
 def test_lists_are_taken_as_a_tokenizer_returns_them(llama: torch.nn.Module) -> None:
     ids = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]
     mask = [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]

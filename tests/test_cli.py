@@ -131,6 +131,13 @@ def test_bench_takes_a_shape_with_random_weights(capsys) -> None:
     assert "cats / dense" in capsys.readouterr().out
 
 
+def test_bench_takes_the_first_layers_alone(model: str, thresholds: str, capsys) -> None:
+    assert main(["bench", model, "--thresholds", thresholds, "--layers", "1"]) == 2
+    assert "this one is {" in (error := capsys.readouterr().err) and "'num_hidden_layers': 1}" in error
+    words = ["bench", "shape:small", "--layers", "1", "--rounds", "1", "--new-tokens", "2", "--kernel", "reference"]
+    assert main(words) == 0 and "cats / dense" in capsys.readouterr().out
+
+
 def test_rate_counts_from_first_to_last_token() -> None:
     clock = Clock()
     clock.times = [0.0, 5.0, 5.5, 6.0, 7.0]  # the prompt, then four tokens
@@ -177,6 +184,7 @@ BAD = {
     "binary text": (["calibrate", "MODEL", "--text", "BINARY"], "not UTF-8"),
     "no tokens": (["calibrate", "MODEL", "--text", "TEXT", "--tokens", "0"], "--tokens must be positive"),
     "no new tokens": (["generate", "MODEL", "--new-tokens", "0", "x"], "--new-tokens must be positive"),
+    "no layers": (["bench", "MODEL", "--layers", "0"], "--layers must be positive, not 0"),
     "empty prompt": (["generate", "MODEL", ""], "the prompt has no tokens"),
 }
 

@@ -5,12 +5,13 @@ import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import cats
+from cats.calibration import fingerprint
 from cats.finetuning import TrainSettings, finetune, recalibrate
 from cats.lora import add_lora, preset, remove_lora
 from cats.models import load_model
 from cats.perplexity import perplexity, vocabulary_size
 from cats.text_config import no_cache, text_config
-from tests.conftest import TINY
+from tests.conftest import FAMILIES, TINY, tiny_model
 
 
 @pytest.fixture
@@ -64,6 +65,16 @@ def test_the_cache_is_off_in_the_configuration_that_a_plain_model_reads(llama):
     assert llama.config.use_cache is True
     with no_cache(torch.nn.Linear(2, 2)):
         pass
+
+
+def test_thresholds_name_the_type_and_sizes_of_the_language_part(model):
+    """The very values that files have had since version 0.1: another one and they would be refused."""
+    sizes = {"hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 3}
+    assert fingerprint(model) == {"model_type": "gemma3_text", **sizes}
+    types = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3")
+    for family, model_type in zip(FAMILIES, types, strict=True):
+        assert fingerprint(tiny_model(family)) == {"model_type": model_type, **sizes}
+    assert fingerprint(torch.nn.Linear(2, 2)) == {}
 
 
 def test_quantised_files_and_the_first_layers_of_a_directory(model, tmp_path):

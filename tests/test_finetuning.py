@@ -1,39 +1,17 @@
 """LoRA on a patched model: the right gradient, the right parameters, resumable to the bit, and reversible."""
 
 import dataclasses
-import functools
 
-import accelerate
 import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import cats
-from cats import finetuning
-from cats.compiled_layers import compiled_layers, decoder_layers
-from cats.finetuning import DivergedError, TrainSettings, finetune, recalibrate
-from cats.lora import PRESETS, LoraSettings, add_lora, lora_config, preset, remove_lora
+from cats.finetuning import DivergedError, finetune, recalibrate
+from cats.lora import PRESETS, add_lora, lora_config, preset, remove_lora
 from tests.conftest import tiny_model
-
-SETTINGS = TrainSettings(steps=12, batch_size=8, learning_rate=1e-2, warmup_steps=2)
-ALL = LoraSettings(("query", "key", "value", "gate", "up", "down"), 3, 0.01, 2.0, 0.0)
-
-
-def data(count=40, seed=3):
-    ids = torch.randint(0, 64, (count, 24), generator=torch.Generator().manual_seed(seed))
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
-def patched(family="Llama", sparsity=0.5, settings=PRESETS["paper"], seed=0):
-    """A tiny model with thresholds and adapters."""
-    model = tiny_model(family)
-    cats.apply(model, cats.calibrate(model, [row["input_ids"] for row in data(8)], sparsity), kernel="reference")
-    return add_lora(model, settings, seed)
-
-
-def adapters(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+from tests.finetuning_cases import ALL, SETTINGS, adapters, data, patched
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
@@ -287,65 +265,3 @@ def test_training_that_diverges_says_so_and_uses_no_cudnn_attention_meanwhile(tm
         measure=lambda: seen.append(torch.backends.cuda.cudnn_sdp_enabled()) or {},
     )  # fmt: skip
     assert seen == [False] and torch.backends.cuda.cudnn_sdp_enabled()
-
-
-@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
-def test_compiled_layers_train_to_the_same_adapters_and_leave_nothing_behind(tmp_path, monkeypatch, family):
-    """Items of several lengths; what is measured meanwhile runs as it is. Traced, not compiled by C++."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    ran, counts = {}, []
-    items = [{key: row[: 9 + 3 * (i // 4 % 3)] for key, row in item.items()} for i, item in enumerate(data(24))]
-    for compiled in (False, True):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        model = patched(family)
-        base = model.get_base_model()
-        before = {name: dict(vars(module)) for name, module in base.named_modules()}
-
-        def measure(model=model):
-            model(torch.zeros(1, 17 + len(counts), dtype=torch.long))
-            counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-            return {}
-
-        settings = dataclasses.replace(SETTINGS, steps=6, batch_size=4, learning_rate=1e-3, compiled=compiled)
-        records = finetune(model, items, settings, tmp_path / str(compiled), [2, 4], measure, collate)
-        ran[compiled] = [record["train_loss"] for record in records], adapters(model)
-        after = {name: vars(module) for name, module in base.named_modules()}
-        assert {name: set(old) ^ set(after[name]) for name, old in before.items() if set(old) != set(after[name])} == {}
-    assert counts[:3] == [0, 0, 0] and 0 < counts[-1] <= 10
-    assert ran[True][0] == pytest.approx(ran[False][0], rel=1e-4)
-    for name, value in ran[False][1].items():
-        assert torch.allclose(ran[True][1][name], value, rtol=1e-3, atol=1e-4), name
-
-
-def collate(items):
-    width = max(len(item["input_ids"]) for item in items)
-    return {
-        key: torch.stack([torch.nn.functional.pad(item[key], (0, width - len(item[key])), value=0) for item in items])
-        for key in ("input_ids", "labels")
-    }
-
-
-def test_layers_are_compiled_on_a_gpu_alone_and_of_long_runs(monkeypatch):
-    compiled = []
-    monkeypatch.setattr(finetuning, "compiled_layers", compiled.append)
-    model = patched()
-    for device, steps, asked in (("cpu", 500, None), ("cuda", 13, None), ("cuda", 500, False)):
-        monkeypatch.setattr(type(model), "device", torch.device(device), raising=False)
-        settings = dataclasses.replace(SETTINGS, steps=steps, micro_batch_size=2, compiled=asked)
-        finetuning._compiled(model, settings)
-    assert compiled == []
-    for steps, asked in ((25, None), (1, True)):
-        finetuning._compiled(model, dataclasses.replace(SETTINGS, steps=steps, micro_batch_size=2, compiled=asked))
-    assert compiled == [model.get_base_model()] * 2
-
-
-def test_a_layer_that_accelerate_has_hooked_keeps_its_hook():
-    model = patched().get_base_model()
-    layer = decoder_layers(model)[0]
-    accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.ModelHook())
-    hooked = layer.forward
-    with compiled_layers(model):
-        assert layer.forward is not hooked
-    assert layer.forward is hooked
-    assert all("forward" not in vars(other) for other in decoder_layers(model)[1:])

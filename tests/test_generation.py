@@ -1,5 +1,6 @@
 """`cats.generate`: the tokens of transformers' `generate` in every loop, and what it is asked for."""
 
+import logging
 import warnings
 
 import accelerate
@@ -102,6 +103,22 @@ def test_other_models_fall_back_in_one_sentence(reason: str) -> None:
     ours = [str(w.message) for w in caught if "transformers' generate is used" in str(w.message)]
     assert len(ours) == 1 and "\n" not in ours[0]
     assert torch.equal(tokens, theirs(model, ids, new=5, do_sample=False))
+
+
+def test_what_cannot_generate_is_refused_in_one_sentence() -> None:
+    ids, _ = prompts(1)
+    with pytest.raises(ValueError, match="LlamaModel is no causal language model of transformers, and has no generate"):
+        cats.generate(made().model, ids, 5)
+
+
+def test_transformers_has_nothing_to_warn_of(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = transformers.utils.logging.get_logger("transformers.generation")
+    monkeypatch.setattr(logger, "parent", logging.getLogger())
+    logger.warning_once.cache_clear()  # it says nothing twice in a process
+    ids, _ = prompts(1)
+    for options in ({}, {"temperature": 0.5, "seed": 1}, {"seed": 1, **DRAW}):
+        cats.generate(made(), ids, 5, loop="transformers", **options)
+    assert not caplog.records
 
 
 def test_a_model_in_training_mode_falls_back() -> None:

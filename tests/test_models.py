@@ -63,6 +63,12 @@ def test_a_path_that_does_not_exist_is_one_sentence(spec: str) -> None:
         load_model(spec)
 
 
+@pytest.mark.parametrize("spec", [None, Path("/somewhere")])
+def test_a_name_that_is_no_string_is_one_sentence(spec: object) -> None:
+    with pytest.raises(TypeError, match=rf"named by a string, not a {type(spec).__name__}: of a path give str\(path\)"):
+        load_model(spec)  # type: ignore[arg-type]
+
+
 def test_a_file_or_a_directory_without_a_model_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"1234")
     with pytest.raises(ValueError, match="is a file: give the directory that save_pretrained wrote, or a GGUF file"):

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import cats
-from cats.not_serializable import NotSerializable
+from cats.not_serializable import NotSerializable, refuse_save_pretrained
 from tests.conftest import tiny_model
 
 REFUSED = r"quantized with cats\.quantize, which cats\.save_quantized saves, and is not serializable"
@@ -31,6 +31,26 @@ def test_a_quantised_model_and_its_copies_refuse(tmp_path, wrap):
     with pytest.raises(ValueError, match=REFUSED):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("linears", ["mlp", "all"])
+def test_the_decoder_inside_of_a_quantised_model_refuses_too(tmp_path, linears):
+    model = quantized(linears=linears)
+    with pytest.raises(ValueError, match=REFUSED):
+        model.model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    cats.dequantize(model)
+    model.model.save_pretrained(tmp_path)
+
+
+def test_a_model_that_holds_no_quantised_layer_is_saved(tmp_path):
+    """As the vision tower of a composite model, whose language part alone is quantised."""
+    model = torch.nn.ModuleDict({"tower": tiny_model(), "language": tiny_model()})
+    cats.quantize(model["language"], 8, 32)
+    refuse_save_pretrained(model)
+    model["tower"].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=REFUSED):
+        model["language"].save_pretrained(tmp_path / "language")
 
 
 def test_a_loaded_file_refuses_too(tmp_path):

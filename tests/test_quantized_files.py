@@ -49,6 +49,16 @@ def test_what_is_written_is_read(family, form, tmp_path, batches):
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_a_part_of_a_model_is_refused_and_a_model_with_a_quantised_part_is_saved(tmp_path):
+    model = tiny_model()
+    cats.quantize(model.model, 8, 32)
+    with pytest.raises(ValueError, match="a LlamaModel alone could not be read back: save the LlamaForCausalLM that"):
+        cats.save_quantized(model.model, tmp_path / "part")
+    cats.save_quantized(model, tmp_path / "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+    assert torch.equal(logits(cats.load_quantized(tmp_path / "whole")), logits(model))
+
+
 def test_tied_matrices_are_written_once_and_stay_tied(tmp_path):
     model = tiny_model("Llama", tie_word_embeddings=True)
     cats.quantize(model, 8)

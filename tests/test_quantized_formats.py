@@ -22,9 +22,10 @@ def test_a_group_size_without_a_kernel_is_dequantised(bits: int, monkeypatch: py
 
 
 def test_what_the_kernels_take() -> None:
-    for bits in (8, 4):
-        for size in quantized.GROUP_SIZES:
-            assert dispatch.kernels_take("cpu", *QuantizedProblem(64, 8, 1, bits, size).weights)
+    for backend, sizes in dispatch.KERNEL_GROUP_SIZES.items():
+        for bits, size in itertools.product(quantized.BITS, quantized.GROUP_SIZES):
+            weights = QuantizedProblem(64, 8, 1, bits, size).weights
+            assert dispatch.kernels_take(backend, *weights) == (size in sizes)
     row, grouped = (QuantizedProblem(48, 8, 1, 8, size).weights for size in (None, 32))
     assert dispatch.kernels_take("cpu", *row) and dispatch.kernels_take("triton", *row)
     mixed = (row[0], *grouped[1:])

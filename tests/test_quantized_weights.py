@@ -1,14 +1,17 @@
 """The format of quantised weights: how values are rounded, packed and read, and what is refused."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from cats_kernels import QuantizedWeight, dequantize, quantize
-from cats_kernels.quantized import GROUP_SIZES, from_ggml_blocks, pack
-from hypothesis import given, settings
+from cats_kernels.quantized import BITS, GROUP_SIZES, from_ggml_blocks, pack
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.quantized_cases import CPU_FORMATS as FORMATS
+FORMATS = [(8, None), *itertools.product(BITS, GROUP_SIZES)]
+"""(bits, group size), all there are."""
 
 
 @settings(max_examples=60, deadline=None)
@@ -22,6 +25,7 @@ from tests.quantized_cases import CPU_FORMATS as FORMATS
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 1000),
 )
+@example(1, 1, (8, None), True, 0.001, 0.0, torch.float16, 541)
 def test_rounding_is_to_the_nearest_value_of_the_grid(d, m, form, symmetric, scale, shift, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     weight = (scale * (torch.randn(m, d, generator=generator) + shift)).to(dtype)
@@ -37,6 +41,8 @@ def test_rounding_is_to_the_nearest_value_of_the_grid(d, m, form, symmetric, sca
     else:
         inside = torch.ones_like(weight, dtype=torch.bool)
     slack = size * 2**-7 if dtype == torch.bfloat16 else size * 2**-9
+    if dtype == torch.float16:  # of small weights scale and zero point are subnormal: 128 steps off by 2^-25 each
+        slack = slack + 129 * 2**-25
     assert (error[inside] <= (step / 2 + slack)[inside]).all()
     assert (error <= step + slack).all()
 

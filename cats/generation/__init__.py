@@ -81,6 +81,8 @@ def generate(
     max_new_tokens = _check_whole("max_new_tokens", max_new_tokens, 1)
     sampling = Sampling(temperature, top_k, top_p)
     reason = obstacle(itself) or wrapper_obstacle(model)
+    if reason is not None and not hasattr(itself, "generate"):
+        raise ValueError(f"{reason}, and has no generate of its own")
     if loop == "auto" and reason is None:
         loop = default_loop(ids.device, len(ids))
     elif loop not in ("auto", "transformers"):

@@ -71,7 +71,7 @@ def transformers_generate(
         max_new_tokens=new_tokens,
         do_sample=not sampling.greedy,
         temperature=1.0 if sampling.greedy else sampling.temperature,
-        top_k=sampling.top_k or 0,
+        top_k=None if sampling.greedy else sampling.top_k or 0,  # 0: all; where nothing is drawn it would be warned of
         top_p=1.0 if sampling.top_p is None else sampling.top_p,
         eos_token_id=sorted(settings.stop) or None,
         pad_token_id=settings.pad,

@@ -120,8 +120,11 @@ def loader_of(spec: str) -> Loader:
     """The loader that ``spec`` belongs to.
 
     Raises:
+        TypeError: it is no string.
         ValueError: it belongs to none, such as a path that does not exist.
     """
+    if not isinstance(spec, str):
+        raise TypeError(f"a model is named by a string, not a {type(spec).__name__}: of a path give str(path)")
     table = loaders()
     for loader in table:
         if loader.claims(spec):

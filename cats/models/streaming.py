@@ -59,7 +59,6 @@ def quantized_model(
         others: bits and group size to which the other linear layers are quantised; None: they are not.
     """
     model = empty_model(config, dtype)
-    refuse_save_pretrained(model)
     if others is not None:
         _quantize_others(model, dtype, device, names, plain, others)
     for path, mlp in gated_mlps(model).items():
@@ -75,6 +74,7 @@ def quantized_model(
     fill(model, lambda name, held: plain(name, held.dtype), names, device)
     if others is not None:  # an output matrix that is the embedding, and what stays as it is
         quantize_others(model, *others, symmetric=True, keep=False)
+    refuse_save_pretrained(model)
     return model
 
 
