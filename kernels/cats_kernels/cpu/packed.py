@@ -18,7 +18,7 @@ from cats_kernels.cpu.integers import (
     load_floats_before,
 )
 from cats_kernels.cpu.plain import LINE
-from cats_kernels.cpu.vectors import address_of, byte_at, float_at, half_at, prefetch, set_float
+from cats_kernels.cpu.vectors import LANES, address_of, byte_at, float_at, half_at, prefetch, set_float
 
 LARGEST = np.float32(1e30)
 """Magnitudes from here on, infinity and NaN take the tile, where nothing overflows before it would unquantised."""
@@ -82,9 +82,21 @@ def from_numbers(numbers: Array, first: int, row: int, x: int, scratch: int) -> 
 
 
 @jit()
+def aligned(address: int) -> int:
+    """The first cache line from there on: what is read soon after it was written must not lie in two of them."""
+    return (address + LINE - 1) // LINE * LINE
+
+
+@jit()
 def row_scratch_floats(weight: Any) -> int:
     """float32 of memory that a thread needs for four rows: their coefficients, one row's of groups, and four blocks."""
-    return 4 * max(weight.pieces, weight.groups) + weight.groups + BLOCK_BYTES
+    return 4 * coefficient_stride(weight) + weight.groups + BLOCK_BYTES
+
+
+@jit()
+def coefficient_stride(weight: Any) -> int:
+    """float32 from one row's coefficients to the next one's: whole vectors."""
+    return (max(weight.pieces, weight.groups) + LANES - 1) // LANES * LANES
 
 
 @jit()
@@ -300,3 +312,10 @@ def prefetch_four(n0: int, n1: int, n2: int, n3: int, first: int, last: int) -> 
         prefetch(n1 + k)
         prefetch(n2 + k)
         prefetch(n3 + k)
+
+
+@jit()
+def prefetch_bytes(first: int, count: int) -> None:
+    """The cache lines of ``count`` bytes from address ``first`` on."""
+    for k in range(0, count, LINE):
+        prefetch(first + k)
