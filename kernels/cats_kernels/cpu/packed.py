@@ -325,5 +325,5 @@ def prefetch_four(n0: int, n1: int, n2: int, n3: int, first: int, last: int) -> 
 @jit()
 def prefetch_bytes(first: int, count: int) -> None:
     """The cache lines of ``count`` bytes from address ``first`` on."""
-    for k in range(0, count, LINE):
-        prefetch(first + k)
+    for line in range(first // LINE * LINE, first + count, LINE):
+        prefetch(line)
