@@ -11,11 +11,13 @@ from cats_kernels import dequantize, quantize
 from cats_kernels.cpu import packed
 from cats_kernels.cpu.compiling import follow_sources
 from cats_kernels.cpu.integers import DOT_BYTES
-from cats_kernels.cpu.kernels import serial_kernel
+from cats_kernels.cpu.kernels import dots, scratch_size, serial_kernel
 from cats_kernels.cpu.quantized_launch import pack, sparse_gated_mlp_quantized_cpu
 from cats_kernels.cpu.team import region_address
+from cats_kernels.cpu.vectors import LANES, address_of
 from cats_kernels.problem import TOLERANCE, oracle, relative_error
 from cats_kernels.quantized_problem import QuantizedProblem
+from numba import njit
 
 integers = pytest.mark.skipif(not DOT_BYTES, reason="this processor multiplies no bytes")
 
@@ -30,15 +32,21 @@ def test_x_in_bytes_is_x(dtype, bits, form):
     x = np.zeros(512, np.float32)
     x[:d] = np.random.default_rng(0).standard_normal(d) * np.float32(10.0) ** (np.arange(d) // 20 - 8)
     x[128:192] = 0
-    memory = np.empty(packed.row_floats(weight), np.float32)
-    assert packed.prepare_row(weight, x, memory)
+    memory = np.full(packed.row_floats(weight), np.nan, np.float32)
+    row = packed.prepare_row(weight, x, memory)
+    begin = (row - memory.ctypes.data) // 4
+    assert row % 64 == 0 and 0 <= begin < 16
     g, p = weight.groups, weight.pieces
+    whole_g, whole_p = -(-g // LANES) * LANES, -(-p // LANES) * LANES
+    memory = memory[begin:]
     blocks, columns = -(-weight.row_bytes // 64), 64 * 8 // weight.bits
     assert np.allclose(memory[:g], [x[i * weight.group : (i + 1) * weight.group].sum() for i in range(g)], rtol=1e-5)
-    steps = memory[g : g + p].astype(np.float64)
-    words = memory[g + p :].view(np.int32)
+    steps = memory[whole_g : whole_g + p].astype(np.float64)
+    assert not memory[whole_g + p : whole_g + whole_p].any()  # read with the others: other bits could be subnormal
+    words = memory[whole_g + whole_p :].view(np.int32)
     offsets = words[: 16 * blocks * (weight.parts - 1)].reshape(blocks, -1, 16).astype(np.float64)
-    digits = words[16 * blocks * (weight.parts - 1) :].view(np.int8).reshape(blocks, weight.parts, columns)
+    digits = words[16 * blocks * (weight.parts - 1) :].view(np.int8)
+    digits = digits[: blocks * weight.parts * columns].reshape(blocks, weight.parts, columns)
     whole = sum(256.0 ** (weight.parts - 1 - i) * digits[:, i] for i in range(weight.parts))
     for column in range(d):
         at, group = column, weight.group
@@ -54,6 +62,37 @@ def test_x_in_bytes_is_x(dtype, bits, form):
     assert np.array_equal(offsets[:, 0], -(8 if weight.bits == 4 else 128) * upper)
     if weight.parts == 3:
         assert np.array_equal(offsets[:, 1], -(8 if weight.bits == 4 else 128) * lanes[:, 2])
+
+
+@njit
+def listed_products(numbers, index, x, prepared, s):
+    weight = packed.from_numbers(numbers, 0, 0, address_of(x), 0)
+    row = packed.prepare_row(weight, x[0], prepared)
+    memory = np.empty(scratch_size(weight) + LANES, np.float32)
+    weight = packed.with_memory(weight, row, packed.aligned(address_of(memory)))
+    dots(weight, index, x, s)
+    memory[:] = 0
+    return row
+
+
+@pytest.mark.parametrize("count", [4, 8, 20])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("form", [(8, None), (8, 32), (8, 128), (8, 256), (4, 32), (4, 128), (4, 256)])
+@pytest.mark.parametrize("d", [512, 300])
+def test_products_of_listed_rows(d, form, symmetric, count):
+    """In the order of the list, which may have a row twice; what lies around the products is left alone."""
+    generator = torch.Generator().manual_seed(count)
+    weight = quantize(torch.randn(30, d, generator=generator), *form, symmetric)
+    x = np.zeros((1, 512), np.float32)
+    x[0, :d] = torch.randn(d, generator=generator).bfloat16().float().numpy()
+    index = np.random.default_rng(count).integers(0, 30, count)
+    numbers = np.array([*pack(weight, torch.bfloat16)], np.int64)
+    s = np.full((1, count + 4), 7, np.float32)
+    prepared = np.empty(packed.row_floats(packed.Packed(*numbers)), np.float32)
+    assert listed_products(numbers, index, x, prepared, s[:, :count])
+    expected = dequantize(weight).double()[torch.from_numpy(index)] @ torch.from_numpy(x[0, :d]).double()
+    assert relative_error(torch.from_numpy(s[0, :count]), expected) < 1e-4
+    assert (s[0, count:] == 7).all()
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e-18, 1e-6, 1e6, 1e12])
@@ -83,6 +122,7 @@ import torch
 from cats_kernels.cpu.integers import DOT_BYTES
 from cats_kernels.cpu.quantized_launch import sparse_gated_mlp_quantized_cpu
 from cats_kernels.cpu.vectors import LANES
+from cats_kernels.cpu.vectors import LANES, address_of
 from cats_kernels.problem import TOLERANCE
 from cats_kernels.quantized_problem import QuantizedProblem
 assert (LANES, DOT_BYTES) == (8, False)

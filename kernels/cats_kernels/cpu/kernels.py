@@ -34,14 +34,14 @@ def fetch_add(context: Any, counter: Any, amount: Any) -> Any:
 
 
 def dots(weight: Any, i: Array, x: Array, s: Array) -> None:
-    """``s[r, q] = x[r] . weight[i[q]]`` for four weight rows and every row of x; a weight of any kind.
-    i[4:8], where there are so many, are the rows that follow."""
+    """``s[r, j] = x[r] . weight[i[j]]`` for a multiple of four listed weight rows and every row of x; a weight of any
+    kind."""
     raise NotImplementedError
 
 
 def adds(weight: Any, i: Array, h: Array, y: Array) -> None:
-    """``y[r] += sum over q of h[r, q] weight[i[q]]`` for four weight rows and every row of y; otherwise as
-    `dots`."""
+    """``y[r] += sum over q of h[r, q] weight[i[q]]`` for four weight rows and every row of y; a weight of any kind.
+    i[4:8], where there are so many, are the rows that follow."""
     raise NotImplementedError
 
 
@@ -124,26 +124,23 @@ def deciding_rows(
     neurons than [first, last). Returns how many were listed. The lists are padded to a multiple of four with repeats
     that no row keeps.
     """
-    rows = x.shape[0]
     step = 0 if thresholds.size == 1 else 1
-    s = np.empty((rows, 4), np.float32)
-    rows_of_weight = np.empty(8, np.int64)
-    n = 0
-    for i in range(first, last, 4):
-        for q in range(8):
-            rows_of_weight[q] = min(i + q, last - 1)
-        dots(weight, rows_of_weight, x, s)
-        for q in range(min(4, last - i)):
-            threshold = thresholds[step * (i + q)]
-            wanted = False
-            for r in range(rows):
-                v = s[r, q] if up_decides else activate(s[r, q], gelu)
-                kept = not (abs(v) < threshold)  # so that NaN is kept
-                value[r, n] = v
-                keep[r, n] = kept
-                wanted |= kept
-            index[n] = i + q
-            n += wanted
+    padded = last - first + (first - last) % 4
+    for j in range(padded):
+        index[j] = min(first + j, last - 1)
+    dots(weight, index[:padded], x, value[:, :padded])
+    n = 0  # at most j, so that the lists may replace the products
+    for j in range(last - first):
+        threshold = thresholds[step * (first + j)]
+        wanted = False
+        for r in range(x.shape[0]):
+            v = value[r, j] if up_decides else activate(value[r, j], gelu)
+            kept = not (abs(v) < threshold)  # so that NaN is kept
+            value[r, n] = v
+            keep[r, n] = kept
+            wanted |= kept
+        index[n] = first + j
+        n += wanted
     for j in range(n, n + -n % 4):
         index[j] = index[n - 1]
         keep[:, j] = False
@@ -156,16 +153,15 @@ def other_rows(
 ) -> None:
     """``value *= x weight[index]`` (its activation, where up decides) where kept, else 0, for the first n listed
     neurons (padded to a multiple of four)."""
-    s = np.empty((x.shape[0], 4), np.float32)
     padded = n + -n % 4
-    for j in range(0, n, 4):
-        dots(weight, index[j : min(j + 8, padded)], x, s)
-        for r in range(x.shape[0]):
-            for q in range(4):
-                if keep[r, j + q]:
-                    value[r, j + q] *= activate(s[r, q], gelu) if up_decides else s[r, q]
-                else:
-                    value[r, j + q] = np.float32(0)
+    s = np.empty((x.shape[0], padded), np.float32)
+    dots(weight, index[:padded], x, s)
+    for r in range(x.shape[0]):
+        for j in range(padded):
+            if keep[r, j]:
+                value[r, j] *= activate(s[r, j], gelu) if up_decides else s[r, j]
+            else:
+                value[r, j] = np.float32(0)
 
 
 @jit()

@@ -18,7 +18,7 @@ from cats_kernels.cpu.integers import (
     load_floats_before,
 )
 from cats_kernels.cpu.plain import LINE
-from cats_kernels.cpu.vectors import address_of, byte_at, float_at, half_at, prefetch, set_float
+from cats_kernels.cpu.vectors import LANES, address_of, byte_at, float_at, half_at, prefetch, set_float
 
 LARGEST = np.float32(1e30)
 """Magnitudes from here on, infinity and NaN take the tile, where nothing overflows before it would unquantised."""
@@ -82,9 +82,27 @@ def from_numbers(numbers: Array, first: int, row: int, x: int, scratch: int) -> 
 
 
 @jit()
+def aligned(address: int) -> int:
+    """The first cache line from there on: what is read soon after it was written must not lie in two of them."""
+    return (address + LINE - 1) // LINE * LINE
+
+
+@jit()
 def row_scratch_floats(weight: Any) -> int:
     """float32 of memory that a thread needs for four rows: their coefficients, one row's of groups, and four blocks."""
-    return 4 * max(weight.pieces, weight.groups) + weight.groups + BLOCK_BYTES
+    return 4 * coefficient_stride(weight) + weight.groups + BLOCK_BYTES
+
+
+@jit()
+def whole_vectors(count: int) -> int:
+    """As many float32, or more to fill the last vector."""
+    return (count + LANES - 1) // LANES * LANES
+
+
+@jit()
+def coefficient_stride(weight: Any) -> int:
+    """float32 from one row's coefficients to the next one's."""
+    return whole_vectors(max(weight.pieces, weight.groups))
 
 
 @jit()
@@ -92,7 +110,8 @@ def row_floats(weight: Any) -> int:
     """float32 of memory that `prepare_row` needs."""
     blocks = (weight.row_bytes + BLOCK_BYTES - 1) // BLOCK_BYTES
     columns = BLOCK_BYTES * 8 // weight.bits
-    return weight.groups + weight.pieces + blocks * (16 * max(0, weight.parts - 1) + weight.parts * columns // 4)
+    of_x = whole_vectors(weight.groups) + whole_vectors(weight.pieces)
+    return LANES + of_x + blocks * (16 * max(0, weight.parts - 1) + weight.parts * columns // 4)
 
 
 @jit()
@@ -103,15 +122,15 @@ def sums_of(weight: Any) -> int:
 
 @jit()
 def steps_of(weight: Any) -> int:
-    """Address of the float32 value of one in the fixed point of each piece of x."""
-    return weight.row + 4 * weight.groups
+    """Address of the float32 value of one in the fixed point of each piece of x, then zeros up to a whole vector."""
+    return weight.row + 4 * whole_vectors(weight.groups)
 
 
 @jit()
 def offsets_of(weight: Any) -> int:
     """Address of int32 for each block and lane: what a row's bytes being without sign adds to its products, negative;
     with three bytes to a number of x first those of the upper two, then those of the last."""
-    return steps_of(weight) + 4 * weight.pieces
+    return steps_of(weight) + 4 * whole_vectors(weight.pieces)
 
 
 @jit()
@@ -173,16 +192,17 @@ def write_offsets(digits: Array, parts: int, columns: int, bias: int, out: Array
 
 
 @jit()
-def prepare_row(weight: Any, x: Array, memory: Array) -> bool:
-    """One row of x, float32, padded, as the products with ``weight`` need it, into ``memory``; False where rows must be
-    dequantised for it."""
-    weight = with_memory(weight, address_of(memory), 0)
+def prepare_row(weight: Any, x: Array, memory: Array) -> int:
+    """One row of x, float32, padded, as the products with ``weight`` need it, into ``memory``, of which it uses no more
+    than `row_floats`; the address, or 0 where rows must be dequantised for it."""
+    weight = with_memory(weight, aligned(address_of(memory)), 0)
     fine = sum_groups(x, weight.group, carray(pointer(sums_of(weight)), (weight.groups,), np.float32))  # type: ignore[call-arg]
     if not fine or weight.parts == 0:
-        return fine
+        return weight.row if fine else 0
     parts, columns = weight.parts, BLOCK_BYTES * 8 // weight.bits
     blocks = (weight.row_bytes + BLOCK_BYTES - 1) // BLOCK_BYTES
-    steps = carray(pointer(steps_of(weight)), (weight.pieces,), np.float32)
+    steps = carray(pointer(steps_of(weight)), (whole_vectors(weight.pieces),), np.float32)
+    steps[weight.pieces :] = 0  # read in whole vectors: other bits are slow where they are subnormal numbers
     offsets = carray(pointer(offsets_of(weight)), (blocks, 16 * (parts - 1)), np.int32)
     digits = carray(pointer(digits_of(weight)), (blocks, parts * columns), np.int8)
     in_block = columns // weight.piece
@@ -203,7 +223,7 @@ def prepare_row(weight: Any, x: Array, memory: Array) -> bool:
         write_digits(x[high : high + half], steps[j], parts, out[at + apart :], columns)
     for b in range(blocks):
         write_offsets(digits[b], parts, columns, 8 if weight.bits == 4 else 128, offsets[b])
-    return fine
+    return weight.row if fine else 0
 
 
 @jit()
@@ -300,3 +320,10 @@ def prefetch_four(n0: int, n1: int, n2: int, n3: int, first: int, last: int) -> 
         prefetch(n1 + k)
         prefetch(n2 + k)
         prefetch(n3 + k)
+
+
+@jit()
+def prefetch_bytes(first: int, count: int) -> None:
+    """The cache lines of ``count`` bytes from address ``first`` on."""
+    for line in range(first // LINE * LINE, first + count, LINE):
+        prefetch(line)

@@ -26,7 +26,7 @@ from cats_kernels.cpu.integers import (
     times_256,
     upper_nibbles,
 )
-from cats_kernels.cpu.packed import digits_of, offsets_of
+from cats_kernels.cpu.packed import coefficient_stride, digits_of, offsets_of
 from cats_kernels.cpu.vectors import byte_at, float_at, multiply_add, prefetch, splat, total
 
 
@@ -132,7 +132,7 @@ def integer_dots(
 ) -> tuple[Any, Any, Any, Any]:
     """Four rows times x: the sum over the pieces of coefficient * sum of q * x; coefficients in the scratch memory.
     Rows n are read next."""
-    c0, size = weight.scratch, 4 * weight.pieces
+    c0, size = weight.scratch, 4 * coefficient_stride(weight)
     c1, c2, c3, spare = c0 + size, c0 + 2 * size, c0 + 3 * size, c0 + 4 * size + 4 * weight.groups
     whole, left = weight.row_bytes // BLOCK_BYTES, weight.row_bytes % BLOCK_BYTES
     digits, offsets, parts = digits_of(weight), offsets_of(weight), weight.parts

@@ -17,8 +17,7 @@ import numpy as np
 
 from cats_kernels.cpu.compiling import Array, jit
 from cats_kernels.cpu.integers import BLOCK_BYTES, as_floats, load_words, no_words, plus_words
-from cats_kernels.cpu.packed import LARGEST, SMALLEST, scales_before
-from cats_kernels.cpu.plain import LINE
+from cats_kernels.cpu.packed import LARGEST, SMALLEST, aligned, prefetch_bytes, scales_before
 from cats_kernels.cpu.vectors import (
     LANES,
     float_at,
@@ -228,7 +227,7 @@ def packed_sums(weight: Any, index: Array, h: Array, count: int, spare: int, y: 
     """``y += h weight[index]`` without zero points, for the first ``count`` neurons, a multiple of four, or as many as
     have a fixed point; how many. ``spare``: address of `sum_floats`."""
     columns = weight.row_bytes * 8 // weight.bits
-    spare = (spare + LINE - 1) // LINE * LINE
+    spare = aligned(spare)
     memory = spare + 4 * columns
     rows = np.empty(count, np.int64)
     for q in range(count):
@@ -238,6 +237,8 @@ def packed_sums(weight: Any, index: Array, h: Array, count: int, spare: int, y: 
     first = 0
     while first < count:
         n = min(ROWS, count - first)
+        for q in range(first + n, min(count, first + n + ROWS)):
+            prefetch_bytes(weight.scales + 2 * index[q] * weight.row_halves, 2 * weight.row_halves)
         if not coefficients(weight, h, index, first, n, memory):
             break
         sum_rows(weight, rows, first, n // 2, min(count, first + n + ROWS), memory, spare)

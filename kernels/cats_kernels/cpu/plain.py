@@ -105,7 +105,8 @@ def prefetch_line(weight: Array, n0: int, n1: int, n2: int, n3: int, k: int) -> 
 
 @jit()
 def dots_of_one(weight: Array, i: Array, x: Array, s: Array) -> None:
-    """`plain_dots` for one row of x (columns,) and s (4,)."""
+    """Four products of `plain_dots` for one row of x (columns,) and s (4,). i[4:8], where there are so many, are the
+    rows that follow."""
     first, size, at = address_of(weight), weight.shape[1] * number_bytes(weight), address_of(x)
     after = 4 if i.size >= 8 else 0
     w0, w1, w2, w3 = first + i[0] * size, first + i[1] * size, first + i[2] * size, first + i[3] * size
@@ -159,25 +160,25 @@ def add_to_one(weight: Array, i: Array, h: Array, y: Array) -> None:
 
 @jit()
 def plain_dots(weight: Array, i: Array, x: Array, s: Array) -> None:
-    """``s[r, q] = x[r] . weight[i[q]]`` for four weight rows and every row of x. i[4:8], where there are so many, are
-    the rows that follow."""
+    """``s[r, j] = x[r] . weight[i[j]]`` for a multiple of four listed weight rows and every row of x."""
     rows, columns = x.shape
-    if rows == 1:
-        dots_of_one(weight, i, x[0], s[0])
-        return
-    w0, w1, w2, w3 = weight[i[0]], weight[i[1]], weight[i[2]], weight[i[3]]
-    s[:] = 0
-    for k in range(0, columns, COLUMNS):
-        end = k + COLUMNS
-        for r in range(rows):
-            part = four_dots(w0[k:end], w1[k:end], w2[k:end], w3[k:end], x[r, k:end])
-            for q in range(4):
-                s[r, q] += part[q]
+    for j in range(0, i.size, 4):
+        if rows == 1:
+            dots_of_one(weight, i[j : min(j + 8, i.size)], x[0], s[0, j : j + 4])
+            continue
+        w0, w1, w2, w3 = weight[i[j]], weight[i[j + 1]], weight[i[j + 2]], weight[i[j + 3]]
+        s[:, j : j + 4] = 0
+        for k in range(0, columns, COLUMNS):
+            end = k + COLUMNS
+            for r in range(rows):
+                part = four_dots(w0[k:end], w1[k:end], w2[k:end], w3[k:end], x[r, k:end])
+                for q in range(4):
+                    s[r, j + q] += part[q]
 
 
 @jit()
 def plain_adds(weight: Array, i: Array, h: Array, y: Array) -> None:
-    """``y[r] += sum over q of h[r, q] weight[i[q]]`` for four weight rows and every row of y; i as in `plain_dots`."""
+    """``y[r] += sum over q of h[r, q] weight[i[q]]`` for four weight rows and every row of y; i as in `dots_of_one`."""
     rows, columns = y.shape
     if rows == 1:
         add_to_one(weight, i, h[0], y[0])

@@ -24,8 +24,11 @@ from cats_kernels.cpu.integers import (
 from cats_kernels.cpu.kernels import adds, dots, many_adds, neurons, scratch_size, with_scratch
 from cats_kernels.cpu.packed import (
     LARGEST,
+    aligned,
+    coefficient_stride,
     dequantised,
     dot,
+    prefetch_bytes,
     row_scratch_floats,
     scaled_row,
     scales_before,
@@ -59,9 +62,10 @@ def scales_of_groups(weight: Any, scales: int, q: int) -> None:
 
 @jit()
 def scales_of_pieces(weight: Any, scales: int, q: int) -> None:
-    """A row's scales times the steps of x, piece by piece, to row q of the scratch memory; what is written beyond its
-    end is overwritten by the row that follows, or is the memory of `zeros_dot` and `integer_dots`."""
-    out, steps, groups, kind = weight.scratch + 4 * q * weight.pieces, steps_of(weight), weight.groups, weight.kind
+    """A row's scales times the steps of x, piece by piece, to row q of the scratch memory; they end in a whole
+    vector."""
+    stride = coefficient_stride(weight)
+    out, steps, groups, kind = weight.scratch + 4 * q * stride, steps_of(weight), weight.groups, weight.kind
     if groups == 1:
         scale = splat(widened(scales, 0, kind))
         for j in range(0, weight.pieces, LANES):
@@ -70,7 +74,7 @@ def scales_of_pieces(weight: Any, scales: int, q: int) -> None:
         for j in range(0, weight.pieces, LANES):
             store(out, j, times(scales_before(scales, j, groups, kind), load(steps, j)))
     else:
-        spare, each = weight.scratch + 16 * weight.pieces + 4 * LANES, weight.group // weight.piece
+        spare, each = weight.scratch + 16 * stride, weight.group // weight.piece
         for g in range(0, groups, LANES):
             store(spare, g, scales_before(scales, g, groups, kind))
         for j in range(0, weight.pieces, LANES):
@@ -84,35 +88,44 @@ widen_scales, dots_of_rows = (scales_of_pieces, integer_dots) if DOT_BYTES else 
 @jit()
 def zeros_dot(weight: Any, row: int) -> Any:
     """The zero points' part of a row's product with x."""
-    spare = weight.scratch + 16 * max(weight.pieces, weight.groups)
+    spare = weight.scratch + 16 * coefficient_stride(weight)
     scaled_row(weight.zeros + 2 * row * weight.row_halves, weight.kind, weight.groups, np.float32(1), spare)
     return dot(spare, sums_of(weight), weight.groups)
 
 
 @jit()
-def packed_dots(weight: Any, i: Array, x: Array, s: Array) -> None:
-    """`kernels.dots` of a packed weight; i[4:8], where there are so many, are the rows that follow."""
-    if weight.row:
-        after = 4 if i.size >= 8 else 0
-        data, size, halves = weight.data, weight.row_bytes, 2 * weight.row_halves
-        w0, w1, w2, w3 = data + i[0] * size, data + i[1] * size, data + i[2] * size, data + i[3] * size
+def dots_of_one(weight: Any, i: Array, s: Array) -> None:
+    """`packed_dots` for the one row of x that ``weight`` has prepared, and s (i.size,)."""
+    data, size, halves = weight.data, weight.row_bytes, 2 * weight.row_halves
+    for j in range(0, i.size, 4):
+        w0, w1, w2, w3 = data + i[j] * size, data + i[j + 1] * size, data + i[j + 2] * size, data + i[j + 3] * size
+        after = min(j + 4, i.size - 4)
         n0, n1 = data + i[after] * size, data + i[after + 1] * size
         n2, n3 = data + i[after + 2] * size, data + i[after + 3] * size
         for q in range(4):
-            widen_scales(weight, weight.scales + i[q] * halves, q)
-        s[0, 0], s[0, 1], s[0, 2], s[0, 3] = dots_of_rows(w0, w1, w2, w3, n0, n1, n2, n3, weight)
+            prefetch_bytes(weight.scales + i[after + q] * halves, halves)
+            widen_scales(weight, weight.scales + i[j + q] * halves, q)
+        s[j], s[j + 1], s[j + 2], s[j + 3] = dots_of_rows(w0, w1, w2, w3, n0, n1, n2, n3, weight)
         if weight.zeros:
             for q in range(4):
-                s[0, q] += zeros_dot(weight, i[q])
+                s[j + q] += zeros_dot(weight, i[j + q])
+
+
+@jit()
+def packed_dots(weight: Any, i: Array, x: Array, s: Array) -> None:
+    """`kernels.dots` of a packed weight."""
+    if weight.row:
+        dots_of_one(weight, i, s[0])
         return
     s[:] = 0
-    for k in range(0, weight.d, COLUMNS):
-        n = min(COLUMNS, weight.d - k)
-        tile = dequantised(weight, i, k, n)
-        for r in range(x.shape[0]):
-            part = four_dots(tile[0], tile[1], tile[2], tile[3], x[r, k : k + n])
-            for q in range(4):
-                s[r, q] += part[q]
+    for j in range(0, i.size, 4):
+        for k in range(0, weight.d, COLUMNS):
+            n = min(COLUMNS, weight.d - k)
+            tile = dequantised(weight, i[j : j + 4], k, n)
+            for r in range(x.shape[0]):
+                part = four_dots(tile[0], tile[1], tile[2], tile[3], x[r, k : k + n])
+                for q in range(4):
+                    s[r, j + q] += part[q]
 
 
 @jit()
@@ -127,7 +140,7 @@ def add_zeros(weight: Any, row: int, h: Any, y: int) -> None:
 
 @jit()
 def packed_adds(weight: Any, i: Array, h: Array, y: Array) -> None:
-    """`kernels.adds` of a packed weight; i as in `packed_dots`."""
+    """`kernels.adds` of a packed weight."""
     fine = y.shape[0] == 1
     for q in range(4):
         fine &= abs(h[0, q]) < LARGEST
@@ -198,7 +211,7 @@ def _neurons(weight: Any) -> Any:
 @overload(scratch_size, strict=False)
 def _scratch_size(weight: Any) -> Any:
     return (
-        (lambda weight: row_scratch_floats(weight) + sum_floats(weight))
+        (lambda weight: LANES + row_scratch_floats(weight) + sum_floats(weight))
         if isinstance(weight, types.BaseTuple)
         else None
     )
@@ -207,4 +220,4 @@ def _scratch_size(weight: Any) -> Any:
 @overload(with_scratch, strict=False)
 def _with_scratch(weight: Any, memory: Any) -> Any:
     packed = isinstance(weight, types.BaseTuple)
-    return (lambda weight, memory: with_memory(weight, weight.row, address_of(memory))) if packed else None
+    return (lambda weight, memory: with_memory(weight, weight.row, aligned(address_of(memory)))) if packed else None

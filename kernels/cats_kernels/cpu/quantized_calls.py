@@ -108,12 +108,11 @@ def begin(plan: Array, x: int, rows: int, padded: Array, first: Array, second: A
     data[ROW_OF_DECIDING], data[ROW_OF_OTHER] = 0, 0
     if rows > 1:
         return
-    if prepare_row(from_numbers(plan, DECIDING, 0, 0, 0), padded[0], first):
-        data[ROW_OF_DECIDING] = first.ctypes.data
+    data[ROW_OF_DECIDING] = prepare_row(from_numbers(plan, DECIDING, 0, 0, 0), padded[0], first)
     if plan[SAME_FORMAT]:
         data[ROW_OF_OTHER] = data[ROW_OF_DECIDING]
-    elif prepare_row(from_numbers(plan, OTHER, 0, 0, 0), padded[0], second):
-        data[ROW_OF_OTHER] = second.ctypes.data
+    else:
+        data[ROW_OF_OTHER] = prepare_row(from_numbers(plan, OTHER, 0, 0, 0), padded[0], second)
 
 
 @jit(nogil=True)
