@@ -263,8 +263,9 @@ def test_a_run_of_several_experiments_says_first_what_the_folder_lacks(
         "--set",
         "e02.length=8",
     ]
-    assert main([*words, *small, "--only", "e02", "e03"]) == 2
-    assert "the text has only" in capsys.readouterr().err
+    for names in (["e02", "e03"], ["e08"]):
+        assert main([*words, *small, "--set", 'e08.only=["mlp-speed"]', "--only", *names]) == 2
+        assert "the text has only" in capsys.readouterr().err
     shutil.rmtree(copy_of(folder, tmp_path) / "hub" / "allenai" / "sciq")
     words[2] = str(tmp_path / "copy")
     assert main([*words, *small, "--only", "e02"]) == 2

@@ -20,14 +20,14 @@ def check_folders(configs: Sequence[Config]) -> None:
         OSError: the text or a model's tokenizer cannot be read.
     """
     for config in configs:
-        if "folder" not in config.data or config.partial:  # of an experiment in part it is not known which it needs
+        if "folder" not in config.data:
             continue
         module = importlib.import_module(EXPERIMENTS[config.experiment])
         needed = module.text_blocks(config) if hasattr(module, "text_blocks") else None
         if needed == {}:  # its models are only timed
             continue
         for task in getattr(config.options, "tasks", ()):
-            if task in TASKS:
+            if task in TASKS and not config.partial:  # of an experiment in part it is not known which it needs
                 set_path(Path(config.data["folder"]), TASKS[task][0])
         if needed:
             check_length(config, needed)
