@@ -71,7 +71,7 @@ def listed_products(numbers, index, x, prepared, s):
     memory = np.empty(scratch_size(weight) + LANES, np.float32)
     weight = packed.with_memory(weight, row, packed.aligned(address_of(memory)))
     dots(weight, index, x, s)
-    memory[:] = 0
+    memory[:] = 0  # addresses keep nothing alive: it must live until here
     return row
 
 

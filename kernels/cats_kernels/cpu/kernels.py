@@ -125,12 +125,13 @@ def deciding_rows(
     that no row keeps.
     """
     step = 0 if thresholds.size == 1 else 1
-    padded = last - first + (first - last) % 4
+    count = last - first
+    padded = count + -count % 4
     for j in range(padded):
         index[j] = min(first + j, last - 1)
     dots(weight, index[:padded], x, value[:, :padded])
     n = 0  # at most j, so that the lists may replace the products
-    for j in range(last - first):
+    for j in range(count):
         threshold = thresholds[step * (first + j)]
         wanted = False
         for r in range(x.shape[0]):

@@ -17,7 +17,7 @@ import numpy as np
 
 from cats_kernels.cpu.compiling import Array, jit
 from cats_kernels.cpu.integers import BLOCK_BYTES, as_floats, load_words, no_words, plus_words
-from cats_kernels.cpu.packed import LARGEST, SMALLEST, aligned, prefetch_bytes, scales_before
+from cats_kernels.cpu.packed import LARGEST, SMALLEST, aligned, prefetch_bytes, scales_before, whole_vectors
 from cats_kernels.cpu.vectors import (
     LANES,
     float_at,
@@ -71,17 +71,12 @@ def sums_rows(weight: Any) -> bool:
 
 
 @jit()
-def padded_groups(weight: Any) -> int:
-    return (weight.groups + LANES - 1) // LANES * LANES
-
-
-@jit()
 def sum_floats(weight: Any) -> int:
     """float32 of memory that a thread needs here: all columns in another order, and for each group a coefficient of
     every row, their sum and their step."""
     if not sums_rows(weight):
         return 0
-    return LANES + weight.row_bytes * 8 // weight.bits + (ROWS // 2 + 2) * padded_groups(weight)
+    return LANES + weight.row_bytes * 8 // weight.bits + (ROWS // 2 + 2) * whole_vectors(weight.groups)
 
 
 @jit()
@@ -90,7 +85,7 @@ def coefficients(weight: Any, h: Array, index: Array, first: int, rows: int, mem
     bits, then the sums over all rows, then the steps in float32. False where they have no fixed point: a value is not
     finite or very large, all of a group are tiny, or one row is so much larger than the others that a step, which is
     `MOST` of it, would be coarser than bfloat16 for them."""
-    padded = padded_groups(weight)
+    padded = whole_vectors(weight.groups)
     sums, steps = memory + 4 * (ROWS // 2) * padded, memory + 4 * (ROWS // 2 + 1) * padded
     fine: Any = True
     count, largest, total = 0, np.float32(0), np.float32(0)
@@ -204,7 +199,7 @@ def add_in_order(weight: Any, sums: int, y: int) -> None:
 def sum_rows(weight: Any, rows: Array, first: int, pairs: int, last: int, memory: int, sums: int) -> None:
     """Add ``pairs`` of rows from the ``first`` on, whose `coefficients` are in ``memory``, to ``sums``. Those that
     follow, to before the ``last``, are read next."""
-    padded = padded_groups(weight)
+    padded = whole_vectors(weight.groups)
     offsets, steps = memory + 4 * (ROWS // 2) * padded, memory + 4 * (ROWS // 2 + 1) * padded
     blocks = weight.row_bytes // BLOCK_BYTES
     each = blocks if weight.groups == 1 else weight.group * weight.bits // (8 * BLOCK_BYTES)
