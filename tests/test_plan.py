@@ -56,6 +56,7 @@ H100 = Computer("cuda", Machine.gpu(989e12, READ * 3.35e12))
 ALONE = {
     "cpu/pocket": (EPYC, ("e01", "e02", "e03", "e04", "e05", "e06", "e07", "e08", "e09")),
     "cpu-xeon/pocket": (XEON, ("e01", "e02", "e03", "e04", "e05", "e06", "e07", "e08", "e09")),
+    "cpu/qwen2.5-coder-1.5b-quantized-generation": (EPYC, ("e09",)),
     "cpu-xeon/qwen2.5-coder-1.5b-quantized-generation": (XEON, ("e09",)),
     "h100/paper": (H100, ("e05",)),
     "h100/llama2-13b-mlp": (H100, ("e05",)),
