@@ -39,8 +39,11 @@ Accuracy after task fine-tuning, as the difference to the base model fine-tuned 
 zero lose nothing. Error bars: one standard error of the difference, from the items and unpaired."""
 ACCURACY_TABLE = """
 accuracy after task fine-tuning, in the layout of the paper's Table 2, ± one standard error (none where a single seed
-was trained). Bold: the best sparse variant of each column. Against base: over the seeds that both were
-trained with."""
+was trained). Bold: the best sparse variant of each column, where all were trained with as many seeds. Against base:
+over the seeds that both were trained with."""
+ONE_ANSWER = " “One answer to all”: always the commoner one, for which nothing of the task need be learned."
+COMMONER = {"instruct_boolq": (2033, 3270), "instruct_cola": (721, 1043), "instruct_sst2": (444, 872)}
+"""Items of a task's validation set with the commoner answer, and all of them."""
 SPARSITY_TABLE = "sparsity left after task fine-tuning, in the layout of the paper's Table 3."
 PAPER_TABLE = "The paper's Tables 2 and 3 for Mistral-7B: accuracy, and in brackets the sparsity left."
 SWEEP_TABLE = "The learning-rate sweep: loss on training items set aside, after short runs; the lowest is used."
@@ -112,8 +115,23 @@ def accuracy_table(table: pd.DataFrame, model: str) -> pd.DataFrame:
         change = style.points(difference) if variant != "dense" else style.DASH
         rows.append({"": escape(style.variant_name(variant)), **cells, "Against base, points": change})
         printed.append({name: score["accuracy"] for name, score in scores.items()} if variant != "dense" else {})
-    bold_best(rows, printed)
+    seeds = means[means["variant"] != "dense"].groupby("task")["seeds"].nunique()
+    comparable = {heading(str(task)) for task in seeds.index[seeds == 1]}
+    bold_best(rows, [{name: value for name, value in at.items() if name in comparable} for at in printed])
+    if shares := one_answer(table[table["model"] == model]):
+        shown = {name: style.number(share) for name, share in shares.items()}
+        rows.append({"": "One answer to all", **shown, "Against base, points": style.DASH})
     return pd.DataFrame(rows)
+
+
+def one_answer(of_model: pd.DataFrame) -> dict[str, float]:
+    """Share of the commoner answer by column; nothing unless it is known of every task, and all items were asked."""
+    asked = {str(task): int(items) for task, items in of_model.groupby("task")["items"].max().items()}
+    if any(COMMONER.get(task, (0, 0))[1] != items for task, items in asked.items()):
+        return {}
+    shares = {task: COMMONER[task][0] / items for task, items in asked.items()}
+    shares["average"] = float(np.mean(list(shares.values())))
+    return {heading(task): share for task, share in shares.items()}
 
 
 def sparsity_table(table: pd.DataFrame, model: str) -> pd.DataFrame:
@@ -147,10 +165,10 @@ def contents(run: Run) -> list[Block]:
     table = run.table(TaskFinetuningRow)
     if table is None:
         return []
-    blocks: list[Block] = [
-        Table(accuracy_table(table, model), f"{escape(style.model_name(model))}: {ACCURACY_TABLE}")
-        for model in table["model"].unique()
-    ]
+    blocks: list[Block] = []
+    for model, part in table.groupby("model", sort=False):
+        caption = f"{escape(style.model_name(str(model)))}: {ACCURACY_TABLE}{ONE_ANSWER * bool(one_answer(part))}"
+        blocks.append(Table(accuracy_table(table, str(model)), caption))
     return [*blocks, Table(paper_tables_2_and_3(), PAPER_TABLE)]
 
 

@@ -1,10 +1,14 @@
 """Every number in README.md, and in how OWN_MODEL.md says to choose a criterion, is in results/."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from experiments.framework.tables import LatencyRow
+from reports.measures.latency import COMPILED, TORCH
+from reports.rules.e05 import faster_dense
 from tests import quoted_numbers as quoted
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +51,22 @@ def test_a_quoted_number_is_what_was_measured(quote: dict) -> None:
 def test_no_number_is_without_its_measurement(document: str) -> None:
     quotes = [quote for quote in QUOTES if quote["document"] == document]
     assert undeclared(section_of(document), quotes, quoted.DECLARED["plain"][document]) == []
+
+
+MLP_TABLE = next(quote["values"] for quote in QUOTES if quote["text"].startswith("| 50 % |"))
+H100 = sorted(f"h100/{path.name}" for path in (ROOT / "results" / "h100").iterdir())
+
+
+@pytest.mark.parametrize("entry", MLP_TABLE, ids=lambda entry: f"{entry['shape']}, {entry['dtype']}")
+def test_the_dense_of_the_mlp_table_is_the_strongest_timed_on_such_a_card(entry: dict) -> None:
+    """Within half a percent, by which two timings of one program differ."""
+    run = replace(quoted.run_at(entry["run"]), beside=tuple(map(quoted.run_at, H100)))
+    table = run.tables[LatencyRow.table]
+    dense = table[table["implementation"].isin([TORCH, COMPILED]) & (table["rows"] == 1)]
+    dense = dense[(dense["shape"] == entry["shape"]) & (dense["dtype"] == entry["dtype"])]
+    here = dense["p50_ms"].min()
+    faster = faster_dense(run, dense["machine"].iloc[0], entry["shape"], entry["dtype"], here)
+    assert faster is None or faster[1] > 0.995 * here, f"dense took {faster[1]} ms in {faster[0]}, {here} here"
 
 
 def test_a_number_that_nobody_measured_is_seen() -> None:

@@ -9,14 +9,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from experiments.framework.tables import CriterionRow
+from experiments.framework.tables import CriterionRow, TaskFinetuningRow
 from reports.__main__ import main
 from reports.core import document, provenance, style
 from reports.core.appendix import appendix, recorded
 from reports.core.claims import judge
 from reports.core.load import Run, load_run
 from reports.core.protocol import protocol
-from reports.core.section import discover
+from reports.core.section import discover, row_types
 from reports.e04 import accuracy_table
 from reports.e07 import SECTION as ATTENTION
 from reports.e08.figures import frontier_figure
@@ -26,6 +26,7 @@ from reports.rules.e07 import c10_attention
 from tests import make_results as made
 from tests.make_results import text_of
 
+ROOT = Path(__file__).parents[1]
 LACKS = "incomplete: 2 of 5 units missing"
 UNRECORDED = {"hardware": None, "versions": None, "command": None, "peak_memory_gib": None, "started": None}
 
@@ -118,6 +119,24 @@ def test_a_missing_seed_does_not_move_the_difference_from_base(two_seeds: pd.Dat
     ours, base = numbers.removeprefix("CATS-50 ").split(" (")[0].split(" / ")
     points = float(numbers.split("(")[1].split()[0].replace(style.MINUS, "-"))
     assert 100 * (float(ours) - float(base)) == pytest.approx(points, abs=0.02)
+
+
+def test_no_variant_is_best_of_a_column_whose_variants_had_other_seeds(two_seeds: pd.DataFrame) -> None:
+    model = str(two_seeds["model"].iloc[0])
+    lacks = (two_seeds["variant"] == "cats-50") & (two_seeds["seed"] == 1) & (two_seeds["task"] == "polarity")
+    bold = accuracy_table(two_seeds[~lacks], model).set_index("").apply(lambda column: column.str.contains(r"\*").any())
+    assert list(bold.index[bold]) == ["acceptability", "yes no"]
+
+
+def test_a_task_of_the_hub_has_the_share_of_its_commoner_answer_beside_it() -> None:
+    """In the committed run no sparse variant has learned CoLA: all give the same answer to every item."""
+    run = load_run(ROOT / "results/h100/qwen2.5-coder-0.5b-instruct-task-finetuning", row_types(discover()))
+    table = run.table(TaskFinetuningRow)
+    shown = accuracy_table(table, table["model"].iloc[0]).set_index("")
+    assert shown.loc["One answer to all", "CoLA"] == shown.loc["CATS-50", "CoLA"].strip("*") == "0.6913"
+    assert shown.loc["One answer to all", "Average"] == f"{(0.69128 + 0.62171 + 0.50917) / 3:.4f}"
+    some = table.assign(items=table["items"].where(table["task"] != "instruct_cola", 100))
+    assert "One answer to all" not in set(accuracy_table(some, table["model"].iloc[0])[""])
 
 
 def test_parts_of_experiments_are_shown_without_what_they_lack() -> None:

@@ -32,7 +32,7 @@ from experiments.framework.cost import BYTES, Cost
 from experiments.framework.options import Count, MayBeEmpty, OneOf, Sparsity, Whole
 from experiments.framework.provenance import machine_name
 from experiments.framework.tables import LatencyRow, LatencySample, Row, pack_numbers
-from experiments.framework.timing import FLUSH_BYTES, Timing, measure
+from experiments.framework.timing import Timing, flush_bytes, measure
 from experiments.gpu.precompile import Task, precompile
 
 SHAPES = {
@@ -111,10 +111,10 @@ def run(config: Config[Options]) -> Iterable[Row]:
 
 
 def cost(config: Config[Options]) -> Cost:
-    """Time does not depend on the models: on a GPU it is that of compilation; on a CPU weights and buffers are read at
-    10 GB/s, beside half a minute to compile the dense baseline."""
+    """Time does not depend on the models: on a GPU it is that of compilation; on a CPU weights and the flushed buffer
+    are read, beside half a minute to compile the dense baseline."""
     options, on_gpu = config.options, config.device.startswith("cuda")
-    work = memory = 0.0
+    read = memory = 0.0
     for shape, dtype, _ in options.units():
         d, m = SHAPES[shape]
         weights, targets = 3.0 * d * m * BYTES[dtype], options.sparsities[dtype]
@@ -122,14 +122,14 @@ def cost(config: Config[Options]) -> Cost:
         copy = weights * (4 + sum(1 - target for target in targets)) / 3
         memory = max(memory, copy * COPIES["cuda" if on_gpu else "cpu"])
         calls = 7 + 2 * len(targets) + 3 * len(options.ablations.get(dtype, ()))
-        work += calls * (options.warmups + options.rounds) * (0.7 * weights + FLUSH_BYTES)
+        read += calls * (options.warmups + options.rounds) * (0.7 * weights + flush_bytes())
     if on_gpu:
         each = [COMPILE_SECONDS["cuda"] if rows > 1 else COMPILE_SECONDS_OF_A_ROW for _, _, rows in options.units()]
         seconds = KERNEL_SECONDS + UNIT_SECONDS * len(each) + options.compilations * sum(each)
         memory += BUFFER_BYTES
         return Cost(fixed_seconds=seconds, fixed_memory=memory, uses_models=False)
-    seconds = work / 10e9 + COMPILE_SECONDS["cpu"] * len(options.units())
-    return Cost(fixed_seconds=seconds, fixed_memory=memory, uses_models=False)
+    seconds, memory = COMPILE_SECONDS["cpu"] * len(options.units()), memory + flush_bytes()
+    return Cost(fixed_bytes=read, fixed_seconds=seconds, fixed_memory=memory, uses_models=False)
 
 
 def compile_kernels(units: Sequence[tuple[str, str, int]]) -> None:

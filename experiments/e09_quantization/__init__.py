@@ -31,7 +31,7 @@ from experiments.framework.cost import BYTES, FORWARD, Cost, Work, evaluation, m
 from experiments.framework.options import Count, MayBeEmpty, OneOf, Sparsity, Whole
 from experiments.framework.subject import check, check_length, check_models
 from experiments.framework.tables import Row
-from experiments.framework.timing import FLUSH_BYTES
+from experiments.framework.timing import flush_bytes
 from experiments.framework.zero_shot import Samples
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -129,15 +129,15 @@ def cost(config: Config[Options]) -> Cost:
     each = evaluation(options.tasks, options.limit, batch) + text(options.heldout_blocks, options.length, batch)
     calibration = text(options.calibration_blocks, options.length, batch) * (2 * (len(options.formats) + 1))
     through = each * len(options.cases()) + calibration * bool(options.quality)
-    seconds = fixed = 0.0
+    seconds = read = fixed = 0.0
     for shape in options.shapes:
         d, m = SHAPES[shape]
         for dtype in options.dtypes:
             weights = 3.0 * d * m * BYTES[dtype]
             fixed = max(fixed, 8 * weights)  # float32 and float64 for the reference, and copies
             calls = (len(options.formats) + 1) * (len(options.sparsities) + 3) * (options.warmups + options.rounds)
-            work = calls * (0.5 * weights + FLUSH_BYTES) / 20e9
-            seconds += 6.5 * (len(options.formats) + 1) if on_gpu else work + 10.0  # to compile
+            read += 0.0 if on_gpu else calls * (0.5 * weights + flush_bytes())
+            seconds += 6.5 * (len(options.formats) + 1) if on_gpu else 10.0  # to compile
     generated = options.generation
     models = (1 + len(generated.formats)) * bool(generated.lengths)
     through += Work(FORWARD * generated.calibration_tokens) * models
@@ -150,6 +150,7 @@ def cost(config: Config[Options]) -> Cost:
         through,
         bytes_read=tokens * turns * BYTES.get(config.dtype, 2),
         memory=2.0 * memory_per_parameter([config.dtype]) if uses else 0.0,
+        fixed_bytes=read,
         fixed_memory=fixed,
         fixed_seconds=seconds,
         loads=options.quality + models,

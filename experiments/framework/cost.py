@@ -72,10 +72,11 @@ class Cost:
     Attributes:
         work: through the model.
         bytes_read: per parameter, for work that reads weights rather than computes.
+        fixed_bytes: bytes read that do not depend on the model.
         memory: bytes per parameter at the peak: weights with what comes on top of them.
         fixed_memory: bytes at the peak that do not depend on the model.
         logits: tokens whose logits, and in training their gradients, are held at once.
-        fixed_seconds: seconds on any machine that do not depend on the model.
+        fixed_seconds: seconds of the host that do not depend on the model: most of them to compile.
         loads: how often a model is loaded.
         layers: decoder layers run at most, 0 for all; fewer are run where memory is short.
         uses_models: False for an experiment that does not load ``config.models``.
@@ -83,6 +84,7 @@ class Cost:
 
     work: Work = Work()
     bytes_read: float = 0.0
+    fixed_bytes: float = 0.0
     memory: float = 0.0
     fixed_memory: float = 0.0
     logits: int = 0

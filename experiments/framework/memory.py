@@ -41,7 +41,7 @@ def run_within_memory(module: ModuleType, config: Config) -> list[Row]:
 
 def peak_gib() -> dict[str, float | None]:
     """Most memory that this process has used, in GiB: resident, and of the GPU's that torch has reserved (None without
-    one). An experiment that measures peaks itself has reset the latter before each.
+    one). An experiment that measures peaks itself has reset both before each, the former where Linux lets it.
     """
     import resource  # not on Windows, where nothing here runs
 

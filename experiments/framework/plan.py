@@ -3,8 +3,8 @@
 Sizes come from the hub's metadata, or from a model's configuration on the meta device; access to every repository is
 checked. Times are estimates: arithmetic for forward and backward passes, or the host's time to start their kernels
 where that is longer (a small model's), and bytes for decoding, over what this device reaches in a short measurement,
-and over an H200's data sheet; beside that lm-eval's items, Trainer's steps, loading, and the start of a process. They
-are within 1.5 times of what committed runs on an idle machine took (`tests/test_plan.py`).
+and over an H200's data sheet; beside that the host's: lm-eval's items, Trainer's steps, loading, compiling, and the
+start of a process. They are within 1.5 times of what committed runs on an idle machine took (`tests/test_plan.py`).
 
     nox -s reproduce -- --profile paper --plan
 """
@@ -31,7 +31,7 @@ from cats.models import load_config, resolve
 from cats.structure import resolve_device
 from experiments.data import on_hub
 from experiments.framework.config import Config
-from experiments.framework.cost import TASKS, Cost, default_cost
+from experiments.framework.cost import FORWARD, TASKS, Cost, default_cost
 from experiments.framework.profiles import EXPERIMENTS
 
 GIB = 2**30
@@ -58,12 +58,14 @@ class Machine:
     """Speeds that estimates divide by.
 
     Attributes:
-        flops: float operations a second in the profile's dtype.
+        flops: float operations a second of a model's layers, in the profile's dtype.
         bandwidth: bytes read a second.
         layer: seconds that the host needs to start a decoder layer's kernels, dense or masked.
-        trained, trained_layer: the share of ``flops`` that training reaches, and ``layer`` for a layer of a micro-step,
-            forward and backward, with adapters.
+        trained, trained_layer: ``flops`` of training, and ``layer`` for a layer of a micro-step, forward and backward,
+            with adapters.
         run: seconds that a run of training takes besides its steps: adapters, items, and compiling on a GPU.
+        host: what the host takes for anything, in times of the host that ``layer``, ``trained_layer``, ``run`` and the
+            seconds below were measured on.
     """
 
     flops: float
@@ -72,16 +74,24 @@ class Machine:
     trained: float
     trained_layer: float
     run: float = 0.0
+    host: float = 1.0
 
     @classmethod
-    def of(cls, device: str, flops: float, bandwidth: float) -> "Machine":
-        """With what was measured on an H100, or on two cores of a Xeon."""
-        on_gpu = device.startswith("cuda")
-        return cls(flops, bandwidth, *((1e-3, 0.3, 3.5e-3, 10.0) if on_gpu else (4e-4, REACHED, 1.2e-3)))
+    def gpu(cls, product: float, bandwidth: float) -> "Machine":
+        """With a matrix product's float operations a second, and with what was measured on an H100 and its host."""
+        return cls(0.4 * product, bandwidth, 1e-3, 0.3 * product, 3.5e-3, run=10.0)
+
+    @classmethod
+    def cpu(cls, flops: float, bandwidth: float, token: float) -> "Machine":
+        """With the seconds of `TOKEN`, and with what was measured on two cores of a Xeon."""
+        return cls(flops, bandwidth, 4e-4, flops, 1.2e-3, host=token / TOKEN)
 
 
-REACHED, READ = 0.4, 0.65
-"""Of the rate of a large matrix product, by a model's layers; of the data sheet's bandwidth, in decoding."""
+TOKEN = 1.5e-3
+"""Seconds of the pocket model for one token on the Xeon: not measured there, but what an EPYC takes (0.96 ms) over the
+share of the Xeon's constants (0.65) with which the plan comes nearest to a whole run on the EPYC."""
+READ = 0.65
+"""Of the data sheet's bandwidth, in decoding."""
 START, TASK_SETS = 4.0, 15.0
 """Seconds of an experiment to its first work, and of lm-eval to index its tasks and read their sets."""
 ITEM, STEP = 1.5e-3, 0.03
@@ -212,9 +222,9 @@ def experiment_cells(
     memory = memory_of(cost, max(sizes, default=0), max((vocabulary_of(name) for name in names), default=0))
     dtype = config.dtype if config.dtype != "auto" else "bfloat16"
     depths = [depth_of(name, cost.layers) for name in names]
-    seconds = start_seconds(config, cost, list(zip(names, sizes, strict=True)))
+    begin = start_seconds(config, cost, list(zip(names, sizes, strict=True)))
     here, there = (
-        (seconds + model_seconds(machine, cost, list(zip(sizes, depths, strict=True)))) / 3600
+        (machine.host * begin + model_seconds(machine, cost, list(zip(sizes, depths, strict=True)))) / 3600
         for machine in (speed(device, dtype), h200(dtype))
     )
     cells = config.experiment, str(len(sizes)), _size(memory), _duration(here), _duration(there)
@@ -265,14 +275,14 @@ def run_parameters(name: str, layers: int, need: Need) -> int:
 
 def model_seconds(machine: Machine, cost: Cost, models: Sequence[tuple[int, int]]) -> float:
     """Seconds that an experiment's work takes on models of (parameters, layers); NaN where that is not known."""
-    seconds = cost.fixed_seconds
+    work, host = cost.work, machine.host
+    seconds = host * cost.fixed_seconds + cost.fixed_bytes / machine.bandwidth
     for parameters, layers in models:
-        computed = parameters * cost.work.operations / (REACHED * machine.flops)
-        seconds += max(computed, cost.work.passes * layers * machine.layer)
-        computed = parameters * cost.work.trained / (machine.trained * machine.flops)
-        seconds += max(computed, cost.work.micro_steps * layers * machine.trained_layer)
-        seconds += parameters * cost.bytes_read / machine.bandwidth + cost.work.items * ITEM
-        seconds += cost.work.steps * STEP + cost.work.runs * machine.run
+        seconds += max(parameters * work.operations / machine.flops, host * work.passes * layers * machine.layer)
+        started = host * work.micro_steps * layers * machine.trained_layer
+        seconds += max(parameters * work.trained / machine.trained, started)
+        seconds += parameters * cost.bytes_read / machine.bandwidth
+        seconds += host * (work.items * ITEM + work.steps * STEP + work.runs * machine.run)
     return seconds
 
 
@@ -292,14 +302,20 @@ def machine_for(device: str, memory: float, hours: float) -> str:
 
 @cache
 def speed(device: str, dtype: str) -> Machine:
-    """What this device reaches in a matrix product and in reading memory; a second on a CPU."""
-    kind = getattr(torch, dtype)
-    side, numbers = (4096, 2**28) if device.startswith("cuda") else (512, 2**26)
-    a = torch.randn(side, side, device=device, dtype=kind)
-    buffer = torch.ones(numbers, device=device)
-    product = _fastest(lambda: a @ a, device)
-    flops, bandwidth = 2 * side**3 / product, buffer.numel() * 4 / _fastest(buffer.sum, device)
-    return Machine.of(device, flops, bandwidth)
+    """What this device reaches in reading memory, and in a matrix product or, on a CPU, in the pocket model: a batch is
+    arithmetic, one token is what the host takes to start it. Two seconds on a CPU."""
+    on_gpu = device.startswith("cuda")
+    buffer = torch.ones(2**28 if on_gpu else 2**26, device=device)
+    bandwidth = buffer.nbytes / _fastest(buffer.sum, device)
+    if on_gpu:
+        a = torch.randn(4096, 4096, device=device, dtype=getattr(torch, dtype))
+        return Machine.gpu(2 * 4096**3 / _fastest(lambda: a @ a, device), bandwidth)
+    model = AutoModelForCausalLM.from_config(load_config("pocket"), dtype=getattr(torch, dtype)).eval()
+    batch, token = (torch.zeros(shape, dtype=torch.long) for shape in ((4, 256), (1, 1)))
+    with torch.inference_mode():
+        flops = FORWARD * model.num_parameters() * batch.numel() / _fastest(lambda: model(batch), device)
+        model.float()
+        return Machine.cpu(flops, bandwidth, _fastest(lambda: model(token), device))
 
 
 def _fastest(call: Callable[[], object], device: str, rounds: int = 20) -> float:
@@ -315,7 +331,7 @@ def _fastest(call: Callable[[], object], device: str, rounds: int = 20) -> float
 
 def h200(dtype: str) -> Machine:
     """The data sheet: 989 TFLOP/s in half precision, 67 in float32, 4.8 TB/s."""
-    return Machine.of("cuda", 67e12 if dtype == "float32" else 989e12, READ * 4.8e12)
+    return Machine.gpu(67e12 if dtype == "float32" else 989e12, READ * 4.8e12)
 
 
 def _existing(path: Path) -> Path:

@@ -51,13 +51,18 @@ def last_level_cache_bytes() -> int:
     return max(sizes)
 
 
+def flush_bytes() -> int:
+    """Bytes that `cpu_flush` reads: 256 MB, or four last-level caches where those are more."""
+    return max(FLUSH_BYTES, 4 * last_level_cache_bytes())
+
+
 def cpu_flush() -> Callable[[], object]:
-    """A call that evicts the CPU's caches by reading a buffer of at least 256 MB and of four last-level caches.
+    """A call that evicts the CPU's caches by reading a buffer of `flush_bytes`.
 
     It reads because large fills use non-temporal stores, which leave the caches as they were; and the buffer is filled
     with ones because untouched zero pages are all backed by one physical page.
     """
-    buffer = torch.ones(max(FLUSH_BYTES, 4 * last_level_cache_bytes()) // 4)
+    buffer = torch.ones(flush_bytes() // 4)
     return buffer.sum
 
 
