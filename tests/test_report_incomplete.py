@@ -129,11 +129,10 @@ def test_no_variant_is_best_of_a_column_whose_variants_had_other_seeds(two_seeds
 
 
 def test_a_task_of_the_hub_has_the_share_of_its_commoner_answer_beside_it() -> None:
-    """In the committed run no sparse variant has learned CoLA: all give the same answer to every item."""
-    run = load_run(ROOT / "results/h100/qwen2.5-coder-0.5b-instruct-task-finetuning", row_types(discover()))
+    run = load_run(ROOT / "results/h100/qwen2.5-coder-0.5b-instruct", row_types(discover()))
     table = run.table(TaskFinetuningRow)
     shown = accuracy_table(table, table["model"].iloc[0]).set_index("")
-    assert shown.loc["One answer to all", "CoLA"] == shown.loc["CATS-50", "CoLA"].strip("*") == "0.6913"
+    assert shown.loc["One answer to all", "CoLA"] == "0.6913"
     assert shown.loc["One answer to all", "Average"] == f"{(0.69128 + 0.62171 + 0.50917) / 3:.4f}"
     some = table.assign(items=table["items"].where(table["task"] != "instruct_cola", 100))
     assert "One answer to all" not in set(accuracy_table(some, table["model"].iloc[0])[""])

@@ -1,10 +1,12 @@
 """The runner in this process, over made-up experiments: memory, disks, signals and locks."""
 
+import os
 import resource
 import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from experiments.__main__ import main
 from experiments.framework import children, runner
 from experiments.framework.config import Config, RunError
 from experiments.framework.locks import locked
+from experiments.framework.memory import let_segments_grow
 from experiments.framework.provenance import read_provenance
 from experiments.framework.runner import is_done, run_experiment
 from experiments.framework.tables import Row
@@ -84,6 +87,19 @@ def test_the_gpu_asked_for_is_the_current_one(
     config.device = device
     run_experiment(config)
     assert found == [chosen]
+
+
+def test_experiments_that_train_on_a_gpu_ask_for_segments_that_grow(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    let_segments_grow(config_in(tmp_path, train_batch_size=8))  # on a CPU
+    let_segments_grow(SimpleNamespace(device="cuda", options=object()))
+    assert not os.environ
+    training = SimpleNamespace(device="cuda:1", options=SimpleNamespace(train_batch_size=8))
+    let_segments_grow(training)
+    assert os.environ == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    monkeypatch.setattr(os, "environ", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"})
+    let_segments_grow(training)
+    assert list(os.environ) == ["PYTORCH_CUDA_ALLOC_CONF"], "what the user has set stays"
 
 
 def test_other_errors_of_a_gpu_are_not_taken_for_its_memory(tmp_path: Path, toy: Callable) -> None:

@@ -48,7 +48,7 @@ CALIBRATION_PASSES = 12
 """Two for neuron criteria, one or two for inputs in each scope, and what `auto` computes beyond a pass or two."""
 ANSWER_PROMPT = 900
 """Tokens of a prompt with five worked examples."""
-STEP_SECONDS, COMPILE_SECONDS, KERNEL_SECONDS = 0.03, 30.0, 10.0
+STEP_SECONDS, COMPILE_SECONDS, KERNEL_SECONDS = 0.03, 18.0, 10.0
 """Of a decode step in the eager loop on a GPU, whatever the model; of a variant's compiled step there; of the kernels
 that the MLPs are timed with."""
 

@@ -11,6 +11,7 @@ import torch
 from experiments.framework.config import LOWERED, Config, RunError
 from experiments.framework.tables import Row
 
+_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # what torch reads, the latter as it was called before
 # what cuBLAS, the driver and Triton say, whose allocations are not torch's own
 _OUT_OF_MEMORY = re.compile(r"CUBLAS_STATUS_ALLOC_FAILED|CUDA.*: out of memory")
 
@@ -37,6 +38,17 @@ def run_within_memory(module: ModuleType, config: Config) -> list[Row]:
         gc.collect()  # outside of the except clause, whose traceback keeps the failed attempt's tensors alive
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def let_segments_grow(config: Config) -> None:
+    """Ask torch for segments that grow, in an experiment that trains, unless the user has said how it is to allocate.
+
+    The widths of its batches vary, and what a batch leaves does not fit the next: fine-tuning a 0.5 B model on BoolQ
+    ran out of 79 GiB with 17 reserved and unused. Read by torch when it first allocates on a GPU.
+    """
+    trains = config.device.startswith("cuda") and hasattr(config.options, "train_batch_size")
+    if trains and not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def peak_gib() -> dict[str, float | None]:

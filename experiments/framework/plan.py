@@ -94,7 +94,7 @@ READ = 0.65
 """Of the data sheet's bandwidth, in decoding."""
 START, TASK_SETS = 4.0, 15.0
 """Seconds of an experiment to its first work, and of lm-eval to index its tasks and read their sets."""
-ITEM, STEP = 1.5e-3, 0.03
+ITEM, STEP = 1.4e-3, 0.03
 """Seconds of lm-eval for one item of a task; of Trainer and the optimizer for one step."""
 DEQUANTISED = 1e-8
 """Seconds to load a parameter of a GGUF file."""

@@ -19,7 +19,7 @@ from experiments.framework.children import command, ending, purpose, run_child
 from experiments.framework.config import Config, is_main_process
 from experiments.framework.entries import attempt_facts, machine_facts, provenance_entry
 from experiments.framework.finished import write_after
-from experiments.framework.memory import peak_gib, run_within_memory
+from experiments.framework.memory import let_segments_grow, peak_gib, run_within_memory
 from experiments.framework.profiles import EXPERIMENTS
 from experiments.framework.provenance import now, read_provenance, write_provenance
 from experiments.framework.results import damage, remove_tables, table_entries, write_tables
@@ -43,6 +43,7 @@ def run_experiment(config: Config, force: bool = False) -> list[Path]:
             PartialState().wait_for_everyone()  # else the others read units that the first is about to remove
     elif is_done(config):
         return []
+    let_segments_grow(config)
     if is_worker():
         return _work(config)
     if config.device.startswith("cuda:"):
