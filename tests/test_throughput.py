@@ -108,13 +108,24 @@ def test_a_generation_that_compiles_is_not_a_measurement(
         Decoder(model, "eager", PROMPT + NEW).timed(ids, [NEW])
 
 
+@torch.library.custom_op("cats_tests::delayed", mutates_args=())  # a sleep that torch.compile need not look into
+def delayed(ids: Tensor, seconds: float) -> Tensor:
+    time.sleep(seconds)
+    return ids.clone()
+
+
+@delayed.register_fake
+def _(ids: Tensor, seconds: float) -> Tensor:
+    return torch.empty_like(ids)
+
+
 @pytest.mark.parametrize("loop", ["eager", "graph"])
 def test_decode_time_runs_from_the_first_token(loop: str, model: nn.Module, ids: Tensor, dynamo_only: None) -> None:
     """Prefill is made to take 0.8 s and a decode step 40 ms: the marks are n - 1 steps, without the prefill."""
     step, prefill = 0.04, 0.8
 
-    def slow(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        time.sleep(step if args[0].shape[1] == 1 else prefill)
+    def slow(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (delayed(args[0], step if args[0].shape[1] == 1 else prefill),)
 
     model.model.embed_tokens.register_forward_pre_hook(slow)
     decoder = Decoder(model, loop, PROMPT + NEW)
