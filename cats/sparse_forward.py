@@ -5,7 +5,6 @@ all that a criterion needs. Where the up product decides, inputs or neurons are 
 module, the dense masked path is equation 1 written out over the block's own (perhaps wrapped) linear layers.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import MethodType
@@ -13,21 +12,19 @@ from typing import Any
 
 import cats_kernels
 import torch
-from cats_kernels import repeated
-from cats_kernels.dispatch import asked_for
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from cats.equation import OWN_ACTIVATION, GatedMLP, Parts
 from cats.quantized_linear import QuantizedLinear, quantized_weights
+from cats.repeated_calls import Arguments, Repeats, as_given, know
 
-OPERATOR = cats_kernels.sparse_gated_mlp
 INPUT = "input_"
 """Prefix of a mask on the input of one of the block's linear layers; the others are "up" and "neurons"."""
 
 
 @dataclass
-class State:
+class State(Repeats):
     """What a patched MLP remembers, and what `cats.remove` needs to undo the patch.
 
     Attributes:
@@ -42,7 +39,6 @@ class State:
         written_out: whether the dense masked path is equation 1 written out here.
         dense_prompts: whether prompts run dense and unmasked, see `is_prompt`.
         handles: of the hooks on the down projection.
-        known: what calls of the operator can be repeated with, and None once anything of the above changes.
     """
 
     parts: Parts
@@ -57,11 +53,6 @@ class State:
     written_out: bool = False
     dense_prompts: bool = False
     handles: list[Any] = field(default_factory=list)
-    known: "Known | None" = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is known of this process's memory, for copies and pickles."""
-        return {**self.__dict__, "known": None}
 
     @property
     def activation_name(self) -> str:
@@ -69,30 +60,8 @@ class State:
         return self.parts.activation or OWN_ACTIVATION
 
 
-@dataclass(frozen=True)
-class Known:
-    """What the last calls of the operator by one block looked at, so that the next one only compares.
-
-    Attributes:
-        operator: that was called; whoever replaces it wants to see the calls.
-        weights: (name of a linear layer, the facts of its weight) of each one.
-        threshold: facts of the deciding product's threshold.
-        dtype, device: of x.
-        chosen: what `cats_kernels.dispatch.asked_for` said of the kernel.
-        calls: shape of x to what repeats the call, None where nothing does.
-    """
-
-    operator: Any
-    weights: tuple[tuple[str, repeated.Facts], ...]
-    threshold: repeated.Facts
-    dtype: torch.dtype
-    device: torch.device
-    chosen: str
-    calls: dict[torch.Size, repeated.Repeat | None] = field(default_factory=dict, compare=False)
-
-
 @dataclass
-class QuantizedState:
+class QuantizedState(Repeats):
     """What a quantised MLP remembers, patched or not, as its attribute ``cats_quantized``.
 
     Attributes:
@@ -112,13 +81,6 @@ def is_prompt(x: Tensor) -> bool:
     A shorter prompt cannot be told from the rows that speculative decoding checks together, and is treated as those.
     """
     return x.dim() > 1 and x.shape[-2] > cats_kernels.MAX_ROWS
-
-
-def as_given(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gate, up and transposed down weight, as the operator takes them, of a block's two or three linear layers."""
-    *first, down = weights
-    gate, up = first if len(first) == 2 else first[0].chunk(2)
-    return gate, up, down.t()
 
 
 def masked_equation_1(mlp: GatedMLP, x: Tensor, activation: nn.Module, masks: dict[str, Any]) -> Tensor:
@@ -192,56 +154,12 @@ class SparseForward:
         return by._buffers["threshold"]
 
     def _repeat(self, x: Any) -> Tensor | None:
-        """y by what repeats an earlier call, if all that it looked at is as it was; None to look at everything anew.
-
-        The host needs half the time for it, and an eager loop is bound by the host.
-        """
-        known = self.cats_state.known
-        if known is None or torch.is_grad_enabled() or self.training or not repeated.ordinary(x):
-            return None
-        call = known.calls.get(x.shape)
-        if call is None or x.dtype is not known.dtype or x.device != known.device or not x.is_contiguous():
-            return None
-        modules = self._modules
-        activation = modules[self.cats_state.activation_name]
-        if activation._forward_hooks or activation._forward_pre_hooks:
-            return None
-        held: list[Tensor] = [self._deciding_threshold()]  # until the call is over, whatever other threads replace
-        if repeated.facts(held[0]) != known.threshold:
-            return None
-        for name, facts in known.weights:
-            linear = modules[name]
-            if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
-                return None
-            weight = linear._parameters.get("weight")
-            if type(weight) is not nn.Parameter or repeated.facts(weight) != facts:
-                return None
-            held.append(weight)
-        if cats_kernels.sparse_gated_mlp is not known.operator or asked_for(self.cats_state.kernel) != known.chosen:
-            return None
-        return call(x, *as_given(held[1:])) if repeated.takes_weights(call) else call(x)
-
-    def _know(self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor], threshold: Tensor) -> None:
-        """Remember how to repeat a call that the operator has just served."""
+        """y of a patched block by `Known.repeat`, if it has a call to repeat."""
         state, modules = self.cats_state, self._modules
-        parameters: list[tuple[str, Any]] = [
-            (name, modules[name]._parameters.get("weight")) for name in state.parts.linears
-        ]
-        if (
-            not repeated.ordinary(x)
-            or cats_kernels.sparse_gated_mlp is not OPERATOR
-            or x.numel() > cats_kernels.MAX_ROWS * x.shape[-1]
-            or any(type(weight) is not nn.Parameter for _, weight in parameters)
-        ):
-            return
-        same = tuple((name, repeated.facts(weight)) for name, weight in parameters)
-        known = Known(OPERATOR, same, repeated.facts(threshold), x.dtype, x.device, asked_for(state.kernel))
-        if state.known == known:
-            known = state.known
-        if x.shape not in known.calls:
-            arguments = x, *weights, threshold, str(state.activation), state.kernel, state.decider
-            known.calls[x.shape] = repeated.repeat(*arguments)
-        state.known = known
+        if state.known is None or self.training:
+            return None
+        layers = [modules[name] for name in state.parts.linears]
+        return state.known.repeat(x, layers, modules[state.activation_name], self._deciding_threshold(), state.kernel)
 
     def _run_kernel(self, x: Tensor) -> Tensor | None:
         """y by the operator, if ``x`` goes to the sparse kernel, else None."""
@@ -249,9 +167,13 @@ class SparseForward:
         if weights is None:
             return None
         threshold = self._deciding_threshold()
-        y = cats_kernels.sparse_gated_mlp(x, *weights, threshold, str(state.activation), state.kernel, state.decider)
+        return self._call(state, (x, *weights, threshold, str(state.activation), state.kernel, state.decider))
+
+    def _call(self, state: State | QuantizedState, arguments: Arguments) -> Tensor:
+        """y by the operator, which is remembered to be repeated."""
+        y = cats_kernels.sparse_gated_mlp(*arguments)
         if not torch.compiler.is_compiling():
-            self._know(x, weights, threshold)
+            state.known = know(state.known, [self._modules[name] for name in state.parts.linears], arguments)
         return y
 
     def _dense_quantized(self, x: Any) -> Tensor | None:
@@ -260,21 +182,21 @@ class SparseForward:
         state: QuantizedState = self.__dict__["cats_quantized"]
         of, modules = state.parts, self._modules
         activation = None if of.activation is None else modules[of.activation]
+        if state.activation is None or self.training or activation is not state.original:
+            return None
+        if not torch.compiler.is_compiling() and state.known is not None:
+            y = state.known.repeat(x, [modules[name] for name in of.linears], activation, None, "auto")
+            if y is not None:
+                return y
         if (
-            state.activation is None
-            or type(x) not in (Tensor, FakeTensor)
+            type(x) not in (Tensor, FakeTensor)
             or torch.is_grad_enabled()
-            or self.training
-            or activation is not state.original
             or (activation is not None and (activation._forward_hooks or activation._forward_pre_hooks))
             or (x.device.type != "cpu" and x.numel() > cats_kernels.MAX_ROWS * x.shape[-1])
         ):
             return None
         weights = quantized_weights(modules, of, x.device)
-        if weights is None:
-            return None
-        gate, up, down_t = weights
-        return cats_kernels.sparse_gated_mlp(x, gate, up, down_t, 0.0, state.activation, "auto", "gate")
+        return None if weights is None else self._call(state, (x, *weights, 0.0, state.activation, "auto", "gate"))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         mlp: Any = self

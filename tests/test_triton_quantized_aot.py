@@ -32,7 +32,7 @@ from cats_kernels.triton.quantized_configs import (
     choose_quantized_config,
     that_fit,
 )
-from cats_kernels.triton.recorded import Recorded, aligned
+from cats_kernels.triton.recorded import Recorded, Repeated, aligned
 
 from tests.test_triton_aot import PROCESSORS, SHARED_LIMIT, FakeKernel, compile_ahead, resources, workers
 from tests.triton_cases import DTYPES
@@ -149,6 +149,10 @@ def test_a_recorded_launch_takes_the_next_calls_tensors(symmetric: bool, decider
     assert again["down_zeros_ptr"] == second.down_zeros.data_ptr()
     assert again["threshold"] == 0.5
     assert kernels[1].launches[1]["y_ptr"] == second.y.data_ptr()
+    y = Repeated(recorded, second)(second.x)
+    assert y is not None and kernels[1].launches[2]["y_ptr"] == y.data_ptr()
+    repeated = kernels[0].launches[2]
+    assert {name for name in again if again[name] != repeated[name]} <= {"v_ptr", "indices_ptr", "partial_ptr"}
 
 
 def test_only_aligned_scales_are_recorded():

@@ -17,6 +17,8 @@ from cats_kernels.problem import TOLERANCE, relative_error
 from cats_kernels.triton.quantized import sparse_gated_mlp_quantized
 from cats_kernels.triton.quantized_configs import QuantizedConfig
 
+import cats
+from tests.conftest import tiny_model
 from tests.quantized_cases import FORMATS, KINDS, quantized_case, quantized_tie_case
 from tests.triton_cases import DTYPES
 
@@ -108,3 +110,32 @@ def test_memcheck(form: tuple):
             problem, threshold = quantized_case(rows, d, m, form, dtype, 0.5, device="cuda")
             y = sparse_gated_mlp_quantized(*problem.quantized_arguments(threshold))
             assert problem.error(y, threshold) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@torch.no_grad()
+def test_a_quantised_block_repeats_its_launches(patched: bool):
+    """Same bits as the first calls, on another stream and in a captured graph too; four rows are never one launch."""
+    model = torch.nn.ModuleDict({"mlp": tiny_model(hidden_size=256, intermediate_size=640).model.layers[0].mlp})
+    model.to("cuda", torch.bfloat16)
+    cats.quantize(model, 4, 32)
+    if patched:
+        cats.apply(model, cats.Thresholds(0.5, {"mlp": 0.1}))
+    block, inputs = model["mlp"], [torch.randn(1, rows, 256, device="cuda").bfloat16() for rows in (1, 2, 4)]
+    expected = [block(x) for x in inputs]
+    known = (block.cats_state if patched else block.cats_quantized).known
+    assert [call is not None for call in known.calls.values()] == [True, True, False]
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    for x, y in zip(inputs, expected, strict=True):
+        assert torch.equal(block(x), y)
+        with torch.cuda.stream(other):
+            assert torch.equal(block(x), y)
+        graph, given = torch.cuda.CUDAGraph(), x.clone()
+        with torch.cuda.graph(graph):
+            captured = block(given)
+        given.copy_(3 * x)
+        graph.replay()
+        assert torch.equal(captured, block(3 * x)) and not torch.equal(captured, y)
+    block.down_proj.scales.mul_(2)
+    assert torch.equal(block(inputs[0]), 2 * expected[0])

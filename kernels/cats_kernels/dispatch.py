@@ -144,6 +144,20 @@ def repeat_dense_by(backend: str) -> Callable[..., Callable[..., Tensor | None] 
 
 
 @cache
+def repeat_quantized_by(backend: str) -> Callable[..., Callable[[Tensor], Tensor | None] | None]:
+    """`repeat_by` for quantised weights."""
+    if backend == "triton":
+        from cats_kernels.triton.quantized import repeated_quantized
+
+        return repeated_quantized
+    if backend == "cpu":
+        from cats_kernels.cpu.quantized_launch import repeated_quantized as repeated_quantized_cpu
+
+        return repeated_quantized_cpu
+    return lambda *_: None
+
+
+@cache
 def _quantized(backend: str) -> Callable[..., Tensor]:
     if backend == "cpu":
         from cats_kernels.cpu.quantized_launch import sparse_gated_mlp_quantized_cpu

@@ -16,9 +16,19 @@ from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
 from cats_kernels.calls import recording
-from cats_kernels.dispatch import SPARSE_ROWS, asked_for, repeat_by, repeat_dense_by, resolve
+from cats_kernels.dispatch import (
+    QUANTIZED_ROWS,
+    SPARSE_ROWS,
+    asked_for,
+    kernels_take,
+    repeat_by,
+    repeat_dense_by,
+    repeat_quantized_by,
+    resolve,
+)
+from cats_kernels.quantized import QuantizedWeight
 from cats_kernels.thresholds import Threshold
-from cats_kernels.weights import MAX_ROWS
+from cats_kernels.weights import MAX_ROWS, Weight
 
 Facts = tuple[Any, ...]
 Repeat = Callable[..., Tensor | None]
@@ -51,9 +61,9 @@ def takes_weights(call: Repeat) -> bool:
 
 def repeat(
     x: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    down_weight_t: Tensor,
+    gate_weight: Weight,
+    up_weight: Weight,
+    down_weight_t: Weight,
     threshold: Threshold,
     activation: str = "silu",
     backend: str = "auto",
@@ -67,11 +77,16 @@ def repeat(
         "auto" backend is decided now.
     """
     chosen, rows = resolve(backend, x), x.numel() // x.shape[-1]
-    sparse = SPARSE_ROWS.get((chosen, x.dtype), 0)
-    if not x.is_contiguous() or not 1 <= rows <= max(sparse, MAX_ROWS):
+    weights: Any = (gate_weight, up_weight, down_weight_t)
+    quantized = isinstance(gate_weight, QuantizedWeight)
+    few = (QUANTIZED_ROWS if quantized else SPARSE_ROWS).get((chosen, x.dtype), 0)
+    if not x.is_contiguous() or not 1 <= rows <= max(few, MAX_ROWS):
         return None
-    by = repeat_by(chosen) if rows <= sparse else repeat_dense_by(chosen)
-    return by(x, gate_weight, up_weight, down_weight_t, threshold, activation, decider)
+    if quantized:
+        by = repeat_quantized_by(chosen if rows <= few and kernels_take(chosen, *weights) else "reference")
+    else:
+        by = repeat_by(chosen) if rows <= few else repeat_dense_by(chosen)
+    return by(x, *weights, threshold, activation, decider)
 
 
 KEPT: dict[tuple[Any, ...], Repeat | None] = {}

@@ -22,8 +22,8 @@ from cats_kernels.weights import MAX_ROWS
 
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 Weights = tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]
-Call = Callable[[Tensor, np.ndarray], Tensor]
-"""y for x, and thresholds (1,) or (m,), float32."""
+Call = Callable[[Tensor, int, int], Tensor]
+"""y for x, and address and number of thresholds (1,) or (m,), float32."""
 MOST_KEPT = 4096
 """Calls, each of three weights and a shape of x."""
 
@@ -71,7 +71,30 @@ def sparse_gated_mlp_quantized_cpu(
     """
     gate_activation(activation)
     check_decider(decider)
-    return kept_call(x, gate_weight, up_weight, down_weight_t, activation, decider)(x, as_thresholds(threshold))
+    thresholds = as_thresholds(threshold)
+    call = kept_call(x, gate_weight, up_weight, down_weight_t, activation, decider)
+    return call(x, thresholds.ctypes.data, thresholds.size)
+
+
+def repeated_quantized(
+    x: Tensor,
+    gate_weight: QuantizedWeight,
+    up_weight: QuantizedWeight,
+    down_weight_t: QuantizedWeight,
+    threshold: Threshold,
+    activation: str,
+    decider: str,
+) -> Callable[[Tensor], Tensor] | None:
+    """`sparse_gated_mlp_quantized_cpu` for contiguous x (..., d) of this shape, while weights and threshold keep their
+    addresses; None where the threshold is not in memory as the kernel reads it."""
+    if isinstance(threshold, Tensor) and not threshold.is_contiguous():
+        return None
+    call = by_address(x, (gate_weight, up_weight, down_weight_t), activation, decider)
+    if isinstance(threshold, Tensor):
+        address, count = threshold.data_ptr(), threshold.numel()
+        return lambda x: call(x, address, count)
+    number = as_thresholds(threshold)
+    return lambda x: call(x, number.ctypes.data, 1)
 
 
 def facts(weight: QuantizedWeight) -> tuple[Any, ...]:
@@ -109,8 +132,7 @@ def by_address(x: Tensor, weights: Weights, activation: str, decider: str) -> Ca
     chunks = [(i, min(MAX_ROWS, rows - i)) for i in range(0, rows, MAX_ROWS)]
     address, code, region = plan.ctypes.data, member().address, region_address()
 
-    def call(x: Tensor, thresholds: np.ndarray) -> Tensor:
-        limits, count = thresholds.__array_interface__["data"][0], thresholds.size
+    def call(x: Tensor, limits: int, count: int) -> Tensor:
         y = torch.empty(x.shape, dtype=torch.float32, device=x.device)  # whatever torch's defaults are
         first_x, first_y = x.data_ptr(), y.data_ptr()
         threads = threads_for(3 * m * d)

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numba
 import torch
 
 WEIGHTS_PER_THREAD = 2**18
@@ -49,8 +50,6 @@ if hasattr(os, "register_at_fork"):
 
 def threads_for(weights: int) -> int:
     """Threads to use for a product with so many weights: torch's number, fewer for little work, one after a fork."""
-    import numba
-
     most = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     threads = max(1, min(most, weights // WEIGHTS_PER_THREAD))
     if threads > 1 and _process.lost:
@@ -76,8 +75,6 @@ def torch_region() -> Iterator[None]:
 @contextmanager
 def parallel_region(threads: int) -> Iterator[None]:
     """Holds the lock that a call on several threads needs, with numba set to so many; do not nest."""
-    import numba
-
     with _process.lock:
         _process.started = True
         numba.set_num_threads(threads)

@@ -31,7 +31,7 @@ from cats_kernels.triton.mlp import count_programs, plan_reduce
 from cats_kernels.triton.quantized_configs import QuantizedConfig, choose_quantized_config, that_fit
 from cats_kernels.triton.quantized_device import HIGH_BITS, LOW_BITS
 from cats_kernels.triton.quantized_kernels import fused_quantized_kernel
-from cats_kernels.triton.recorded import Recorded, aligned
+from cats_kernels.triton.recorded import Recorded, Repeated, aligned
 from cats_kernels.weights import MAX_ROWS
 
 
@@ -243,10 +243,7 @@ def _launch(call: QuantizedCall, config: QuantizedConfig | None) -> Tensor:
     if INTERPRETED or not aligned(call):
         run(plan_quantized(call, config), device)
         return call.y
-    key = (
-        *(call.x.shape, call.m, call.x.dtype, call.gate_scales.dtype, call.bits, call.group_size, call.symmetric),
-        *(call.activation, call.decider, kind_of(call.threshold), device, config),
-    )
+    key = recorded_key(call, config)
     with on(device):
         if key in RECORDED:
             RECORDED[key](call)
@@ -257,3 +254,29 @@ def _launch(call: QuantizedCall, config: QuantizedConfig | None) -> Tensor:
 
 RECORDED: dict[tuple[Any, ...], Recorded] = {}
 """What has been launched once, by all that its kernels were compiled for."""
+
+
+def recorded_key(call: QuantizedCall, config: QuantizedConfig | None = None) -> tuple[Any, ...]:
+    """All that the kernels of an aligned call are compiled for."""
+    form = call.gate_scales.dtype, call.bits, call.group_size, call.symmetric
+    rule = call.activation, call.decider, kind_of(call.threshold)
+    return call.x.shape, call.m, call.x.dtype, *form, *rule, call.x.device, config
+
+
+def repeated_quantized(
+    x: Tensor,
+    gate_weight: QuantizedWeight,
+    up_weight: QuantizedWeight,
+    down_weight_t: QuantizedWeight,
+    threshold: Threshold,
+    activation: str,
+    decider: str,
+) -> Repeated | None:
+    """The launches that `sparse_gated_mlp_quantized` has made for these arguments, to be made again with another x of
+    this shape while weights and threshold keep their addresses; None where it has recorded none of so many rows."""
+    if isinstance(threshold, Tensor) and not threshold.is_contiguous():
+        return None
+    rows = x.reshape(-1, x.shape[-1])
+    call = make_quantized_call(rows, gate_weight, up_weight, down_weight_t, threshold, activation, decider)
+    recorded = RECORDED.get(recorded_key(call)) if aligned(call) else None
+    return None if recorded is None else Repeated(recorded, call)
