@@ -97,6 +97,19 @@ def test_numbers_come_back_as_they_were(tmp_path: Path) -> None:
     assert repr(kept) == repr(rows)
 
 
+def test_a_unit_says_that_it_was_computed_in_smaller_batches(tmp_path: Path) -> None:
+    """Of a worker, or of an attempt before this one, nothing but its units remains."""
+    worker = config_in(tmp_path, batch_size=16, train_batch_size=8)
+    worker.unit("whole", lambda: [Measured("a", 1.0, 1)], (Measured,))
+    worker.halve_batches()
+    worker.unit("halved", lambda: [Measured("b", 1.0, 1)], (Measured,))
+    reader = config_in(tmp_path, batch_size=16, train_batch_size=8)
+    reader.unit("whole", list, (Measured,))
+    assert "lowered_for_memory" not in reader.notes
+    reader.unit("halved", list, (Measured,))
+    assert reader.notes["lowered_for_memory"] == {"batch_size": 8} and not reader.reduced
+
+
 def test_notes_of_a_unit_outlive_an_interruption(tmp_path: Path) -> None:
     def compute(config: Config, name: str) -> list[Row]:
         config.notes["tokens"] = 7

@@ -104,8 +104,13 @@ class Config(Generic[O]):
         self.reduced = {**large, **self.reduced}
         if lowered:
             self.options = replace(self.options, **lowered)  # type: ignore[type-var]
-            self.notes["lowered_for_memory"] = {key: {**options, **lowered}[key] for key in self.reduced}
+            self.notes |= self._lowered()
         return lowered
+
+    def _lowered(self) -> dict[str, Any]:
+        """The note of what `halve_batches` has lowered, and to what; empty where it has not."""
+        options = to_json(self.options)
+        return {"lowered_for_memory": {key: options[key] for key in self.reduced}} if self.reduced else {}
 
     @cached_property
     def store(self) -> UnitStore:
@@ -143,7 +148,8 @@ class Config(Generic[O]):
             before, begin = copy.deepcopy(self.notes), time.monotonic()
             rows = list(compute())
             seconds = round(time.monotonic() - begin, 3)
-            stored = Unit(key, self.stamp(key), rows, added_notes(before, self.notes), seconds, **source_state())
+            notes = added_notes(before, self.notes) | self._lowered()  # made before, by this process alone
+            stored = Unit(key, self.stamp(key), rows, notes, seconds, **source_state())
             if is_main_process():
                 self.store.write(stored)
                 tqdm.write(f"{self.experiment} {key}: {seconds:.1f} s")
