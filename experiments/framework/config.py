@@ -79,9 +79,13 @@ class Config(Generic[O]):
         return {**{key: to_json(getattr(self, key)) for key in kept}, "options": options}
 
     def identify(self, model: str) -> None:
-        """Add hashes of a model's weights, configuration and tokenizer to the provenance."""
+        """Add hashes of a model's weights, configuration and tokenizer to the provenance.
+
+        Raises:
+            RunError: units that are kept were measured with another one of this name.
+        """
         if is_main_process():
-            self.notes.setdefault("models", {})[model] = model_identity(model)
+            self._note_inputs({"models": {model: model_identity(model)}})
 
     def identify_data(self, name: str, identity: dict[str, Any]) -> None:
         """Add what identifies a data set or a task to the provenance.
@@ -89,8 +93,21 @@ class Config(Generic[O]):
         Args:
             name: such as ``text`` or ``task boolq``.
             identity: see `experiments.framework.identity`, whose `task_identity` and `text_identity` make it.
+
+        Raises:
+            RunError: as `identify`.
         """
-        self.notes.setdefault("inputs", {})[name] = identity
+        self._note_inputs({"inputs": {name: identity}})
+
+    def _note_inputs(self, notes: dict[str, Any]) -> None:
+        """Add notes to the provenance, unless they say that a model or a data set has changed since it was noted."""
+        for table in ("models", "inputs"):
+            for name, identity in notes.get(table, {}).items():
+                known = self.notes.get(table, {}).get(name, identity)
+                if _content(known) != _content(identity):
+                    kept = f"{name} is not what it was when other units in {self.store.folder} were measured"
+                    raise RunError(f"{self.experiment}: {kept}: --force measures all of them again")
+        merge_notes(self.notes, notes)
 
     def halve_batches(self) -> dict[str, int]:
         """Halve the options in `LOWERED` after memory has run out; stored units stay valid.
@@ -154,7 +171,7 @@ class Config(Generic[O]):
                 self.store.write(stored)
                 tqdm.write(f"{self.experiment} {key}: {seconds:.1f} s")
         else:
-            merge_notes(self.notes, stored.notes)
+            self._note_inputs(stored.notes)
         self.units[key] = {"seconds": stored.seconds, "commit": stored.commit, "dirty": stored.dirty}
         return stored.rows
 
@@ -215,6 +232,11 @@ class Config(Generic[O]):
         """``iterable`` behind a progress bar with an estimate of the time left."""
         label, silent = f"{self.experiment} {description}", self.finished_only or not is_main_process()
         return tqdm(iterable, desc=label, total=total, mininterval=1.0, dynamic_ncols=True, disable=silent)
+
+
+def _content(identity: Mapping[str, Any]) -> str:
+    """Hash of an identity but for the revision, which a hub's repository changes with its page too."""
+    return digest({key: value for key, value in identity.items() if key != "revision"})
 
 
 def gpus_of(device: str) -> int:
