@@ -235,8 +235,8 @@ class Config(Generic[O]):
 
 
 def _content(identity: Mapping[str, Any]) -> str:
-    """Hash of an identity but for the revision, which a hub's repository changes with its page too."""
-    return digest({key: value for key, value in identity.items() if key != "revision"})
+    """Hash of an identity but for words about it: a hub's repository changes its revision with its page too."""
+    return digest({key: value for key, value in identity.items() if key not in ("kind", "revision")})
 
 
 def gpus_of(device: str) -> int:
