@@ -199,22 +199,24 @@ def bench(arguments: argparse.Namespace) -> None:
             if name == "cats":
                 cats.apply(model, thresholds, kernel, prefill)
             clock = Clock()
-            model.generate(
+            generated = model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), streamer=clock, do_sample=False, temperature=None,
                 top_p=None, top_k=None, min_new_tokens=arguments.new_tokens, max_new_tokens=arguments.new_tokens,
-                pad_token_id=0,
+                pad_token_id=0, return_dict_in_generate=False,
             )  # fmt: skip
             if index:
                 values.append(clock.tokens_per_second())
             cats.remove(model)
     cats.apply(model, thresholds, kernel, prefill)
-    skipped = overall_sparsity(model, cats.measure_sparsity(model, batches))
+    skipped = overall_sparsity(model, cats.measure_sparsity(model, [generated]))
     for name, values in rates.items():
         print(f"{name}  {median(values):.1f} tokens per second  ({min(values):.1f} to {max(values):.1f})")
     ratios = [sparse / dense for dense, sparse in zip(*rates.values(), strict=True)]
     spread = f"({min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} rounds)"
     label = criteria.label(thresholds.criterion, thresholds.sparsity)
     print(f"cats / dense  {median(ratios):.3f}  {spread}, {label} skipping {skipped:.1%} of the neurons")
+    if arguments.layers is not None:
+        print(f"layers  {text_config(model).num_hidden_layers}: of the whole model the MLPs are another share")
 
 
 def _show_warning(

@@ -124,8 +124,11 @@ def _text(error: Exception) -> str:
 
 
 def _check_readable(model: PreTrainedModel) -> None:
-    """Refuse a part of a model, and weights of another dtype than the model of this configuration has in the dtype of
-    this one."""
+    """Refuse a part of a model or what holds one, and weights of another dtype than the model of this configuration has
+    in the dtype of this one."""
+    if not isinstance(getattr(model, "config", None), PretrainedConfig):
+        kind = type(model).__name__
+        raise ValueError(f"a {kind} has no configuration to be read back by: save the model in it or around it")
     with torch.device("meta"):
         whole = empty_model(model.config, model.dtype)
     expected, held = whole.state_dict(), model.state_dict()

@@ -121,7 +121,7 @@ def accuracy_table(table: pd.DataFrame, model: str) -> pd.DataFrame:
     if shares := one_answer(table[table["model"] == model]):
         shown = {name: style.number(share) for name, share in shares.items()}
         rows.append({"": "One answer to all", **shown, "Against base, points": style.DASH})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).fillna(style.DASH)
 
 
 def one_answer(of_model: pd.DataFrame) -> dict[str, float]:

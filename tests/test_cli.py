@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cats
+import cats.__main__ as command_line
 import cats.criteria
 from cats.__main__ import Clock, main
 from cats.command_inputs import sample_text, token_batches
@@ -135,7 +136,18 @@ def test_bench_takes_the_first_layers_alone(model: str, thresholds: str, capsys)
     assert main(["bench", model, "--thresholds", thresholds, "--layers", "1"]) == 2
     assert "this one is {" in (error := capsys.readouterr().err) and "'num_hidden_layers': 1}" in error
     words = ["bench", "shape:small", "--layers", "1", "--rounds", "1", "--new-tokens", "2", "--kernel", "reference"]
-    assert main(words) == 0 and "cats / dense" in capsys.readouterr().out
+    assert main(words) == 0
+    *_, ratio, layers = capsys.readouterr().out.splitlines()
+    assert ratio.startswith("cats / dense") and layers.startswith("layers  1:")
+
+
+def test_bench_says_what_is_skipped_in_what_it_has_generated(model: str, capsys, monkeypatch) -> None:
+    """By construction it is the target on the text that the thresholds are from."""
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(cats, "measure_sparsity", lambda _model, batches: seen.extend(batches) or {})
+    monkeypatch.setattr(command_line, "overall_sparsity", lambda *_arguments: 0.25)
+    assert main(["bench", model, "--rounds", "1", "--new-tokens", "4", "--kernel", "reference"]) == 0
+    assert [ids.shape for ids in seen] == [(1, 32 + 4)] and "skipping 25.0% of" in capsys.readouterr().out
 
 
 def test_rate_counts_from_first_to_last_token() -> None:

@@ -272,6 +272,17 @@ def test_a_run_of_several_experiments_says_first_what_the_folder_lacks(
     assert "has no set allenai/sciq" in capsys.readouterr().err
 
 
+def test_a_model_without_a_tokenizer_is_left_to_the_experiment_that_refuses_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experiments that only time it run nonetheless."""
+    begun: list[str] = []
+    monkeypatch.setattr(runner, "run_child", lambda words, *_arguments: begun.append(words[4]) or 0)
+    words = ["reproduce", "--data", str(folder), "--output", str(tmp_path / "run"), "--model", "shape:small"]
+    main([*words, "--device", "cpu", "--only", "e01", "e05"])
+    assert begun == ["e01", "e05"]
+
+
 def test_all_of_a_text_is_tokenised_only_where_it_may_be_too_short(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,6 +108,14 @@ def test_a_file_is_hashed_again_only_when_it_has_changed(tmp_path: Path, monkeyp
     assert file_hash(path) != first and len(calls) == 2
 
 
+@pytest.mark.parametrize("spec, there", [("shape:small", 2), ("pocket", 5)])
+@pytest.mark.parametrize("layers", [0, 6])
+def test_layers_that_a_model_does_not_have_are_refused(spec: str, there: int, layers: int) -> None:
+    """A shape would be made of as many as are asked for, and weights be called incomplete."""
+    with pytest.raises(ValueError, match=f"{spec} has {there} decoder layers: its first {layers} cannot be taken"):
+        load_model(spec, layers=layers)
+
+
 def test_a_shape_keeps_its_seed_and_layers() -> None:
     (a, none), (b, _) = load_model("shape:small", layers=1, seed=3), load_model("shape:small", layers=1, seed=4)
     assert none is None and len(a.model.layers) == 1 and a.dtype == torch.bfloat16

@@ -54,6 +54,9 @@ def test_a_part_of_a_model_is_refused_and_a_model_with_a_quantised_part_is_saved
     cats.quantize(model.model, 8, 32)
     with pytest.raises(ValueError, match="a LlamaModel alone could not be read back: save the LlamaForCausalLM that"):
         cats.save_quantized(model.model, tmp_path / "part")
+    for other in (model.model.layers[0], torch.nn.Sequential(model)):
+        with pytest.raises(ValueError, match=f"a {type(other).__name__} has no configuration to be read back by"):
+            cats.save_quantized(other, tmp_path / "part")
     cats.save_quantized(model, tmp_path / "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
     assert torch.equal(logits(cats.load_quantized(tmp_path / "whole")), logits(model))

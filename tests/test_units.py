@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.framework.config import Config
+import experiments.framework.config as config_module
+from experiments.framework.config import Config, RunError
 from experiments.framework.provenance import read_provenance
 from experiments.framework.results import write_tables
 from experiments.framework.runner import is_done, mark_forced, run_experiment
@@ -95,6 +96,44 @@ def test_numbers_come_back_as_they_were(tmp_path: Path) -> None:
     config_in(tmp_path).unit("one", lambda: rows, (Measured,))
     kept = config_in(tmp_path).unit("one", lambda: [], (Measured,))
     assert repr(kept) == repr(rows)
+
+
+@pytest.mark.parametrize("later", ["computed", "stored by a worker"])
+def test_units_of_a_model_that_has_changed_since_are_not_put_beside_others(
+    later: str, tmp_path: Path, monkeypatch
+) -> None:
+    """Settings have a model's name, which says nothing of the files that lie there."""
+    model = tmp_path / "model.gguf"
+    identity = lambda _model: {"weights": model.read_text(), "revision": str(len(model.read_text()))}  # noqa: E731
+    monkeypatch.setattr(config_module, "model_identity", identity)
+
+    def measure(config: Config, key: str) -> list[Row]:
+        return config.unit(key, lambda: config.identify("mine") or [Measured(key, 1.0, 1)], (Measured,))
+
+    model.write_text("first")
+    measure(config_in(tmp_path), "one")
+    measure(config_in(tmp_path), "two")  # by another process
+    model.write_text("second")
+    if later == "stored by a worker":
+        measure(config_in(tmp_path), "three")
+    resumed = config_in(tmp_path)
+    for key in ("one", "two"):
+        measure(resumed, key)
+    with pytest.raises(RunError, match=r"e90: mine is not what it was when other units in .* were measured: --force"):
+        measure(resumed, "three")
+
+
+def test_a_unit_says_that_it_was_computed_in_smaller_batches(tmp_path: Path) -> None:
+    """Of a worker, or of an attempt before this one, nothing but its units remains."""
+    worker = config_in(tmp_path, batch_size=16, train_batch_size=8)
+    worker.unit("whole", lambda: [Measured("a", 1.0, 1)], (Measured,))
+    worker.halve_batches()
+    worker.unit("halved", lambda: [Measured("b", 1.0, 1)], (Measured,))
+    reader = config_in(tmp_path, batch_size=16, train_batch_size=8)
+    reader.unit("whole", list, (Measured,))
+    assert "lowered_for_memory" not in reader.notes
+    reader.unit("halved", list, (Measured,))
+    assert reader.notes["lowered_for_memory"] == {"batch_size": 8} and not reader.reduced
 
 
 def test_notes_of_a_unit_outlive_an_interruption(tmp_path: Path) -> None:

@@ -65,8 +65,8 @@ def load_model(
             memory then never holds the unquantised model.
 
     Raises:
-        ValueError: unknown dtype, shape or path; a GGUF file of a kind that is not supported; ``packed`` for another
-            kind of model, or other types of weights.
+        ValueError: unknown dtype, shape or path; more layers than there are, or none; a GGUF file of a kind that is not
+            supported; ``packed`` for another kind of model, or other types of weights.
         OSError: the hub is out of reach or refuses access; the weights are not safetensors, damaged or incomplete; a
             GGUF file where the gguf package is not installed.
     """
@@ -80,6 +80,10 @@ def load_model(
     check_linears(linears)
     if linears != "mlp" and bits is None:
         raise ValueError(f'linears="{linears}" says what is quantised: give bits too')
+    if layers is not None:
+        there = loader.config(spec).get_text_config(decoder=True).num_hidden_layers
+        if not 1 <= layers <= there:
+            raise ValueError(f"{spec} has {there} decoder layers: its first {layers} cannot be taken")
     request = Request(DTYPES.get(dtype), device, layers, seed, packed, bits, group_size, linears)
     model, tokenizer = loader.load(spec, request)
     if bits is not None and not any(is_quantized(mlp) for mlp in gated_mlps(model).values()):

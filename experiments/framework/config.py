@@ -79,9 +79,13 @@ class Config(Generic[O]):
         return {**{key: to_json(getattr(self, key)) for key in kept}, "options": options}
 
     def identify(self, model: str) -> None:
-        """Add hashes of a model's weights, configuration and tokenizer to the provenance."""
+        """Add hashes of a model's weights, configuration and tokenizer to the provenance.
+
+        Raises:
+            RunError: units that are kept were measured with another one of this name.
+        """
         if is_main_process():
-            self.notes.setdefault("models", {})[model] = model_identity(model)
+            self._note_inputs({"models": {model: model_identity(model)}})
 
     def identify_data(self, name: str, identity: dict[str, Any]) -> None:
         """Add what identifies a data set or a task to the provenance.
@@ -89,8 +93,21 @@ class Config(Generic[O]):
         Args:
             name: such as ``text`` or ``task boolq``.
             identity: see `experiments.framework.identity`, whose `task_identity` and `text_identity` make it.
+
+        Raises:
+            RunError: as `identify`.
         """
-        self.notes.setdefault("inputs", {})[name] = identity
+        self._note_inputs({"inputs": {name: identity}})
+
+    def _note_inputs(self, notes: dict[str, Any]) -> None:
+        """Add notes to the provenance, unless they say that a model or a data set has changed since it was noted."""
+        for table in ("models", "inputs"):
+            for name, identity in notes.get(table, {}).items():
+                known = self.notes.get(table, {}).get(name, identity)
+                if _content(known) != _content(identity):
+                    kept = f"{name} is not what it was when other units in {self.store.folder} were measured"
+                    raise RunError(f"{self.experiment}: {kept}: --force measures all of them again")
+        merge_notes(self.notes, notes)
 
     def halve_batches(self) -> dict[str, int]:
         """Halve the options in `LOWERED` after memory has run out; stored units stay valid.
@@ -104,8 +121,13 @@ class Config(Generic[O]):
         self.reduced = {**large, **self.reduced}
         if lowered:
             self.options = replace(self.options, **lowered)  # type: ignore[type-var]
-            self.notes["lowered_for_memory"] = {key: {**options, **lowered}[key] for key in self.reduced}
+            self.notes |= self._lowered()
         return lowered
+
+    def _lowered(self) -> dict[str, Any]:
+        """The note of what `halve_batches` has lowered, and to what; empty where it has not."""
+        options = to_json(self.options)
+        return {"lowered_for_memory": {key: options[key] for key in self.reduced}} if self.reduced else {}
 
     @cached_property
     def store(self) -> UnitStore:
@@ -143,12 +165,13 @@ class Config(Generic[O]):
             before, begin = copy.deepcopy(self.notes), time.monotonic()
             rows = list(compute())
             seconds = round(time.monotonic() - begin, 3)
-            stored = Unit(key, self.stamp(key), rows, added_notes(before, self.notes), seconds, **source_state())
+            notes = added_notes(before, self.notes) | self._lowered()  # made before, by this process alone
+            stored = Unit(key, self.stamp(key), rows, notes, seconds, **source_state())
             if is_main_process():
                 self.store.write(stored)
                 tqdm.write(f"{self.experiment} {key}: {seconds:.1f} s")
         else:
-            merge_notes(self.notes, stored.notes)
+            self._note_inputs(stored.notes)
         self.units[key] = {"seconds": stored.seconds, "commit": stored.commit, "dirty": stored.dirty}
         return stored.rows
 
@@ -209,6 +232,11 @@ class Config(Generic[O]):
         """``iterable`` behind a progress bar with an estimate of the time left."""
         label, silent = f"{self.experiment} {description}", self.finished_only or not is_main_process()
         return tqdm(iterable, desc=label, total=total, mininterval=1.0, dynamic_ncols=True, disable=silent)
+
+
+def _content(identity: Mapping[str, Any]) -> str:
+    """Hash of an identity but for words about it: a hub's repository changes its revision with its page too."""
+    return digest({key: value for key, value in identity.items() if key not in ("kind", "revision")})
 
 
 def gpus_of(device: str) -> int:
