@@ -17,20 +17,21 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TextIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TextStreamer
 
 import cats
 from cats import criteria
 from cats.checks import KERNELS, PREFILLS
-from cats.command_inputs import load, model_options, sample_text, token_batches
+from cats.command_inputs import check_tokens, load, model_options, sample_text, token_batches
 from cats.files import check_output
 from cats.generation import LOOPS as LOOP_NAMES
 from cats.sparsity import overall_sparsity
@@ -52,8 +53,15 @@ def parser() -> argparse.ArgumentParser:
     on_text.add_argument("--tokens", type=int, default=16384, help="how many tokens to read (default 16384)")
     patched = argparse.ArgumentParser(add_help=False)
     patched.add_argument("--thresholds", type=Path, metavar="FILE", help="JSON file that `cats calibrate` wrote")
-    patched.add_argument("--kernel", default="auto", choices=KERNELS)
-    patched.add_argument("--prefill", default="sparse", choices=PREFILLS, help="dense leaves prompts unmasked")
+    patched.add_argument(
+        "--kernel",
+        default="auto",
+        choices=KERNELS,
+        help="auto (default): the one for the device; reference: masks only",
+    )
+    patched.add_argument(
+        "--prefill", default="sparse", choices=PREFILLS, help="dense leaves prompts unmasked (default sparse)"
+    )
     by_criterion = argparse.ArgumentParser(add_help=False)
     by_criterion.add_argument("--criterion", default="cats", help=f"{', '.join(criteria.names())} (default cats)")
     by_criterion.add_argument("--sparsity", type=float, default=0.5, help="fraction to skip, in [0, 1) (default 0.5)")
@@ -69,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
     command.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
     command.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that add up to P")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=int, default=0, help="of the draws, with --temperature (default 0)")
     command.add_argument(
         "--loop",
         default="auto",
@@ -80,9 +88,24 @@ def parser() -> argparse.ArgumentParser:
         "bench", parents=[on_model, patched, by_criterion], help="time generation, dense and sparse"
     )
     command.add_argument("--layers", type=int, metavar="N", help="the first N layers alone, where all are too much")
-    command.add_argument("--new-tokens", type=int, default=64)
-    command.add_argument("--rounds", type=int, default=5)
+    command.add_argument("--new-tokens", type=int, default=64, metavar="N", help="per round (default 64)")
+    command.add_argument("--rounds", type=int, default=5, metavar="N", help="besides one that warms up (default 5)")
     return root
+
+
+@contextmanager
+def forward_bar(model: nn.Module, label: str, total: int) -> Iterator[None]:
+    """A progress bar that counts the model's forward passes, however often its batches are gone through."""
+    with tqdm(total=total, desc=label, disable=not total) as bar:
+
+        def count(*_: object) -> None:
+            bar.update()
+
+        hook = model.register_forward_hook(count)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def calibrate(arguments: argparse.Namespace) -> None:
@@ -90,11 +113,13 @@ def calibrate(arguments: argparse.Namespace) -> None:
     check_sparsity(arguments.sparsity)
     criterion = criteria.get(arguments.criterion)
     check_output(arguments.output)  # said before the work, not after it
+    check_tokens(arguments.tokens)
+    text = sample_text(arguments.text, heldout=False)
     model, tokenizer = load(arguments)
-    batches = token_batches(model, tokenizer, sample_text(arguments.text, heldout=False), arguments.tokens)
-    bar = tqdm(batches, desc="calibrate")
-    thresholds = cats.calibrate(model, bar, arguments.sparsity, criterion=criterion.name)
-    bar.close()
+    batches = token_batches(model, tokenizer, text, arguments.tokens)
+    reads = bool(criterion.scored or criterion.rms_of or criterion.searches)
+    with forward_bar(model, "calibrate", len(batches) * (2 if criterion.rms_of else reads)):
+        thresholds = cats.calibrate(model, batches, arguments.sparsity, criterion=criterion.name)
     thresholds.save(arguments.output)
     source = "the files given" if arguments.text else "Python's documentation (--text FILE reads your own)"
     count, label = sum(map(len, thresholds.sites.values())), criterion.label(thresholds.sparsity)
@@ -108,9 +133,11 @@ def sparsity(arguments: argparse.Namespace) -> None:
         raise ValueError("--thresholds FILE is needed: `cats calibrate` makes one")
     thresholds = Thresholds.load(arguments.thresholds)
     label = criteria.label(thresholds.criterion, thresholds.sparsity)
+    check_tokens(arguments.tokens)
+    text = sample_text(arguments.text, heldout=True)
     model, tokenizer = load(arguments)
     cats.apply(model, thresholds, arguments.kernel, arguments.prefill)
-    batches = token_batches(model, tokenizer, sample_text(arguments.text, heldout=True), arguments.tokens)
+    batches = token_batches(model, tokenizer, text, arguments.tokens)
     measured = cats.measure_sparsity(model, tqdm(batches, desc="sparsity"))
     for name, fraction in measured.items():
         own = f"  (target {thresholds.level_of(name):.4f})" if thresholds.levels else ""

@@ -65,6 +65,12 @@ def sample_text(paths: Sequence[Path] | None, heldout: bool) -> str:
     return "\n\n".join(texts)
 
 
+def check_tokens(tokens: int) -> None:
+    """Raise ValueError unless ``tokens`` is positive."""
+    if tokens < 1:
+        raise ValueError(f"--tokens must be positive, not {tokens}")
+
+
 def token_batches(model: Any, tokenizer: Any, text: str, tokens: int, length: int = 512) -> list[Tensor]:
     """``text`` as int64 blocks (1, length), ``tokens`` ids in all or as many as there are; each begins with the token
     that the tokenizer puts before texts, if any, in place of its first.
@@ -72,8 +78,7 @@ def token_batches(model: Any, tokenizer: Any, text: str, tokens: int, length: in
     Raises:
         ValueError: ``tokens`` is not positive, or the text is empty.
     """
-    if tokens < 1:
-        raise ValueError(f"--tokens must be positive, not {tokens}")
+    check_tokens(tokens)
     length = min(length, getattr(text_config(model), "max_position_embeddings", length))
     # seven characters make more than a token in every tokenizer seen: no need to encode a whole book
     ids = tokenizer(text[: 7 * tokens + 1000], add_special_tokens=False, verbose=False, return_tensors="pt")

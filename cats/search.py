@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from cats.calibration import column_norms
 from cats.criteria.base import Searched
@@ -69,7 +70,8 @@ def search(model: nn.Module, batches: Sequence[Any], targets: Sequence[float]) -
     levels = tuple(sorted(set(targets)))
     sites: dict[float, dict[str, dict[str, Value]]] = {target: {side: {} for side in SIDES} for target in targets}
     with torch.no_grad(), eval_mode(model):
-        for path, mlp in gated_mlps(model).items():
+        # shown on terminals only, and where it takes long: after the last forward pass comes most of the work
+        for path, mlp in tqdm(gated_mlps(model).items(), desc="search", unit="layer", disable=None, delay=1.0):
             tried = list(candidates(path, mlp, inputs.pop(path), levels))
             for place, level in enumerate(levels):
                 best = min(tried, key=lambda one: one.errors[place])

@@ -136,7 +136,7 @@ class Thresholds:
 
         Raises:
             ValueError: it is not a valid thresholds file; the sentence names the key and what is allowed.
-            OSError: it cannot be read.
+            OSError: it is not there, or cannot be read.
         """
         try:
             return cls._from_json(_read(Path(path)))
@@ -174,7 +174,10 @@ def check_sparsity(sparsity: float) -> None:
 
 
 def _read(path: Path) -> Any:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} does not exist: give the file that `cats calibrate` or save wrote") from error
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is not a regular file")
     if status.st_size > LARGEST_FILE:

@@ -37,7 +37,9 @@ _DISK_FULL = re.compile(
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    root = argparse.ArgumentParser(prog="python -m experiments", description=__doc__.split("\n")[0])
+    root = argparse.ArgumentParser(
+        prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = root.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--profile", default="pocket", help="pocket (default), laptop, small, paper, or a .toml file")
@@ -50,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     )
     shared.add_argument("--device", help="auto, cpu, cuda, cuda:N or sharded (over all GPUs)")
     shared.add_argument("--dtype", help="auto, float32, float16 or bfloat16")
-    shared.add_argument("--seed", type=int)
+    shared.add_argument("--seed", type=int, help="instead of the profile's")
     shared.add_argument(
         "--set", action="append", default=[], metavar="e02.limit=50", help="any option of the profile; repeatable"
     )

@@ -192,6 +192,11 @@ BAD = {
     "no thresholds": (["sparsity", "MODEL"], "--thresholds FILE is needed"),
     "thresholds are not JSON": (["sparsity", "MODEL", "--thresholds", "TEXT"], "not a CATS thresholds file"),
     "missing file": (["sparsity", "MODEL", "--thresholds", "none.json"], "none.json"),
+    "thresholds that are not there": (
+        ["generate", "MODEL", "x", "--thresholds", "no.json"],
+        "no.json does not exist: give",
+    ),
+    "a file of weights": (["generate", "WEIGHTS", "x"], "call cats.load_quantized"),
     "empty text": (["calibrate", "MODEL", "--text", "EMPTY"], "the text is empty"),
     "binary text": (["calibrate", "MODEL", "--text", "BINARY"], "not UTF-8"),
     "no tokens": (["calibrate", "MODEL", "--text", "TEXT", "--tokens", "0"], "--tokens must be positive"),
@@ -207,7 +212,7 @@ def test_bad_input_is_one_sentence_and_status_2(case: str, model: str, text: str
     (tmp_path / "empty").write_text("")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     places = {name.upper(): str(tmp_path / name) for name in ("empty", "empty/x.json", "binary")}
-    places |= {"MODEL": model, "TEXT": text, "FOLDER": str(tmp_path)}
+    places |= {"MODEL": model, "WEIGHTS": f"{model}/model.safetensors", "TEXT": text, "FOLDER": str(tmp_path)}
     assert main([places.get(word, word) for word in words]) == 2
     printed = capsys.readouterr()
     errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
@@ -334,6 +339,22 @@ def test_wrong_formats_are_said(words, says: str, model: str, capsys) -> None:
     assert main(["bench", model, *words]) == 2
     shown = capsys.readouterr().err
     assert says in shown and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["calibrate"], ["sparsity", "--thresholds", "THRESHOLDS"]])
+@pytest.mark.parametrize("wrong", [["--text", "none.txt"], ["--tokens", "0"]])
+def test_wrong_text_is_said_before_the_model_is_loaded(command, wrong, model, thresholds, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("cats.command_inputs.load_model", lambda *_: pytest.fail("loaded"))
+    name, *rest = (thresholds if word == "THRESHOLDS" else word for word in command)
+    assert main([name, model, *rest, *wrong]) == 2
+    assert f"error: {wrong[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("criterion", "passes"), [("cats", 5), ("up-norm", 10), ("auto", 5)])
+def test_the_bar_counts_forward_passes(criterion: str, passes: int, model: str, text: str, tmp_path, capsys) -> None:
+    words = ["--text", text, "--tokens", "600", "--output", str(tmp_path / "t.json")]
+    assert main(["calibrate", model, *words, "--criterion", criterion]) == 0
+    assert f" {passes}/{passes} " in capsys.readouterr().err
 
 
 def test_thresholds_that_need_no_text_name_none(model: str, tmp_path: Path, capsys) -> None:
