@@ -117,7 +117,7 @@ class Tensors:
         if kind not in PACKED:
             raise ValueError(
                 f"{self.header.path} holds {self.names[name]} as {kind}: {' and '.join(PACKED)} can be kept packed; "
-                "load the file dequantised and call cats.quantize for others"
+                "others are quantised anew, by bits=4 or 8 (--bits) or cats.quantize"
             )
         return PACKED[kind]
 
