@@ -79,6 +79,9 @@ def test_a_file_or_a_directory_without_a_model_is_one_sentence(tmp_path: Path) -
         load_config("shape:huge")
     with pytest.raises(ValueError, match="unknown dtype 'int3'"):
         load_model("pocket", dtype="int3")
+    with pytest.raises(ValueError, match="unknown dtype 'float64'"):
+        load_model("pocket", dtype=torch.float64)
+    assert load_model("pocket", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 
 
 def test_identity_has_the_hashes_of_every_file(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Weights are read from safetensors or GGUF only, and no code from a model reposit
 loader in a file ``from_*.py`` of this package.
 """
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cats.models.from_pocket import pocket_path
@@ -40,7 +41,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase | None:
 
 def load_model(
     spec: str,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str = "cpu",
     layers: int | None = None,
     seed: int = 0,
@@ -53,8 +54,8 @@ def load_model(
 
     Args:
         spec: hub id, local directory, GGUF file, ``pocket``, or ``shape:mistral-7b`` and the like.
-        dtype: ``float32``, ``float16``, ``bfloat16`` or ``auto`` (as stored; bfloat16 for a shape and for a GGUF file,
-            whose weights are dequantised, whatever they are quantised to).
+        dtype: ``float32``, ``float16``, ``bfloat16``, torch's dtype of such a name, or ``auto`` (as stored; bfloat16 for
+            a shape and for a GGUF file, whose weights are dequantised, whatever they are quantised to).
         device: where to put it, ``cpu``, ``cuda``, ``cuda:1``; a shape's random weights are made there directly.
             ``sharded`` spreads the layers over all GPUs, for a model that one cannot hold (accelerate's device_map).
         layers: keep only the first so many decoder layers.
@@ -70,6 +71,7 @@ def load_model(
         OSError: the hub is out of reach or refuses access; the weights are not safetensors, damaged or incomplete; a
             GGUF file where the gguf package is not installed.
     """
+    dtype = str(dtype).removeprefix("torch.")
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: allowed are auto, {', '.join(DTYPES)}")
     loader = loader_of(spec)
