@@ -54,8 +54,8 @@ def load_model(
 
     Args:
         spec: hub id, local directory, GGUF file, ``pocket``, or ``shape:mistral-7b`` and the like.
-        dtype: ``float32``, ``float16``, ``bfloat16``, torch's dtype of such a name, or ``auto`` (as stored; bfloat16 for
-            a shape and for a GGUF file, whose weights are dequantised, whatever they are quantised to).
+        dtype: ``float32``, ``float16``, ``bfloat16``, torch's dtype of such a name, or ``auto`` (as stored; bfloat16
+            for a shape and for a GGUF file, whose weights are dequantised, whatever they are quantised to).
         device: where to put it, ``cpu``, ``cuda``, ``cuda:1``; a shape's random weights are made there directly.
             ``sharded`` spreads the layers over all GPUs, for a model that one cannot hold (accelerate's device_map).
         layers: keep only the first so many decoder layers.
