@@ -243,7 +243,8 @@ def bench(arguments: argparse.Namespace) -> None:
     label = criteria.label(thresholds.criterion, thresholds.sparsity)
     print(f"cats / dense  {median(ratios):.3f}  {spread}, {label} skipping {skipped:.1%} of the neurons")
     if arguments.layers is not None:
-        print(f"layers  {text_config(model).num_hidden_layers}: of the whole model the MLPs are another share")
+        count = text_config(model).num_hidden_layers
+        print(f"layers  {count} alone: in the whole model the MLPs are another share of a token")
 
 
 def _show_warning(

@@ -138,7 +138,7 @@ def test_bench_takes_the_first_layers_alone(model: str, thresholds: str, capsys)
     words = ["bench", "shape:small", "--layers", "1", "--rounds", "1", "--new-tokens", "2", "--kernel", "reference"]
     assert main(words) == 0
     *_, ratio, layers = capsys.readouterr().out.splitlines()
-    assert ratio.startswith("cats / dense") and layers.startswith("layers  1:")
+    assert ratio.startswith("cats / dense") and layers.startswith("layers  1 alone:")
 
 
 def test_bench_says_what_is_skipped_in_what_it_has_generated(model: str, capsys, monkeypatch) -> None:

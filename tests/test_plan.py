@@ -10,19 +10,8 @@ import pytest
 import experiments.framework.profiles as profiles
 import experiments.framework.timing as timing
 from experiments.framework.cost import Cost, Work, evaluation, text, training
-from experiments.framework.plan import (
-    GIB,
-    LOGIT,
-    PROCESS,
-    READ,
-    TOKEN,
-    Machine,
-    cost_of,
-    h200,
-    memory_of,
-    model_seconds,
-    start_seconds,
-)
+from experiments.framework.machine import READ, TOKEN, Machine, h200
+from experiments.framework.plan import GIB, LOGIT, PROCESS, cost_of, memory_of, model_seconds, start_seconds
 
 ROOT = Path(__file__).parents[1]
 MODELS = {
@@ -50,8 +39,8 @@ XEON = Computer("cpu", Machine.cpu(0.4 * 308e9, 22.7e9, TOKEN), 2**28)
 """Two cores of the machine of results/cpu-xeon, idle: memory as measured, layers as 0.4 of the matrix product measured
 there, which fits its runs, and a cache of which four are a gigabyte."""
 EPYC = Computer("cpu", Machine.cpu(140e9, 53e9, 0.96e-3), 2**25)
-"""Two cores of the machine of results/cpu/pocket: what `plan.speed` measures. Its memory gave 50 to 92 GB/s within an
-hour, and 46 to 63 in the run's own rounds."""
+"""Two cores of the machine of results/cpu/pocket: what `machine.speed` measures. Its memory gave 50 to 92 GB/s within
+an hour, and 46 to 63 in the run's own rounds."""
 H100 = Computer("cuda", Machine.gpu(989e12, READ * 3.35e12))
 ALONE = {
     "cpu/pocket": (EPYC, ("e01", "e02", "e03", "e04", "e05", "e06", "e07", "e08", "e09")),

@@ -4,7 +4,6 @@ import copy
 import gc
 import pickle
 import sys
-import threading
 import time
 import timeit
 import weakref
@@ -14,7 +13,6 @@ import pytest
 import torch
 from cats_kernels import dispatch, quantize, quantized_operator
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import cats
 from cats import sparse_forward
@@ -22,7 +20,7 @@ from cats.quantized_linear import QuantizedLinear
 from cats.repeated_calls import Known
 
 from .conftest import tiny_model
-from .test_repeated import first_block, hook, masked, row
+from .test_repeated import Operators, first_block, hook, masked, row, shapes_computed, wrong_in_threads
 
 DENSE, PATCHED = "dense", "patched"
 BOTH = pytest.mark.parametrize("kind", [DENSE, PATCHED])
@@ -30,11 +28,7 @@ BOTH = pytest.mark.parametrize("kind", [DENSE, PATCHED])
 
 @pytest.fixture
 def slow_calls(monkeypatch) -> list[torch.Size]:
-    """Shapes of x in the calls of the operator that looked at everything."""
-    shapes: list[torch.Size] = []
-    compute = quantized_operator._compute
-    monkeypatch.setattr(quantized_operator, "_compute", lambda x, *rest: (shapes.append(x.shape), compute(x, *rest))[1])
-    return shapes
+    return shapes_computed(monkeypatch, quantized_operator)
 
 
 def quantized(kind: str, batches: list, family: str = "Llama", form: tuple = (4, 32), **options) -> nn.Module:
@@ -203,16 +197,6 @@ def test_another_backend_is_noticed(kind: str, batches: list, slow_calls: list, 
     assert torch.equal(block(row()), expected) and len(other) == 2
 
 
-class Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @BOTH
 @torch.no_grad()
 def test_what_records_calls_still_sees_them(kind: str, batches: list):
@@ -288,23 +272,8 @@ def test_copies_and_weights_that_are_gone(kind: str, batches: list):
 
 
 @BOTH
-@torch.no_grad()
 def test_several_threads_on_one_block(kind: str, batches: list):
-    block = first_block(quantized(kind, batches))
-    inputs = [torch.randn(1, rows, 32) for rows in (1, 2, 3, 4)]
-    expected = [block(x) for x in inputs]
-    wrong: list[int] = []
-
-    def work(i: int) -> None:
-        with torch.no_grad():
-            wrong.extend(i for _ in range(200) if not torch.equal(block(inputs[i]), expected[i]))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    assert wrong_in_threads(first_block(quantized(kind, batches))) == []
 
 
 @BOTH

@@ -13,8 +13,7 @@ import importlib
 import math
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,7 +30,8 @@ from cats.models import load_config, resolve
 from cats.structure import resolve_device
 from experiments.data import on_hub
 from experiments.framework.config import Config
-from experiments.framework.cost import FORWARD, TASKS, Cost, default_cost
+from experiments.framework.cost import TASKS, Cost, default_cost
+from experiments.framework.machine import Machine, h200, speed
 from experiments.framework.profiles import EXPERIMENTS
 
 GIB = 2**30
@@ -53,45 +53,6 @@ class Need:
         return {None: "yes", UNCHECKED: "?"}.get(self.problem, "NO")
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Speeds that estimates divide by.
-
-    Attributes:
-        flops: float operations a second of a model's layers, in the profile's dtype.
-        bandwidth: bytes read a second.
-        layer: seconds that the host needs to start a decoder layer's kernels, dense or masked.
-        trained, trained_layer: ``flops`` of training, and ``layer`` for a layer of a micro-step, forward and backward,
-            with adapters.
-        run: seconds that a run of training takes besides its steps: adapters, items, and compiling on a GPU.
-        host: what the host takes for anything, in times of the host that ``layer``, ``trained_layer``, ``run`` and the
-            seconds below were measured on.
-    """
-
-    flops: float
-    bandwidth: float
-    layer: float
-    trained: float
-    trained_layer: float
-    run: float = 0.0
-    host: float = 1.0
-
-    @classmethod
-    def gpu(cls, product: float, bandwidth: float) -> "Machine":
-        """With a matrix product's float operations a second, and with what was measured on an H100 and its host."""
-        return cls(0.4 * product, bandwidth, 1e-3, 0.3 * product, 3.5e-3, run=10.0)
-
-    @classmethod
-    def cpu(cls, flops: float, bandwidth: float, token: float) -> "Machine":
-        """With the seconds of `TOKEN`, and with what was measured on two cores of a Xeon."""
-        return cls(flops, bandwidth, 4e-4, flops, 1.2e-3, host=token / TOKEN)
-
-
-TOKEN = 1.5e-3
-"""Seconds of the pocket model for one token on the Xeon: not measured there, but what an EPYC takes (0.96 ms) over the
-share of the Xeon's constants (0.65) with which the plan comes nearest to a whole run on the EPYC."""
-READ = 0.65
-"""Of the data sheet's bandwidth, in decoding."""
 START, TASK_SETS = 4.0, 15.0
 """Seconds of an experiment to its first work, and of lm-eval to index its tasks and read their sets."""
 ITEM, STEP = 1.4e-3, 0.03
@@ -298,40 +259,6 @@ def machine_for(device: str, memory: float, hours: float) -> str:
     if memory < 0.9 * available and on_gpu:
         return "this one, or several of its kind (--processes)"
     return f"a GPU with {_size(memory)}, or several with --device sharded"
-
-
-@cache
-def speed(device: str, dtype: str) -> Machine:
-    """What this device reaches in reading memory, and in a matrix product or, on a CPU, in the pocket model: a batch is
-    arithmetic, one token is what the host takes to start it. Two seconds on a CPU."""
-    on_gpu = device.startswith("cuda")
-    buffer = torch.ones(2**28 if on_gpu else 2**26, device=device)
-    bandwidth = buffer.nbytes / _fastest(buffer.sum, device)
-    if on_gpu:
-        a = torch.randn(4096, 4096, device=device, dtype=getattr(torch, dtype))
-        return Machine.gpu(2 * 4096**3 / _fastest(lambda: a @ a, device), bandwidth)
-    model = AutoModelForCausalLM.from_config(load_config("pocket"), dtype=getattr(torch, dtype)).eval()
-    batch, token = (torch.zeros(shape, dtype=torch.long) for shape in ((4, 256), (1, 1)))
-    with torch.inference_mode():
-        flops = FORWARD * model.num_parameters() * batch.numel() / _fastest(lambda: model(batch), device)
-        model.float()
-        return Machine.cpu(flops, bandwidth, _fastest(lambda: model(token), device))
-
-
-def _fastest(call: Callable[[], object], device: str, rounds: int = 20) -> float:
-    times = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        call()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return min(times)
-
-
-def h200(dtype: str) -> Machine:
-    """The data sheet: 989 TFLOP/s in half precision, 67 in float32, 4.8 TB/s."""
-    return Machine.gpu(67e12 if dtype == "float32" else 989e12, READ * 4.8e12)
 
 
 def _existing(path: Path) -> Path:
