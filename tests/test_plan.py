@@ -38,7 +38,7 @@ class Computer(NamedTuple):
 XEON = Computer("cpu", Machine.cpu(0.4 * 308e9, 22.7e9, TOKEN), 2**28)
 """Two cores of the machine of results/cpu-xeon, idle: memory as measured, layers as 0.4 of the matrix product measured
 there, which fits its runs, and a cache of which four are a gigabyte."""
-EPYC = Computer("cpu", Machine.cpu(140e9, 53e9, 0.96e-3), 2**25)
+EPYC = Computer("cpu", Machine.cpu(140e9, 53e9, 0.92e-3), 2**25)
 """Two cores of the machine of results/cpu/pocket: what `machine.speed` measures. Its memory gave 50 to 92 GB/s within
 an hour, and 46 to 63 in the run's own rounds."""
 H100 = Computer("cuda", Machine.gpu(989e12, READ * 3.35e12))

@@ -1,7 +1,8 @@
 """What a machine reaches, measured in a second or two or taken from a data sheet: the speeds that a plan divides by."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -46,8 +47,8 @@ class Machine:
         return cls(flops, bandwidth, 4e-4, flops, 1.2e-3, host=token / TOKEN)
 
 
-TOKEN = 1.5e-3
-"""Seconds of the pocket model for one token on the Xeon: not measured there, but what an EPYC takes (0.96 ms) over the
+TOKEN = 1.42e-3
+"""Seconds of the pocket model for one token on the Xeon: not measured there, but what an EPYC takes (0.92 ms) over the
 share of the Xeon's constants (0.65) with which the plan comes nearest to a whole run on the EPYC."""
 READ = 0.65
 """Of the data sheet's bandwidth, in decoding."""
@@ -56,7 +57,7 @@ READ = 0.65
 @cache
 def speed(device: str, dtype: str) -> Machine:
     """What this device reaches in reading memory, and in a matrix product or, on a CPU, in the pocket model: a batch is
-    arithmetic, one token is what the host takes to start it. Two seconds on a CPU."""
+    arithmetic, one token is what the host takes to start it. Two seconds on an idle CPU."""
     on_gpu = device.startswith("cuda")
     buffer = torch.ones(2**28 if on_gpu else 2**26, device=device)
     bandwidth = buffer.nbytes / _fastest(buffer.sum, device)
@@ -68,7 +69,19 @@ def speed(device: str, dtype: str) -> Machine:
     with torch.inference_mode():
         flops = FORWARD * model.num_parameters() * batch.numel() / _fastest(lambda: model(batch), device)
         model.float()
-        return Machine.cpu(flops, bandwidth, _fastest(lambda: model(token), device))
+        with one_thread():  # as fast as several, which beside other work wait for each other 25 times as long
+            return Machine.cpu(flops, bandwidth, _fastest(lambda: model(token), device))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _fastest(call: Callable[[], object], device: str, rounds: int = 20) -> float:
