@@ -69,6 +69,12 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "calibrate", parents=[on_model, on_text, by_criterion], help="find thresholds and save them"
     )
+    command.add_argument(
+        "--sequential",
+        action="store_true",
+        help="layer by layer, each behind the thresholds of those before it: the sparse model skips its target "
+        "(default: thresholds of the dense model, as in the paper)",
+    )
     command.add_argument("--output", type=Path, default=Path("thresholds.json"), help="default thresholds.json")
     commands.add_parser("sparsity", parents=[on_model, on_text, patched], help="measure what each layer skips")
     command = commands.add_parser("generate", parents=[on_model, patched], help="continue a prompt")
@@ -118,8 +124,11 @@ def calibrate(arguments: argparse.Namespace) -> None:
     model, tokenizer = load(arguments)
     batches = token_batches(model, tokenizer, text, arguments.tokens)
     reads = bool(criterion.scored or criterion.rms_of or criterion.searches)
-    with forward_bar(model, "calibrate", len(batches) * (2 if criterion.rms_of else reads)):
-        thresholds = cats.calibrate(model, batches, arguments.sparsity, criterion=criterion.name)
+    passes = (2 if criterion.rms_of else reads) + arguments.sequential
+    with forward_bar(model, "calibrate", len(batches) * passes):
+        thresholds = cats.calibrate(
+            model, batches, arguments.sparsity, criterion=criterion.name, sequential=arguments.sequential
+        )
     thresholds.save(arguments.output)
     source = "the files given" if arguments.text else "Python's documentation (--text FILE reads your own)"
     count, label = sum(map(len, thresholds.sites.values())), criterion.label(thresholds.sparsity)

@@ -20,8 +20,9 @@ from cats.devices import compute_dtype, execution_device
 from cats.files import write_text_atomically
 from cats.histogram import Histogram
 from cats.observe import Batches, check_sites, observe
+from cats.sequential import settle
 from cats.structure import attention_linears, gated_mlps, mlp_linears, parts_of
-from cats.text_config import text_config
+from cats.text_config import fingerprint
 from cats.thresholds import Thresholds, Value, check_sparsity
 
 __all__ = [
@@ -31,20 +32,12 @@ __all__ = [
     "calibrate",
     "check_sparsity",
     "column_norms",
-    "fingerprint",
     "histograms",
     "write_text_atomically",
 ]
 
 FEW_TOKENS = 256
 """Fewer tokens than this are warned about: quantiles settle with a few thousand."""
-
-
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What thresholds must agree on with a model: the type and the sizes of its language part."""
-    config = text_config(model)
-    keys = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers")
-    return {key: getattr(config, key) for key in keys if hasattr(config, key)}
 
 
 def histograms(
@@ -266,6 +259,8 @@ def calibrate(
     sparsity: float = 0.5,
     sites: Iterable[str] | None = None,
     criterion: str = "cats",
+    *,
+    sequential: bool = False,
 ) -> Thresholds: ...
 @overload
 def calibrate(
@@ -274,6 +269,8 @@ def calibrate(
     sparsity: Sequence[float],
     sites: Iterable[str] | None = None,
     criterion: str = "cats",
+    *,
+    sequential: bool = False,
 ) -> dict[float, Thresholds]: ...
 @overload
 def calibrate(
@@ -282,6 +279,8 @@ def calibrate(
     sparsity: Any = 0.5,
     sites: Iterable[str] | None = None,
     criterion: Any = "cats",
+    *,
+    sequential: bool = False,
 ) -> Any: ...
 def calibrate(
     model: nn.Module,
@@ -289,8 +288,14 @@ def calibrate(
     sparsity: Any = 0.5,
     sites: Iterable[str] | None = None,
     criterion: Any = "cats",
+    *,
+    sequential: bool = False,
 ) -> Any:
     """Thresholds at the ``sparsity``-quantile of a criterion's score per layer over sample text (equation 3).
+
+    The values are those of the model as it is, so of a dense one those that no threshold has touched, as in the paper;
+    behind the thresholds of earlier layers they are others, and the sparse model skips a point or three more than its
+    target. ``sequential`` calibrates layer by layer instead, each behind the thresholds of those before it.
 
     On a patched model the values are those before its thresholds, formed with the thresholds of earlier layers in
     force: calibrating again and applying the result moves a fine-tuned model back onto its target.
@@ -305,6 +310,8 @@ def calibrate(
         sites: where thresholds act: None for the criterion's own; for CATS ``gate``, and for appendix B
             ``attention_input`` and ``mlp_input`` too; for teal and wina ``mlp_linears`` and ``attention_linears``.
         criterion: name of a criterion (`cats.criteria.names`), or several.
+        sequential: move the thresholds, each layer's by one factor, to where the model that they have made sparse skips
+            its target: one pass more over the batches for every criterion and target (see `cats.sequential.settle`).
 
     Returns:
         Thresholds; a dict from target to Thresholds when several targets were asked for; and a dict from criterion to
@@ -312,7 +319,7 @@ def calibrate(
 
     Raises:
         TypeError, ValueError: a target outside [0, 1), an unknown criterion or site, no gated MLP, NaN
-            activations, and as `cats.observe.observe`.
+            activations, a patched model with ``sequential``, and as `cats.observe.observe`.
     """
     sparsity, sites = _plain_numbers(sparsity), None if sites is None else check_sites(sites)
     targets = sparsity if isinstance(sparsity, list) else [sparsity]
@@ -324,7 +331,7 @@ def calibrate(
     if not criteria:
         raise ValueError("no criterion given: criterion must be a name or a sequence of names")
     sites_of = {c.name: _sites_of(c, sites) for c in criteria}
-    if any(c.searches for c in criteria):
+    if sequential or any(c.searches for c in criteria):
         batches = list(batches)
     plain = [c for c in criteria if not c.searches]
     statistics, tokens = _stream(model, batches, plain, sites_of)
@@ -340,5 +347,7 @@ def calibrate(
             by_target = {t: _of_search(model, c, t, searched[c.name]) for t in targets}
         else:
             by_target = {t: _thresholds(model, c, sites_of[c.name], t, statistics, tokens) for t in targets}
+        if sequential:
+            by_target = {t: settle(model, thresholds, cast(list[Any], batches)) for t, thresholds in by_target.items()}
         made[c.name] = by_target if isinstance(sparsity, list) else by_target[targets[0]]
     return made[criterion] if isinstance(criterion, str) else made

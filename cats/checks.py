@@ -6,7 +6,6 @@ import cats_kernels
 from torch import Tensor, nn
 
 from cats.activation import CATSActivation
-from cats.calibration import fingerprint
 from cats.criteria import Criterion, get
 from cats.kernel_choice import is_patched
 from cats.structure import (
@@ -20,6 +19,7 @@ from cats.structure import (
     mlp_linears,
     parts_of,
 )
+from cats.text_config import fingerprint
 from cats.thresholds import ByModule, Thresholds
 
 KERNELS = cats_kernels.BACKENDS

@@ -32,6 +32,7 @@ __all__ = [
     "Batches",
     "Record",
     "check_sites",
+    "count_tokens",
     "dense_path",
     "input_mask",
     "keeps_logits",
@@ -223,6 +224,16 @@ def model_inputs(batch: Mapping[str, Any] | Tensor, device: torch.device, vocabu
     if vocabulary is not None and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < vocabulary):
         raise ValueError(f"input_ids must lie in 0 to {vocabulary - 1}, this model's vocabulary")
     return inputs
+
+
+def count_tokens(batches: Batches) -> int:
+    """Real tokens, or what is as good for spreading a sample: `observe` refuses what these are not."""
+    total = 0
+    for batch in batches:
+        inputs = model_inputs(batch, torch.device("cpu"), None)
+        mask = inputs.get("attention_mask")
+        total += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+    return total
 
 
 def vocabulary_of(model: nn.Module) -> int | None:

@@ -6,7 +6,7 @@ output's, token by token, is the error, so that a few tokens with large outputs 
 compared as `cats.apply` compares them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from cats.calibration import column_norms
 from cats.criteria.base import Searched
 from cats.equation import GatedMLP, gate_and_up, inner_activation
 from cats.histogram import Histogram
-from cats.observe import Batches, model_inputs, observe
+from cats.observe import Batches, count_tokens, observe
 from cats.structure import eval_mode, gated_mlps, parts_of
 from cats.thresholds import Value
 
@@ -82,7 +82,7 @@ def search(model: nn.Module, batches: Sequence[Any], targets: Sequence[float]) -
 def sample_inputs(model: nn.Module, batches: Batches, most: int = SAMPLE) -> tuple[dict[str, Tensor], int]:
     """Inputs (tokens, d) of each MLP at up to ``most`` tokens evenly spread over the text, and how many those are."""
     batches = list(batches)
-    stride = max(1, -(-_tokens(batches) // most))
+    stride = max(1, -(-count_tokens(batches) // most))
     kept: dict[str, list[Tensor]] = {}
     passed: dict[str, int] = {}
 
@@ -94,16 +94,6 @@ def sample_inputs(model: nn.Module, batches: Batches, most: int = SAMPLE) -> tup
     observe(model, batches, record, ("mlp_input",))
     inputs = {path: torch.cat(parts) for path, parts in kept.items()}
     return inputs, len(next(iter(inputs.values())))
-
-
-def _tokens(batches: Iterable[Any]) -> int:
-    """Real tokens, or what is as good for spreading a sample: `observe` refuses what these are not."""
-    total = 0
-    for batch in batches:
-        inputs = model_inputs(batch, torch.device("cpu"), None)
-        mask = inputs.get("attention_mask")
-        total += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-    return total
 
 
 def candidates(path: str, mlp: GatedMLP, x: Tensor, levels: Sequence[float]) -> Iterator[Candidate]:

@@ -17,6 +17,13 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """What thresholds must agree on with a model: the type and the sizes of its language part."""
+    config = text_config(model)
+    keys = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers")
+    return {key: getattr(config, key) for key in keys if hasattr(config, key)}
+
+
 @contextlib.contextmanager
 def no_cache(model: nn.Module) -> Iterator[None]:
     """No cache of keys and values by default in here, and the configurations as they were afterwards.

@@ -1,9 +1,9 @@
 """The artifact between calibration and a sparse model: per site and module a number or a vector, in a JSON file.
 
-Format 2 is ``{format, criterion, sparsity, decider, levels, model, tokens, sites: {site: {module path: value}}}``; a
-value is a number or ``{"float32": base64 of little-endian float32}``, exact to the bit; ``levels`` is left out where
-every layer has the same. Format 1, which had the sites ``gate``, ``attention_input`` and ``mlp_input`` of CATS beside
-each other and numbers only, is read as well.
+Format 2 is ``{format, criterion, sparsity, decider, levels, sequential, model, tokens, sites: {site: {module path:
+value}}}``; a value is a number or ``{"float32": base64 of little-endian float32}``, exact to the bit; ``levels`` is
+left out where every layer has the same, ``sequential`` where it is false. Format 1, which had the sites ``gate``,
+``attention_input`` and ``mlp_input`` of CATS beside each other and numbers only, is read as well.
 """
 
 import base64
@@ -28,6 +28,7 @@ SITES_1 = ("gate", "attention_input", "mlp_input")
 LARGEST_FILE = 2**30
 """Bytes; the largest open models need a seventh of it."""
 LARGEST = float(torch.finfo(torch.float32).max)
+_PLAIN = ("criterion", "sparsity", "levels", "sequential", "model", "tokens")
 
 Value: TypeAlias = float | Tensor
 ByModule: TypeAlias = dict[str, Value]
@@ -51,6 +52,7 @@ class Thresholds:
         criterion: name of the criterion, one of `cats.criteria.names`.
         levels: module path of an MLP to its own target in [0, 1), where sparsity was allocated between layers; empty
             where every layer has the same.
+        sequential: whether each layer's were made behind those of the layers before it (`cats.calibrate`).
     """
 
     sparsity: float
@@ -65,6 +67,7 @@ class Thresholds:
     mlp_linears: ByModule = field(default_factory=dict)
     attention_linears: ByModule = field(default_factory=dict)
     levels: dict[str, float] = field(default_factory=dict)
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
@@ -84,6 +87,8 @@ class Thresholds:
             raise ValueError(f"tokens must be a whole number from 0 to 2^63, not {_short(self.tokens)}")
         if not isinstance(self.criterion, str) or not self.criterion:
             raise ValueError(f"criterion must be the name of a criterion, not {_short(self.criterion)}")
+        if not isinstance(self.sequential, bool):
+            raise ValueError(f"sequential must be true or false, not {_short(self.sequential)}")
 
     @property
     def sites(self) -> dict[str, ByModule]:
@@ -109,8 +114,7 @@ class Thresholds:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Thresholds):
             return NotImplemented
-        own = (self.criterion, self.sparsity, self.levels, self.model, self.tokens)
-        if own != (other.criterion, other.sparsity, other.levels, other.model, other.tokens):
+        if any(getattr(self, name) != getattr(other, name) for name in _PLAIN):
             return False
         return all(_same(getattr(self, site), getattr(other, site)) for site in SITES)
 
@@ -122,6 +126,7 @@ class Thresholds:
             "sparsity": self.sparsity,
             "decider": self.decider,
             **({"levels": self.levels} if self.levels else {}),
+            **({"sequential": True} if self.sequential else {}),
             "model": self.model,
             "tokens": self.tokens,
             "sites": {
@@ -151,7 +156,7 @@ class Thresholds:
             return cls(**data)
         if version != FORMAT:
             raise ValueError(f'its "format" is neither "{FORMAT}" nor "{FORMAT_1}"')
-        allowed = ("criterion", "sparsity", "decider", "levels", "model", "tokens", "sites")
+        allowed = ("criterion", "sparsity", "decider", "levels", "sequential", "model", "tokens", "sites")
         _check_keys(data, allowed, ("criterion", "sparsity", "sites"))
         sites = data.pop("sites")
         if not isinstance(sites, dict):

@@ -18,9 +18,10 @@ from typing import Annotated, Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cats.calibration import Thresholds, fingerprint, histograms
+from cats.calibration import Thresholds, histograms
 from cats.models import load_config, load_model
 from cats.structure import resolve_device
+from cats.text_config import fingerprint
 from experiments.data import batches
 from experiments.framework.common_options import check_tokens
 from experiments.framework.config import Config

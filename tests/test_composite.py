@@ -5,12 +5,11 @@ import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import cats
-from cats.calibration import fingerprint
 from cats.finetuning import TrainSettings, finetune, recalibrate
 from cats.lora import add_lora, preset, remove_lora
 from cats.models import load_model
 from cats.perplexity import perplexity, vocabulary_size
-from cats.text_config import no_cache, text_config
+from cats.text_config import fingerprint, no_cache, text_config
 from tests.conftest import FAMILIES, TINY, tiny_model
 
 

@@ -3,15 +3,18 @@
 Purpose: the printed comparisons of training-free criteria contradict each other. Here all of them run as masks,
 compared in float32, on the same model, text and tasks, at levels that read the same bytes per token: neuron criteria at
 k, input criteria (teal, wina) at 2k/3 of the MLPs' inputs, and once more over attention and MLPs at the bytes of the
-model. Random is the floor and oracle the ceiling. What is skipped is measured on held-out text; a row whose sparsity
+model. Random is the floor and oracle the ceiling. Thresholds are calibrated layer by layer, each behind those before
+it: with thresholds of the dense model, as in the paper (``sequential = false``), each criterion would skip up to four
+points more than its target, and not all alike. What is skipped is measured on held-out text; a row whose sparsity
 misses its target by more than a point says so (``on_target``). Differences from the dense model and from cats are
 paired.
 Measures, each a unit of work of its own, at levels of its own: perplexity; perplexity of continuations after prompts
 that run masked or dense; multiple-choice tasks; answers generated greedily (``gsm8k``), prompts masked and dense; and
 the speed of what a kernel serves, with the same thresholds and float32 comparisons: all MLPs for one token, and decode
 steps of the whole model, in rounds with the dense model.
-Cost: one calibration per family of criteria whatever the number of levels, then a pass over the held-out text and an
-evaluation of the tasks per criterion and level; a minute for the pocket model on two cores without tasks.
+Cost: one calibration per family of criteria whatever the number of levels, then a pass over the calibration text, one
+over the held-out text and an evaluation of the tasks per criterion and level; a minute for the pocket model on two
+cores without tasks.
 
     nox -s experiment -- e08 --model PATH_OR_HUB_ID
     nox -s experiment -- e08 --set 'e08.criteria=["cats", "up-norm", "auto"]' --set 'e08.tasks=["arc_easy", "boolq"]'
@@ -95,7 +98,9 @@ def cost(config: Config[Options]) -> Cost:
     of_kind["answers"] = heldout + prompts * len(options.generation_tasks)
     of_kind["tasks"] = heldout + evaluation(options.tasks, options.limit, batch)
     kinds = [piece.kind for piece in options.pieces()]
-    work = text(options.calibration_blocks, options.length, batch) * CALIBRATION_PASSES
+    settled = {piece.case for piece in options.pieces() if piece.case and piece.case.level is not None}
+    passes = CALIBRATION_PASSES + options.sequential * len(settled)
+    work = text(options.calibration_blocks, options.length, batch) * passes
     for kind in kinds:
         work += of_kind.get(kind, Work())
     batches = -(-options.generation_items // options.generation_batch_size) * len(options.generation_tasks)

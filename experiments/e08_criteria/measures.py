@@ -15,6 +15,7 @@ from cats.criteria import get
 from cats.devices import execution_device
 from cats.evaluation import Tasks
 from cats.generated_answers import evaluate_answers, load_answer_tasks
+from cats.sequential import settle
 from experiments.e08_criteria.cases import DENSE_CASE, MLP, Case, Weights, skips_inputs
 from experiments.e08_criteria.heldout import continuation_losses, losses_and_skipped
 from experiments.e08_criteria.options import DENSE_PROMPT, MASKED, Piece
@@ -64,7 +65,8 @@ class Comparison(Subject):
         return tasks
 
     def thresholds_of(self, case: Case) -> Thresholds:
-        """One calibration of the dense model serves all criteria of a family and all their levels."""
+        """One calibration of the dense model serves all criteria of a family and all their levels; with ``sequential``
+        one pass more brings each case onto its target."""
         if case not in self._made:
             family = [other for other in self.config.options.cases() if _family(other) == _family(case)]
             targets = sorted({other.target(self.weights) for other in family})
@@ -73,6 +75,9 @@ class Comparison(Subject):
             sites = case.sites if skips_inputs(case.criterion) else None
             made = cats.calibrate(self.model, self.calibration, targets, sites, criteria)
             self._made |= {other: made[other.criterion][other.target(self.weights)] for other in family}
+        if self.config.options.sequential and not self._made[case].sequential:
+            cats.remove(self.model)
+            self._made[case] = settle(self.model, self._made[case], self.calibration)
         return self._made[case]
 
     def become(self, case: Case, prompt: str = MASKED) -> None:

@@ -41,6 +41,8 @@ class Options(EvaluationOptions):
     Attributes:
         criteria: names in `cats.criteria`; all of them by default.
         levels: k of the neuron criteria; the others are measured at as many bytes. Perplexity is measured at all.
+        sequential: thresholds are moved layer by layer, each behind those of the layers before it, to where the sparse
+            model is on its target (`cats.sequential.settle`); else they are those of the dense model, as in the paper.
         tasks: may be empty.
         task_levels, task_criteria: at which of ``levels``, of which of ``criteria``; all where empty.
         continuation_levels: where perplexity after masked and after dense prompts is measured; nowhere where empty.
@@ -62,6 +64,7 @@ class Options(EvaluationOptions):
 
     criteria: tuple[CriterionName, ...] = field(default_factory=names)
     levels: tuple[Sparsity, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    sequential: bool = True
     tasks: Annotated[tuple[str, ...], MayBeEmpty()] = ()
     task_levels: Levels = ()
     task_criteria: Annotated[tuple[CriterionName, ...], MayBeEmpty()] = ()
