@@ -4,6 +4,7 @@
 fall on bin edges exactly, and memory (0.7 MB per layer) does not depend on how many tokens are seen.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,9 +45,11 @@ class Histogram:
         two differ by at most one bin. That shows where many values are equal, as in bfloat16: no threshold splits a
         tie, so the sparsity may miss its target by half the tie's share, where equation 3 may miss it by the whole.
         """
-        below = torch.cat([torch.zeros(1, dtype=torch.int64), self.counts.cpu().cumsum(0)]).double() / self.total
+        # numpy: sequential calibration asks once per layer and batch, and torch's threads would take longer than the sum
+        below = np.concatenate([[0], self.counts.cpu().numpy().cumsum()])
+        below = below / below[-1]
         # `below` rises with the edge: the crossing bin's two edges are the candidates, the lower one on a tie
-        upper = int(torch.searchsorted(below, torch.tensor(sparsity, dtype=torch.float64)))
+        upper = int(np.searchsorted(below, sparsity))
         nearest = upper - 1 if upper and sparsity - below[upper - 1] <= below[upper] - sparsity else upper
         return float(self.edges()[nearest])
 

@@ -63,13 +63,13 @@ ALONE = {
     "h100/mistral-7b-quantized-mlp": (H100, ("e09",)),
     "h100/mistral-7b-quantized-mlp-earlier": (H100, ("e09",)),
     "h100/llama2-7b-quantized-mlp": (H100, ("e09",)),
-    "h100/qwen2.5-coder-1.5b-instruct-speed": (H100, ("e08",)),
-    "h100/gemma-3-270m-tokens": (H100, ("e08",)),
-    "h100/qwen2.5-coder-1.5b-instruct-tokens": (H100, ("e08",)),
+    "h100/qwen2.5-coder-1.5b-instruct": (H100, ("e01", "e02", "e07", "e08")),
+    "h100/qwen2.5-coder-1.5b-instruct-answers": (H100, ("e08",)),
+    "h100/gemma-3-270m": (H100, ("e02", "e04", "e06", "e07", "e08", "e09")),
 }
-"""Runs that nothing ran beside on their card, of the present kind: machine, experiments. Of the other runs
-gemma's generation and MLP times and Mistral-7B's quantised generation found compiled steps and kernels in the cache of
-the run before, and the rest shared a card with up to eleven others, so that their seconds are no timings."""
+"""Runs that nothing ran beside on their card, of the present kind: machine, experiments. Mistral-7B's quantised
+generation found kernels in the cache of the run before, gemma's e03 had two workers and was in two parts, its e01 took
+30 s for the 14 s planned; the rest shared a card with up to eleven others, so that their seconds are no timings."""
 
 BEFORE = {"e08": {"sequential": False}}
 """Options that runs older than the option were made with, where that is not the default."""

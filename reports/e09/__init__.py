@@ -106,19 +106,15 @@ def _increase(row: pd.Series) -> str:
 
 
 def tasks_table(table: pd.DataFrame, model: str) -> pd.DataFrame:
-    """Mean accuracy over tasks by format and variant, and the mean difference from the unquantised dense model."""
+    """Mean accuracy over tasks, a row per format and a column per variant, and in brackets the mean difference from the
+    unquantised dense model in points."""
     part = table[(table["model"] == model) & (table["metric"] == "acc")]
-    rows = []
+    rows: dict[str, dict[str, str]] = {}
     for (name, variant), scores in part.groupby(["format", "variant"], sort=False):
-        rows.append(
-            {
-                "Weights": format_name(str(name)),
-                "Variant": escape(style.variant_name(str(variant))),
-                "Mean accuracy": style.number(scores["value"].mean()),
-                "Difference, points": style.points(scores["difference"].mean()),
-            }
-        )
-    return pd.DataFrame(rows)
+        label, who = format_name(str(name)), escape(style.variant_name(str(variant)))
+        shown = f"{style.number(scores['value'].mean())} ({style.points(scores['difference'].mean())})"
+        rows.setdefault(label, {"Weights": label})[who] = shown
+    return pd.DataFrame(list(rows.values()))
 
 
 def add_up_table(run: Run) -> pd.DataFrame:
@@ -164,7 +160,7 @@ def _quality(quality: pd.DataFrame, model: str) -> list[Block]:
     name = escape(style.model_name(model))
     blocks: list[Block] = [Table(quality_table(quality, model), f"{name}: {QUALITY_TABLE.strip()}")]
     if len(shown := tasks_table(quality, model)):
-        blocks.append(Table(shown, f"{name}: mean zero-shot accuracy."))
+        blocks.append(Table(shown, f"{name}: mean zero-shot accuracy (points from the unquantised dense model)."))
     return blocks
 
 

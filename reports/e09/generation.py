@@ -116,7 +116,7 @@ def generation_figure(run: Run) -> Figure | None:
     shown = list(longest.values())[:4]
     if not shown:
         return None
-    columns = min(2, len(shown))
+    columns = 3 if len(shown) == 3 else min(2, len(shown))
     lines = -(-len(shown) // columns)
     size = (style.WIDTH if columns > 1 else 4.6, 1.85 * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)

@@ -115,7 +115,7 @@ def speed_figure(run: Run) -> Figure | None:
     parts = groups(run.tables[QuantizationSpeedRow.table])[:6]
     if not parts:
         return None
-    columns = min(2, len(parts))
+    columns = 3 if len(parts) == 3 else min(2, len(parts))
     lines = -(-len(parts) // columns)
     size = (style.WIDTH if columns > 1 else 4.6, 2.0 * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
