@@ -125,7 +125,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
     batches = token_batches(model, tokenizer, text, arguments.tokens)
     reads = bool(criterion.scored or criterion.rms_of or criterion.searches)
     passes = (2 if criterion.rms_of else reads) + arguments.sequential
-    with forward_bar(model, "calibrate", len(batches) * passes):
+    with forward_bar(model, "calibrate", len(batches) * passes + criterion.searches):
         thresholds = cats.calibrate(
             model, batches, arguments.sparsity, criterion=criterion.name, sequential=arguments.sequential
         )

@@ -45,7 +45,7 @@ class Histogram:
         two differ by at most one bin. That shows where many values are equal, as in bfloat16: no threshold splits a
         tie, so the sparsity may miss its target by half the tie's share, where equation 3 may miss it by the whole.
         """
-        # numpy: sequential calibration asks once per layer and batch, and torch's threads would take longer than the sum
+        # numpy: asked for every layer and batch, where threads of torch take longer than the sum itself
         below = np.concatenate([[0], self.counts.cpu().numpy().cumsum()])
         below = below / below[-1]
         # `below` rises with the edge: the crossing bin's two edges are the candidates, the lower one on a tie

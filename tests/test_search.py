@@ -63,6 +63,28 @@ def test_candidates_have_the_errors_of_their_formula(llama: nn.Module, batches: 
             assert one.errors[0] < one.errors[1]
 
 
+def test_first_tokens_are_those_behind_the_padding_each_once() -> None:
+    ids, mask = (
+        torch.tensor([[5, 5, 7, 8], [7, 9, 5, 5], [3, 1, 2, 4]]),
+        torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [0] * 4]),
+    )
+    assert search._first_tokens([{"input_ids": ids, "attention_mask": mask}, ids[2]]).tolist() == [[3], [7]]
+    assert search._first_tokens([]).shape == (0, 1)
+
+
+@torch.no_grad()
+def test_the_error_of_first_tokens_counts_as_much_as_that_of_all_others(llama: nn.Module, batches: list) -> None:
+    path, x = next(iter(inputs_of(llama, batches).items()))
+    mlp, first = cats.gated_mlps(llama)[path], -3 * x[:4]
+    alone = list(search.candidates(path, mlp, x.float(), [0.5]))
+    for one, both in zip(alone, search.candidates(path, mlp, x.float(), [0.5], first.float()), strict=True):
+        assert both.threshold(0.5) == pytest.approx(one.threshold(0.5))  # which they have no part in
+        a, u = nn.functional.silu(first @ mlp.gate_proj.weight.double().T), first @ mlp.up_proj.weight.double().T
+        lost = a * u * ((a if one.side == "gate" else u).abs() < torch.as_tensor(one.threshold(0.5)).double())
+        down = mlp.down_proj.weight.double()
+        assert both.errors[0] - one.errors[0] == pytest.approx(relative(lost @ down.T, (a * u) @ down.T), rel=1e-3)
+
+
 @torch.no_grad()
 def test_each_layer_gets_its_best_candidate(lopsided: nn.Module, batches: list) -> None:
     made = cats.calibrate(lopsided, batches, [0.4, 0.7], criterion="auto")
@@ -118,11 +140,13 @@ def test_the_sample_is_spread_over_all_real_tokens(llama: nn.Module) -> None:
     ids = torch.arange(40).reshape(2, 20) % 30
     mask = torch.ones(2, 20, dtype=torch.int64)
     mask[1, 12:] = 0
-    whole, _ = search.sample_inputs(llama, [{"input_ids": ids, "attention_mask": mask}], most=32)
-    part, tokens = search.sample_inputs(llama, [{"input_ids": ids[:1]}, {"input_ids": ids[1:, :12]}], most=8)
-    assert tokens == 8
-    for path, x in whole.items():
-        assert x.shape[0] == 32 and torch.allclose(part[path], x[::4], atol=1e-5)
+    whole = search.sample_inputs(llama, [{"input_ids": ids, "attention_mask": mask}], most=32)
+    part = search.sample_inputs(llama, [{"input_ids": ids[:1]}, {"input_ids": ids[1:, :12]}], most=8)
+    assert (whole.tokens, part.tokens) == (32, 8)
+    for path, x in whole.inputs.items():
+        assert x.shape[0] == 32 and torch.allclose(part.inputs[path], x[::4], atol=1e-5)
+        firsts = torch.stack([x[0], x[20]])  # in the order of their ids, 0 and 20
+        assert torch.allclose(whole.first[path], firsts, atol=1e-5) and torch.equal(whole.first[path], part.first[path])
     with pytest.raises(ValueError, match="no tokens"):
         cats.calibrate(llama, [], criterion="auto")
 

@@ -39,8 +39,8 @@ def mlp_rows(subject: Comparison) -> list[Row]:
     options, model = subject.config.options, subject.model
     timed = {case: subject.thresholds_of(case) for case in options.timed()}
     cats.remove(model)
-    sampled, count = sample_inputs(model, [subject.heldout_on_device[0][:1]], options.speed_tokens + 1)
-    inputs, count = {path: x[1:] for path, x in sampled.items()}, count - 1  # a text's first token is like no other
+    sample = sample_inputs(model, [subject.heldout_on_device[0][:1]], options.speed_tokens + 1)
+    inputs, count = {path: x[1:] for path, x in sample.inputs.items()}, sample.tokens - 1  # not the first token
     sparsity = {case: overall_sparsity(model, _skipped(model, inputs, timed[case])) for case in timed}
     try:
         times = _mlp_times(subject, timed_blocks(model, timed), inputs, count)
