@@ -359,7 +359,7 @@ def test_wrong_text_is_said_before_the_model_is_loaded(command, wrong, model, th
     assert f"error: {wrong[0]}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("criterion", "passes"), [("cats", 5), ("up-norm", 10), ("auto", 5)])
+@pytest.mark.parametrize(("criterion", "passes"), [("cats", 5), ("up-norm", 10), ("auto", 6)])
 def test_the_bar_counts_forward_passes(criterion: str, passes: int, model: str, text: str, tmp_path, capsys) -> None:
     words = ["--text", text, "--tokens", "600", "--output", str(tmp_path / "t.json")]
     assert main(["calibrate", model, *words, "--criterion", criterion]) == 0
