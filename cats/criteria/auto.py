@@ -2,8 +2,9 @@
 
 Which product decides best, and with what weights, differs between models and between the layers of one. `cats.search`
 tries, on a sample of calibration tokens, the gate and the up product, each with the plain value, with the root mean
-square of the other product, and with that and the norm of the down projection's row. Ours. Sharing the target unequally
-among the layers was tried in two ways and lost on three models (docs/LOG.md).
+square of the other product, and with that and the norm of the down projection's row; what a text begins with counts as
+much as all the rest of it. Ours. Sharing the target unequally among the layers was tried in two ways and lost on three
+models (docs/LOG.md).
 """
 
 from __future__ import annotations
