@@ -14,16 +14,25 @@ from experiments.framework.tables import (
 from reports.core import style
 from reports.core.document import Block, Table, escape
 from reports.core.load import Run
-from reports.core.protocol import CALIBRATION, of, phrases, span, values
+from reports.core.protocol import CALIBRATION, of, options, phrases, span, values
 from reports.core.section import Aspect, Drawing, Section
 from reports.e08.figures import frontier_figure, title
 from reports.e08.tables import WITH_KERNEL, affordable_table, criteria_table, prompts_table, speed_table
+
+_SAMPLE = phrases("e08", *CALIBRATION)
+
+
+def _calibration(run: Run) -> str:
+    """On what text, and whether behind the thresholds of earlier layers."""
+    how = "layer by layer" if options(run, "e08").get("sequential") else "of the dense model"
+    return f"{sample}; {how}" if (sample := _SAMPLE(run)) else ""
+
 
 PROTOCOL = (
     Aspect("models", "one method, on Mistral-7B and Llama2-7B", of(CriterionRow, lambda table: values(table, "model"))),
     Aspect("criteria", "the gate's activation against one threshold per layer",
            of(CriterionRow, lambda table: ", ".join(title(name) for name in table["criterion"].unique()))),
-    Aspect("calibration", "as for Table 1", phrases("e08", *CALIBRATION)),
+    Aspect("calibration", "as for Table 1; of the dense model", _calibration),
     Aspect("tasks", "eight, for its own method",
            of(CriterionRow, lambda table: _tasks(table[table["metric"] == "acc"]))),
     Aspect("speed", "its own kernel, in float32",
