@@ -124,7 +124,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
     model, tokenizer = load(arguments)
     batches = token_batches(model, tokenizer, text, arguments.tokens)
     reads = bool(criterion.scored or criterion.rms_of or criterion.searches)
-    passes = (2 if criterion.rms_of else reads) + arguments.sequential
+    passes = (2 if criterion.rms_of else reads) + (arguments.sequential and (criterion.scored or criterion.searches))
     with forward_bar(model, "calibrate", len(batches) * passes + criterion.searches):
         thresholds = cats.calibrate(
             model, batches, arguments.sparsity, criterion=criterion.name, sequential=arguments.sequential

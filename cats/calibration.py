@@ -20,7 +20,7 @@ from cats.devices import compute_dtype, execution_device
 from cats.files import write_text_atomically
 from cats.histogram import Histogram
 from cats.observe import Batches, check_sites, observe
-from cats.sequential import settle
+from cats.sequential import check_dense, settle
 from cats.structure import attention_linears, gated_mlps, mlp_linears, parts_of
 from cats.text_config import fingerprint
 from cats.thresholds import Thresholds, Value, check_sparsity
@@ -331,6 +331,8 @@ def calibrate(
     if not criteria:
         raise ValueError("no criterion given: criterion must be a name or a sequence of names")
     sites_of = {c.name: _sites_of(c, sites) for c in criteria}
+    if sequential:
+        check_dense(model)
     if sequential or any(c.searches for c in criteria):
         batches = list(batches)
     plain = [c for c in criteria if not c.searches]

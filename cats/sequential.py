@@ -42,8 +42,7 @@ def settle(model: nn.Module, thresholds: Thresholds, batches: Sequence[Any]) -> 
     criterion = get(thresholds.criterion)
     movable = criterion.has_level and type(criterion).mask is Criterion.mask
     sites = {site: values for site, values in thresholds.sites.items() if site != "neurons"} if movable else {}
-    if any(is_patched(mlp) for mlp in gated_mlps(model).values()):
-        raise ValueError("sequential calibration starts from the dense model: call cats.remove(model) first")
+    check_dense(model)
     if not sites:
         return replace(thresholds, sequential=True)
     apply(model, thresholds, kernel="reference")
@@ -66,6 +65,12 @@ def settle(model: nn.Module, thresholds: Thresholds, batches: Sequence[Any]) -> 
         site: {path: layers[site, path].value() for path in values} for site, values in sites.items()
     }
     return replace(thresholds, sequential=True, **moved)
+
+
+def check_dense(model: nn.Module) -> None:
+    """Raise ValueError if ``model`` is patched."""
+    if any(is_patched(mlp) for mlp in gated_mlps(model).values()):
+        raise ValueError("sequential calibration starts from the dense model: call cats.remove(model) first")
 
 
 class _Layer:

@@ -364,6 +364,8 @@ def test_the_bar_counts_forward_passes(criterion: str, passes: int, model: str, 
     words = ["--text", text, "--tokens", "600", "--output", str(tmp_path / "t.json")]
     assert main(["calibrate", model, *words, "--criterion", criterion]) == 0
     assert f" {passes}/{passes} " in capsys.readouterr().err
+    assert main(["calibrate", model, *words, "--criterion", criterion, "--sequential"]) == 0
+    assert f" {passes + 5}/{passes + 5} " in capsys.readouterr().err
 
 
 def test_thresholds_that_need_no_text_name_none(model: str, tmp_path: Path, capsys) -> None:
