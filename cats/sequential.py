@@ -6,7 +6,7 @@ moves those of each layer as it goes: a layer's scores are counted before its ow
 to their quantile so far, and the layers behind it see what that leaves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,8 +47,9 @@ def settle(model: nn.Module, thresholds: Thresholds, batches: Sequence[Any]) -> 
         return replace(thresholds, sequential=True)
     apply(model, thresholds, kernel="reference")
     try:
+        modules = dict(named_modules(model))
         layers = {
-            (site, path): _Layer(_holder(model, site, path), thresholds.level_of(path))
+            (site, path): _Layer(_holder(modules, site, path), thresholds.level_of(path))
             for site, values in sites.items()
             for path in values
         }
@@ -108,14 +109,13 @@ class _Layer:
         return self._now().cpu() if self.first.dim() else float(self._now())
 
 
-def _holder(model: nn.Module, site: str, path: str) -> Any:
+def _holder(modules: Mapping[str, Any], site: str, path: str) -> Any:
     """The module whose ``threshold`` acts at ``site`` of ``path``: see `cats.patching.swap_thresholds`."""
-    mlps = gated_mlps(model)
     if site == "gate":
-        return mlps[path]._modules[mlps[path].cats_state.activation_name]
+        return modules[path]._modules[modules[path].cats_state.activation_name]
     if site == "up":
-        return masks_of(mlps[path])["up"]
+        return masks_of(modules[path])["up"]
     if site == "mlp_linears":
         block, part = path.rsplit(".", 1)
-        return masks_of(mlps[block])[INPUT + part]
-    return input_mask(dict(named_modules(model))[path])
+        return masks_of(modules[block])[INPUT + part]
+    return input_mask(modules[path])

@@ -51,7 +51,7 @@ def options(run: Run, experiment: str) -> dict[str, Any]:
     """The options of the profile, as recorded, and where the text came from (`source`)."""
     settings: dict[str, Any] = run.provenance.get(experiment, {}).get("settings") or {}
     data = settings.get("data") or {}
-    source = "a local folder (--data)" if data.get("folder") else data.get("path") or data.get("source")
+    source = "a local folder" if data.get("folder") else data.get("path") or data.get("source")
     return {"source": source, **(settings.get("options") or {})}
 
 

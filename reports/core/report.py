@@ -178,7 +178,7 @@ def _section(section: Section, runs: list[Run], folder: Path) -> tuple[list[Bloc
         if frame.shape[1] - 2 > MOST_COLUMNS:
             more.append(Table(frame, f"{caption[:-1]}, run by run."))
             frame = at_a_glance(section, measured)
-        widths = (14, 38, *([38 * (1 + (frame.shape[1] == 3))] * (frame.shape[1] - 2)))
+        widths = (17, 38, *([38 * (1 + (frame.shape[1] == 3))] * (frame.shape[1] - 2)))
         blocks.append(Table(frame, caption, widths))
     several = len(runs) > 1
     if not section.by_run:

@@ -245,6 +245,18 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s"
 
 
+def panels(count: int, height: float) -> tuple[Figure, np.ndarray]:
+    """A figure of ``count`` panels, three side by side or lines of two, and its axes (lines, columns); a line is
+    ``height`` inches high."""
+    columns = 3 if count == 3 else min(2, count)
+    lines = -(-count // columns)
+    size = (WIDTH if columns > 1 else 4.6, height * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    for ax in axes.flat[count:]:
+        ax.set_visible(False)
+    return figure, axes
+
+
 def sparsity_axis(ax: Axes, end: float) -> None:
     """A horizontal axis of 0 to 100 % sparsity that leaves room for labels up to `end`."""
     ax.set_xlim(-3, end)

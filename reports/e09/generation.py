@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -116,12 +115,7 @@ def generation_figure(run: Run) -> Figure | None:
     shown = list(longest.values())[:4]
     if not shown:
         return None
-    columns = 3 if len(shown) == 3 else min(2, len(shown))
-    lines = -(-len(shown) // columns)
-    size = (style.WIDTH if columns > 1 else 4.6, 1.85 * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
-    for ax in axes.flat[len(shown) :]:
-        ax.set_visible(False)
+    figure, axes = style.panels(len(shown), 1.85)
     for ax, (bench, part) in zip(axes.flat, shown, strict=False):
         _bars(ax, rates(part))
         ax.set_title(

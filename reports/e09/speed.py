@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -115,12 +114,7 @@ def speed_figure(run: Run) -> Figure | None:
     parts = groups(run.tables[QuantizationSpeedRow.table])[:6]
     if not parts:
         return None
-    columns = 3 if len(parts) == 3 else min(2, len(parts))
-    lines = -(-len(parts) // columns)
-    size = (style.WIDTH if columns > 1 else 4.6, 2.0 * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
-    for ax in axes.flat[len(parts) :]:
-        ax.set_visible(False)
+    figure, axes = style.panels(len(parts), 2.0)
     for ax, ((_, shape, dtype), part) in zip(axes.flat, parts, strict=False):
         _bars(ax, part)
         ax.set_title(f"{shape}, {style.dtype_name(dtype)}{at_commit(part)}")
