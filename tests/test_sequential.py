@@ -33,7 +33,7 @@ def text(rows: int = 24, length: int = 48, seed: int = 0) -> list[torch.Tensor]:
 
 def displaced(thresholds: Thresholds) -> Thresholds:
     """Higher, far from the target."""
-    return replace(thresholds, **{s: {p: 1.3 * v for p, v in of.items()} for s, of in thresholds.sites.items()})
+    return replace(thresholds, **{s: {p: 2 * v for p, v in of.items()} for s, of in thresholds.sites.items()})
 
 
 def farthest(model: torch.nn.Module, thresholds: Thresholds, target: float = TARGET) -> float:
