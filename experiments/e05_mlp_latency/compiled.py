@@ -22,6 +22,16 @@ def dense_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 _numbers = itertools.count()
 
 
+def check_compiler(device: str) -> None:
+    """Raise RuntimeError on a CPU without a C++ compiler, or where inductor cannot call it."""
+    if torch.device(device).type != "cpu":
+        return
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        raise RuntimeError("compiling on a CPU needs a C++ compiler (c++, g++ or clang++)")
+    if " " in torch.__path__[0]:
+        raise RuntimeError("compiling on a CPU needs torch in a path without spaces: inductor does not quote it")
+
+
 def compiled_dense_mlp(device: str) -> Callable[..., Any]:
     """`dense_mlp` compiled for one shape: it compiles and tunes itself in its first call, for half a minute or more.
 
@@ -29,12 +39,8 @@ def compiled_dense_mlp(device: str) -> Callable[..., Any]:
     uncompiled without a word.
 
     Raises:
-        RuntimeError: on a CPU without a C++ compiler, or where inductor cannot call it.
+        RuntimeError: as `check_compiler`.
     """
-    if torch.device(device).type == "cpu":
-        if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-            raise RuntimeError("compiling on a CPU needs a C++ compiler (c++, g++ or clang++)")
-        if " " in torch.__path__[0]:
-            raise RuntimeError("compiling on a CPU needs torch in a path without spaces: inductor does not quote it")
+    check_compiler(device)
     code = dense_mlp.__code__.replace(co_name=f"dense_mlp_{next(_numbers)}")
     return torch.compile(types.FunctionType(code, globals()), mode=MODE, dynamic=False, fullgraph=True)
