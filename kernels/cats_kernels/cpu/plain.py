@@ -18,7 +18,8 @@ from numba import types
 from numba.extending import overload
 
 from cats_kernels.cpu.compiling import Array, jit
-from cats_kernels.cpu.halves import load_widened
+from cats_kernels.cpu.halves import DOT_HALVES, dot_halves, load_widened, upper_halves
+from cats_kernels.cpu.integers import load_words
 from cats_kernels.cpu.vectors import LANES, address_of, load, multiply_add, prefetch_second, splat, store, total
 
 COLUMNS = 1024
@@ -64,6 +65,47 @@ def _vector(weight: Any, address: Any, k: Any) -> Any:
 @overload(number_bytes, strict=False)
 def _number_bytes(weight: Any) -> Any:
     return (lambda weight: 4) if isinstance(weight.dtype, types.Float) else (lambda weight: 2)
+
+
+def at_once(weight: Array) -> int:
+    """Columns that `add_products` takes. Exists in compiled code only."""
+    raise NotImplementedError
+
+
+def multiplier(weight: Array, address: int, k: int) -> Any:
+    """Columns [k, k + at_once) of the float32 x at ``address``, as `add_products` takes them for this kind of weight.
+    Exists in compiled code only."""
+    raise NotImplementedError
+
+
+def add_products(weight: Array, address: int, k: int, values: Any, sums: Any) -> Any:
+    """``sums`` (LANES) plus products of columns [k, k + at_once) of the weight row at ``address`` with such values of
+    x. Exists in compiled code only."""
+    raise NotImplementedError
+
+
+def multiplies_halves(weight: Any) -> bool:
+    """Whether a weight of this numba type is multiplied as it is, with x as the bfloat16 that it then holds."""
+    return DOT_HALVES and not isinstance(weight.dtype, types.Float)
+
+
+@overload(at_once, strict=False)
+def _at_once(weight: Any) -> Any:
+    return (lambda weight: 2 * LANES) if multiplies_halves(weight) else (lambda weight: LANES)
+
+
+@overload(multiplier, strict=False)
+def _multiplier(weight: Any, address: Any, k: Any) -> Any:
+    if multiplies_halves(weight):
+        return lambda weight, address, k: upper_halves(load(address, k), load(address, k + LANES))
+    return lambda weight, address, k: load(address, k)
+
+
+@overload(add_products, strict=False)
+def _add_products(weight: Any, address: Any, k: Any, values: Any, sums: Any) -> Any:
+    if multiplies_halves(weight):
+        return lambda weight, address, k, values, sums: dot_halves(load_words(address, 2 * k), values, sums)
+    return lambda weight, address, k, values, sums: multiply_add(vector(weight, address, k), values, sums)
 
 
 @jit()
@@ -117,12 +159,12 @@ def dots_of_one(weight: Array, i: Array, x: Array, s: Array) -> None:
     s0, s1, s2, s3 = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
     for begin in range(0, whole, line):
         prefetch_line(weight, n0, n1, n2, n3, begin)
-        for k in range(begin, begin + line, LANES):
-            value = load(at, k)
-            s0 = multiply_add(vector(weight, w0, k), value, s0)
-            s1 = multiply_add(vector(weight, w1, k), value, s1)
-            s2 = multiply_add(vector(weight, w2, k), value, s2)
-            s3 = multiply_add(vector(weight, w3, k), value, s3)
+        for k in range(begin, begin + line, at_once(weight)):
+            values = multiplier(weight, at, k)
+            s0 = add_products(weight, w0, k, values, s0)
+            s1 = add_products(weight, w1, k, values, s1)
+            s2 = add_products(weight, w2, k, values, s2)
+            s3 = add_products(weight, w3, k, values, s3)
     s[0], s[1], s[2], s[3] = total(s0), total(s1), total(s2), total(s3)
     if whole < x.size:
         prefetch_line(weight, n0, n1, n2, n3, whole)
