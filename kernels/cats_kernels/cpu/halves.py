@@ -146,7 +146,8 @@ def upper_halves(context: Any, a: Any, b: Any) -> Any:
 def dot_halves(context: Any, a: Any, b: Any, sums: Any) -> Any:
     """Each lane of ``sums`` plus the products of the two bfloat16 in that lane of ``a`` and ``b``; `DOT_HALVES` only.
 
-    Sums are float32 rounded to the nearest, ties to even. A denormal (below 1.2e-38), read or made, is taken for zero.
+    Sums are float32, rounded to the nearest, ties to even. A denormal (below 1.2e-38), read or made, is taken for zero,
+    so that with an infinite number it gives NaN and not infinity.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
