@@ -1,4 +1,4 @@
-"""Products of one row of bfloat16 x with bfloat16 weights on the CPU: in the processor's own instruction, or widened."""
+"""One row of bfloat16 x times bfloat16 weights on the CPU: by the processor's own instruction, or widened."""
 
 import math
 import os
