@@ -2,11 +2,13 @@
 
 bfloat16 is widened by a shift, so no processor support for it is needed. Where there is some (AVX512-BF16), one row of
 x is multiplied as the bfloat16 that it holds: on two cores (AMD EPYC) the kernel is 4 to 12 % faster at d = 4096 and 0
-to 5 % at 2048. Four rows at a time: x is loaded once for all.
-For one row of x the four weight rows that are read next are prefetched meanwhile, line by line, into the second-level
-cache. Without that, two cores with AVX-512 read a weight at 15 GB/s and every second row of it at 17 (bfloat16, rows of
-3 KB); with it at 29 and 27, and as fast where they compute nothing: the hardware's own prefetching begins anew in every
-row. Into the first-level cache it is as fast for rows of 3 KB, and 4 to 6 % slower for rows of 8 KB.
+to 5 % at 2048.
+
+Four rows at a time: x is loaded once for all. For one row of x the four weight rows that are read next are prefetched
+meanwhile, line by line, into the second-level cache. Without that, two cores with AVX-512 read a weight at 15 GB/s and
+every second row of it at 17 (bfloat16, rows of 3 KB); with it at 29 and 27, and as fast where they compute nothing: the
+hardware's own prefetching begins anew in every row. Into the first-level cache it is as fast for rows of 3 KB, and 4 to
+6 % slower for rows of 8 KB.
 """
 
 # mypy: disable-error-code="call-arg, type-var"
