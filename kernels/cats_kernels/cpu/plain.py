@@ -1,8 +1,8 @@
 """Products and sums of four weight rows that are not quantised: float32, or bfloat16 as its bits (uint16).
 
 bfloat16 is widened by a shift, so no processor support for it is needed. Where there is some (AVX512-BF16), one row of
-x is multiplied as the bfloat16 that it holds: on two cores (AMD EPYC) the kernel is mostly 5 to 10 % faster at d = 4096,
-and 0 to 5 % at 2048.
+x is multiplied as the bfloat16 that it holds: on two cores (AMD EPYC) the kernel is mostly 5 to 10 % faster at d =
+4096, and 0 to 5 % at 2048.
 
 Four rows at a time: x is loaded once for all. For one row of x the four weight rows that are read next are prefetched
 meanwhile, line by line, into the second-level cache. Without that, two cores with AVX-512 read a weight at 15 GB/s and
