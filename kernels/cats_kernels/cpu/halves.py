@@ -10,12 +10,14 @@ from numba import extending, types
 from numba.core.datamodel import models
 
 from cats_kernels.cpu.compiling import jit
-from cats_kernels.cpu.vectors import FLOATS, I8, I16, INTEGERS, LANES, features, intrinsic, pointer_to
+from cats_kernels.cpu.vectors import FLOATS, I8, I16, I32, INTEGERS, LANES, features, intrinsic, pointer_to
 
 MAGNITUDE, INFINITE, QUIET = 0x7FFFFFFF, 0x7F800000, 0x7FC0
 """Bits of a float32 without its sign; of infinity, above which is NaN; and the upper half of a NaN."""
 BY_TABLE = LANES == 16 and bool(features().get("avx512bw")) and bool(features().get("avx512vl"))
 """Whether sixteen numbers of two bytes are looked up in one instruction."""
+DOT_HALVES = LANES == 16 and bool(features().get("avx512bf16"))
+"""Whether this processor multiplies bfloat16."""
 
 
 class _Halves(types.Type):
@@ -125,3 +127,33 @@ def of_high_nibbles(context: Any, table: Any, address: Any, k: Any) -> Any:
         return _look_up(builder, arguments, 4)
 
     return HALVES(HALVES, types.int64, types.int64), generate
+
+
+@intrinsic
+def upper_halves(context: Any, a: Any, b: Any) -> Any:
+    """The upper two bytes of each float32, of ``a`` and then of ``b``: bfloat16, exact where the numbers are."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        parts = ir.VectorType(I16, 2 * LANES)
+        a, b = (builder.bitcast(values, parts) for values in arguments)
+        upper = ir.Constant(ir.VectorType(I32, 2 * LANES), list(range(1, 4 * LANES, 2)))
+        return builder.bitcast(builder.shuffle_vector(a, b, upper), INTEGERS.backend)
+
+    return INTEGERS(FLOATS, FLOATS), generate
+
+
+@intrinsic
+def dot_halves(context: Any, a: Any, b: Any, sums: Any) -> Any:
+    """Each lane of ``sums`` plus the products of the two bfloat16 in that lane of ``a`` and ``b``; `DOT_HALVES` only.
+
+    Sums are float32, rounded to the nearest, ties to even. A denormal (below 1.2e-38), read or made, is taken for zero,
+    so that with an infinite number it gives NaN and not infinity.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        a, b, sums = arguments
+        kind = ir.FunctionType(FLOATS.backend, [FLOATS.backend, INTEGERS.backend, INTEGERS.backend])
+        function = builder.module.declare_intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", fnty=kind)
+        return builder.call(function, [sums, a, b])
+
+    return FLOATS(INTEGERS, INTEGERS, FLOATS), generate
