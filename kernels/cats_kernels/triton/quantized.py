@@ -79,6 +79,14 @@ class QuantizedCall(Call):
             "CHUNKS": power_of_2(cdiv(self.row_bytes, chunk)),
         }
 
+    def has_words(self, config: QuantizedConfig) -> bool:
+        """Whether x has 2 bytes an element, and rows are whole words of chunks of words."""
+        words = self.packing(config.chunk)["CHUNK"] % 4 == 0 and self.row_bytes % 4 == 0
+        whole = words and all(
+            getattr(self, name).data_ptr() % 4 == 0 for name in ("gate_weight", "up_weight", "down_weight_t")
+        )
+        return config.words and whole and self.x.element_size() == 2
+
 
 def make_quantized_call(
     x: Tensor,
@@ -192,6 +200,9 @@ def plan_quantized(call: QuantizedCall, config: QuantizedConfig | None = None) -
             STAGES=config.stages,
             PARTS=config.parts,
             PDL=pdl,
+            SPLIT=config.tile if config.split and call.has_words(config) else 1,
+            WORDS=call.has_words(config),
+            ASM=not INTERPRETED,
         ),
         warps=config.warps,
         dependent=pdl,

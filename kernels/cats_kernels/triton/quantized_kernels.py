@@ -10,13 +10,14 @@ import triton.language as tl
 
 from cats_kernels.triton.device import await_previous_kernel, deciding, gated, kept, threshold_of
 from cats_kernels.triton.quantized_device import (
+    add_packed,
     chunk_columns,
     dot_packed,
-    high_values,
-    load_columns,
+    empty_sums,
+    load_activations,
     load_packed,
     load_scales,
-    low_values,
+    sums_by_column,
 )
 
 
@@ -60,22 +61,21 @@ def fused_quantized_kernel(
     STAGES: tl.constexpr,
     PARTS: tl.constexpr,
     PDL: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WORDS: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """All three products over this program's even share of the neurons: first its rows of the deciding weight, listing
     the active neurons, then their rows of the other weight and of W_down^T, summed in registers. PARTS as in
     `fused_kernel`."""
     await_previous_kernel(PDL, False)
-    column = chunk_columns(GROUP, BITS, CHUNK, CHUNKS)
-    x_low = load_columns(x_ptr, column, ROWS, BLOCK_ROWS, D)
-    x_high = load_columns(x_ptr, column + GROUP // 2, ROWS, BLOCK_ROWS, D) if BITS == 4 else x_low
-    x_sum = tl.sum(x_low + x_high if BITS == 4 else x_low, axis=3, keep_dims=True)
+    x = load_activations(x_ptr, ROWS, BLOCK_ROWS, D, BITS, GROUP, CHUNK, CHUNKS, WORDS)
     program = tl.program_id(0)
     start = program * m // tl.num_programs(0)
     end = (program + 1) * m // tl.num_programs(0)
     row = tl.arange(0, BLOCK_ROWS)[:, None]
     middle = start + (end - start) * (program % PARTS + 1) // PARTS
-    sums_low = tl.zeros([BLOCK_ROWS, 1, CHUNKS, CHUNK], tl.float32)
-    sums_high = tl.zeros([BLOCK_ROWS, 1, CHUNKS, CHUNK], tl.float32)
+    sums = empty_sums(BLOCK_ROWS, CHUNK, CHUNKS, SPLIT, WORDS)
     sums_zero = tl.zeros([BLOCK_ROWS, 1, CHUNKS, 1], tl.float32)  # what zero points add to each column of a chunk
     for part in range(2 if PARTS > 1 else 1):
         part_start = middle if part else start
@@ -84,12 +84,12 @@ def fused_quantized_kernel(
         for first in tl.range(part_start, part_end, GATE_TILE, num_stages=GATE_STAGES):
             neuron = first + tl.arange(0, GATE_TILE)
             valid = neuron < part_end
-            w = load_packed(deciding_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS)
+            w = load_packed(deciding_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS, WORDS)
             scale = load_scales(deciding_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
             zero = scale
             if ZEROS:
                 zero = load_scales(deciding_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
-            z = dot_packed(x_low, x_high, x_sum, w, scale, zero, low_bits, high_bits, BITS, ZEROS)
+            z = dot_packed(x, w, scale, zero, low_bits, high_bits, BITS, ZEROS, WORDS, ASM)
             v = deciding(z, ACTIVATION, UP_DECIDES)
             limit = threshold_of(threshold, neuron[None, :], valid[None, :], THRESHOLD)
             keep = kept(v, limit) & valid[None, :] & (row < ROWS)
@@ -104,8 +104,8 @@ def fused_quantized_kernel(
             slot = first + tl.arange(0, TILE)
             valid = slot < last
             neuron = tl.load(indices_ptr + slot, mask=valid, other=0)
-            other = load_packed(other_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS)
-            down = load_packed(down_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS)
+            other = load_packed(other_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS, WORDS)
+            down = load_packed(down_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS, WORDS)
             other_scale = load_scales(other_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
             down_scale = load_scales(down_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
             v = tl.load(v_ptr + row * m + slot[None, :], mask=valid[None, :] & (row < ROWS), other=0.0)
@@ -113,17 +113,16 @@ def fused_quantized_kernel(
             if ZEROS:
                 other_zero = load_scales(other_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
                 down_zero = load_scales(down_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
-            z = dot_packed(x_low, x_high, x_sum, other, other_scale, other_zero, low_bits, high_bits, BITS, ZEROS)
+            z = dot_packed(x, other, other_scale, other_zero, low_bits, high_bits, BITS, ZEROS, WORDS, ASM)
             h = gated(v, z, ACTIVATION, UP_DECIDES)[:, :, None, None]
-            scaled = h * down_scale
-            sums_low += tl.sum(scaled * low_values(down, low_bits, BITS), axis=1, keep_dims=True)
-            if BITS == 4:
-                sums_high += tl.sum(scaled * high_values(down, high_bits), axis=1, keep_dims=True)
+            sums = add_packed(sums, h * down_scale, down, low_bits, high_bits, BITS, SPLIT, WORDS, ASM)
             if ZEROS:
                 sums_zero += tl.sum(h * down_zero, axis=1, keep_dims=True)
+    low, high = sums_by_column(sums, BITS, BLOCK_ROWS, CHUNK, CHUNKS, WORDS)
+    column = chunk_columns(GROUP, BITS, CHUNK, CHUNKS)
     partial = partial_ptr + program * (ROWS * D) + tl.arange(0, BLOCK_ROWS)[:, None, None, None] * D
     mask = tl.arange(0, BLOCK_ROWS)[:, None, None, None] < ROWS
-    tl.store(partial + column, sums_low + sums_zero, mask=mask & (column < D))
+    tl.store(partial + column, low + sums_zero, mask=mask & (column < D))
     if BITS == 4:
-        high = column + GROUP // 2
-        tl.store(partial + high, sums_high + sums_zero, mask=mask & (high < D))
+        column += GROUP // 2
+        tl.store(partial + column, high + sums_zero, mask=mask & (column < D))
