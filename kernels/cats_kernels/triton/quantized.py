@@ -179,6 +179,7 @@ def plan_quantized(call: QuantizedCall, config: QuantizedConfig | None = None) -
         call,
         fields,
         dict(
+            z_ptr=call.buffer(call.rows, call.m),
             v_ptr=call.buffer(call.rows, call.m),
             indices_ptr=call.buffer(call.m, dtype=torch.int32),
             partial_ptr=sums,
@@ -200,6 +201,7 @@ def plan_quantized(call: QuantizedCall, config: QuantizedConfig | None = None) -
             STAGES=config.stages,
             PARTS=config.parts,
             PDL=pdl,
+            LIST=config.listed,
             SPLIT=config.tile if config.split and call.has_words(config) else 1,
             WORDS=call.has_words(config),
             ASM=not INTERPRETED,

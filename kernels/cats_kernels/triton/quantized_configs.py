@@ -15,6 +15,7 @@ class QuantizedConfig(Config):
     paired: bool = True  # scales of 2 bytes in pairs, which can be asynchronous copies
     chunk: int = 0  # bytes of a row that go with one load of a scale; 0: as many as a load of x has columns
     split: bool = False  # with words: the rows of a tile belong to different warps, and are added at the end
+    listed: int = 0
     words: bool = True  # four bytes of a row at a time, where they can be (`cats_kernels.triton.quantized_words`)
 
 

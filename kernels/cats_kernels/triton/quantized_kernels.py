@@ -33,6 +33,7 @@ def fused_quantized_kernel(
     down_ptr,
     down_scales_ptr,
     down_zeros_ptr,
+    z_ptr,  # float32 (ROWS, m): products with the deciding weight
     v_ptr,  # float32 (ROWS, m): of the active neurons, by slot
     indices_ptr,  # int32 (m,): the active neurons, by slot; a program's slots begin at its first neuron
     partial_ptr,  # float32 (programs, ROWS, D)
@@ -61,6 +62,7 @@ def fused_quantized_kernel(
     STAGES: tl.constexpr,
     PARTS: tl.constexpr,
     PDL: tl.constexpr,
+    LIST: tl.constexpr,
     SPLIT: tl.constexpr,
     WORDS: tl.constexpr,
     ASM: tl.constexpr,
@@ -90,15 +92,33 @@ def fused_quantized_kernel(
             if ZEROS:
                 zero = load_scales(deciding_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
             z = dot_packed(x, w, scale, zero, low_bits, high_bits, BITS, ZEROS, WORDS, ASM)
-            v = deciding(z, ACTIVATION, UP_DECIDES)
-            limit = threshold_of(threshold, neuron[None, :], valid[None, :], THRESHOLD)
-            keep = kept(v, limit) & valid[None, :] & (row < ROWS)
-            active = tl.max(keep.to(tl.int32), 0)
-            slot = last + tl.cumsum(active, 0) - active
-            tl.store(indices_ptr + slot, neuron, mask=active == 1)
-            mask = (active == 1)[None, :] & (row < ROWS)
-            tl.store(v_ptr + row * m + slot[None, :], tl.where(keep, v, 0.0), mask=mask)
-            last += tl.sum(active, 0)
+            if LIST:
+                tl.store(z_ptr + row * m + neuron[None, :], z, mask=valid[None, :] & (row < ROWS))
+            else:
+                v = deciding(z, ACTIVATION, UP_DECIDES)
+                limit = threshold_of(threshold, neuron[None, :], valid[None, :], THRESHOLD)
+                keep = kept(v, limit) & valid[None, :] & (row < ROWS)
+                active = tl.max(keep.to(tl.int32), 0)
+                slot = last + tl.cumsum(active, 0) - active
+                tl.store(indices_ptr + slot, neuron, mask=active == 1)
+                mask = (active == 1)[None, :] & (row < ROWS)
+                tl.store(v_ptr + row * m + slot[None, :], tl.where(keep, v, 0.0), mask=mask)
+                last += tl.sum(active, 0)
+        if LIST:
+            tl.debug_barrier()  # other threads of this program read the products back
+            for first in range(part_start, part_end, LIST):
+                neuron = first + tl.arange(0, LIST)
+                valid = neuron < part_end
+                z = tl.load(z_ptr + row * m + neuron[None, :], mask=valid[None, :] & (row < ROWS), other=0.0)
+                v = deciding(z, ACTIVATION, UP_DECIDES)
+                limit = threshold_of(threshold, neuron[None, :], valid[None, :], THRESHOLD)
+                keep = kept(v, limit) & valid[None, :] & (row < ROWS)
+                active = tl.max(keep.to(tl.int32), 0)
+                slot = last + tl.cumsum(active, 0) - active
+                tl.store(indices_ptr + slot, neuron, mask=active == 1)
+                mask = (active == 1)[None, :] & (row < ROWS)
+                tl.store(v_ptr + row * m + slot[None, :], tl.where(keep, v, 0.0), mask=mask)
+                last += tl.sum(active, 0)
         tl.debug_barrier()  # other threads of this program read the list back
         for first in tl.range(part_start, last, TILE, num_stages=STAGES):
             slot = first + tl.arange(0, TILE)
