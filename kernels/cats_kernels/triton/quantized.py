@@ -34,6 +34,9 @@ from cats_kernels.triton.quantized_kernels import fused_quantized_kernel
 from cats_kernels.triton.recorded import Recorded, Repeated, aligned
 from cats_kernels.weights import MAX_ROWS
 
+LIST = 64
+"""Neurons that a program compares with their thresholds at a time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedCall(Call):
@@ -199,10 +202,8 @@ def plan_quantized(call: QuantizedCall, config: QuantizedConfig | None = None) -
             GATE_STAGES=config.gate_stages,
             TILE=config.tile,
             STAGES=config.stages,
-            PARTS=config.parts,
             PDL=pdl,
-            LIST=config.listed,
-            SPLIT=config.tile if config.split and call.has_words(config) else 1,
+            LIST=LIST,
             WORDS=call.has_words(config),
             ASM=not INTERPRETED,
         ),

@@ -74,7 +74,7 @@ def load_activations(
     CHUNKS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Every row of x as `dot_packed` takes it: columns of low nibbles (or all), of high ones, and the sums of chunks."""
+    """Every row of x as `dot_packed` takes it: columns of low nibbles (or all), of high ones, and sums of chunks."""
     if WORDS:
         return load_fixed(x_ptr, ROWS, BLOCK_ROWS, D, BITS, GROUP, CHUNK, CHUNKS)
     else:
@@ -163,24 +163,20 @@ def dot_packed(
 
 
 @triton.jit
-def empty_sums(
-    BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr, WORDS: tl.constexpr
-):
+def empty_sums(BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr):
     """What `add_packed` begins with."""
     if WORDS:
-        return no_sums(BLOCK_ROWS, CHUNK, CHUNKS, SPLIT)
+        return no_sums(BLOCK_ROWS, CHUNK, CHUNKS)
     else:
         none = tl.zeros([BLOCK_ROWS, 1, CHUNKS, CHUNK], tl.float32)
         return none, none
 
 
 @triton.jit
-def add_packed(
-    sums, h, w, low_bits, high_bits, BITS: tl.constexpr, SPLIT: tl.constexpr, WORDS: tl.constexpr, ASM: tl.constexpr
-):
+def add_packed(sums, h, w, low_bits, high_bits, BITS: tl.constexpr, WORDS: tl.constexpr, ASM: tl.constexpr):
     """Sums plus packed rows with coefficients h, scales included, [BLOCK_ROWS, TILE, CHUNKS, 1]."""
     if WORDS:
-        return add_words(sums, h, w, BITS, SPLIT, ASM)
+        return add_words(sums, h, w, BITS, ASM)
     else:
         low, high = sums
         low += tl.sum(h * low_values(w, low_bits, BITS), axis=1, keep_dims=True)

@@ -60,84 +60,65 @@ def fused_quantized_kernel(
     GATE_STAGES: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
-    PARTS: tl.constexpr,
     PDL: tl.constexpr,
     LIST: tl.constexpr,
-    SPLIT: tl.constexpr,
     WORDS: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """All three products over this program's even share of the neurons: first its rows of the deciding weight, listing
-    the active neurons, then their rows of the other weight and of W_down^T, summed in registers. PARTS as in
-    `fused_kernel`."""
+    the active neurons, then their rows of the other weight and of W_down^T, summed in registers. The list is made of
+    all products at once, LIST at a time: for each tile by itself it took a third of the instructions there."""
     await_previous_kernel(PDL, False)
     x = load_activations(x_ptr, ROWS, BLOCK_ROWS, D, BITS, GROUP, CHUNK, CHUNKS, WORDS)
     program = tl.program_id(0)
     start = program * m // tl.num_programs(0)
     end = (program + 1) * m // tl.num_programs(0)
     row = tl.arange(0, BLOCK_ROWS)[:, None]
-    middle = start + (end - start) * (program % PARTS + 1) // PARTS
-    sums = empty_sums(BLOCK_ROWS, CHUNK, CHUNKS, SPLIT, WORDS)
+    sums = empty_sums(BLOCK_ROWS, CHUNK, CHUNKS, WORDS)
     sums_zero = tl.zeros([BLOCK_ROWS, 1, CHUNKS, 1], tl.float32)  # what zero points add to each column of a chunk
-    for part in range(2 if PARTS > 1 else 1):
-        part_start = middle if part else start
-        part_end = end if part else middle
-        last = part_start  # the end of this program's list
-        for first in tl.range(part_start, part_end, GATE_TILE, num_stages=GATE_STAGES):
-            neuron = first + tl.arange(0, GATE_TILE)
-            valid = neuron < part_end
-            w = load_packed(deciding_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS, WORDS)
-            scale = load_scales(deciding_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
-            zero = scale
-            if ZEROS:
-                zero = load_scales(deciding_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
-            z = dot_packed(x, w, scale, zero, low_bits, high_bits, BITS, ZEROS, WORDS, ASM)
-            if LIST:
-                tl.store(z_ptr + row * m + neuron[None, :], z, mask=valid[None, :] & (row < ROWS))
-            else:
-                v = deciding(z, ACTIVATION, UP_DECIDES)
-                limit = threshold_of(threshold, neuron[None, :], valid[None, :], THRESHOLD)
-                keep = kept(v, limit) & valid[None, :] & (row < ROWS)
-                active = tl.max(keep.to(tl.int32), 0)
-                slot = last + tl.cumsum(active, 0) - active
-                tl.store(indices_ptr + slot, neuron, mask=active == 1)
-                mask = (active == 1)[None, :] & (row < ROWS)
-                tl.store(v_ptr + row * m + slot[None, :], tl.where(keep, v, 0.0), mask=mask)
-                last += tl.sum(active, 0)
-        if LIST:
-            tl.debug_barrier()  # other threads of this program read the products back
-            for first in range(part_start, part_end, LIST):
-                neuron = first + tl.arange(0, LIST)
-                valid = neuron < part_end
-                z = tl.load(z_ptr + row * m + neuron[None, :], mask=valid[None, :] & (row < ROWS), other=0.0)
-                v = deciding(z, ACTIVATION, UP_DECIDES)
-                limit = threshold_of(threshold, neuron[None, :], valid[None, :], THRESHOLD)
-                keep = kept(v, limit) & valid[None, :] & (row < ROWS)
-                active = tl.max(keep.to(tl.int32), 0)
-                slot = last + tl.cumsum(active, 0) - active
-                tl.store(indices_ptr + slot, neuron, mask=active == 1)
-                mask = (active == 1)[None, :] & (row < ROWS)
-                tl.store(v_ptr + row * m + slot[None, :], tl.where(keep, v, 0.0), mask=mask)
-                last += tl.sum(active, 0)
-        tl.debug_barrier()  # other threads of this program read the list back
-        for first in tl.range(part_start, last, TILE, num_stages=STAGES):
-            slot = first + tl.arange(0, TILE)
-            valid = slot < last
-            neuron = tl.load(indices_ptr + slot, mask=valid, other=0)
-            other = load_packed(other_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS, WORDS)
-            down = load_packed(down_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS, WORDS)
-            other_scale = load_scales(other_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
-            down_scale = load_scales(down_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
-            v = tl.load(v_ptr + row * m + slot[None, :], mask=valid[None, :] & (row < ROWS), other=0.0)
-            other_zero = other_scale
-            if ZEROS:
-                other_zero = load_scales(other_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
-                down_zero = load_scales(down_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
-            z = dot_packed(x, other, other_scale, other_zero, low_bits, high_bits, BITS, ZEROS, WORDS, ASM)
-            h = gated(v, z, ACTIVATION, UP_DECIDES)[:, :, None, None]
-            sums = add_packed(sums, h * down_scale, down, low_bits, high_bits, BITS, SPLIT, WORDS, ASM)
-            if ZEROS:
-                sums_zero += tl.sum(h * down_zero, axis=1, keep_dims=True)
+    for first in tl.range(start, end, GATE_TILE, num_stages=GATE_STAGES):
+        neuron = first + tl.arange(0, GATE_TILE)
+        valid = neuron < end
+        w = load_packed(deciding_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS, WORDS)
+        scale = load_scales(deciding_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+        zero = scale
+        if ZEROS:
+            zero = load_scales(deciding_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+        z = dot_packed(x, w, scale, zero, low_bits, high_bits, BITS, ZEROS, WORDS, ASM)
+        tl.store(z_ptr + row * m + neuron[None, :], z, mask=valid[None, :] & (row < ROWS))
+    tl.debug_barrier()  # other threads of this program read the products back
+    last = start  # the end of this program's list
+    for first in range(start, end, LIST):
+        neuron = first + tl.arange(0, LIST)
+        valid = (neuron < end)[None, :] & (row < ROWS)
+        z = tl.load(z_ptr + row * m + neuron[None, :], mask=valid, other=0.0)
+        v = deciding(z, ACTIVATION, UP_DECIDES)
+        keep = kept(v, threshold_of(threshold, neuron[None, :], (neuron < end)[None, :], THRESHOLD)) & valid
+        active = tl.max(keep.to(tl.int32), 0)
+        slot = last + tl.cumsum(active, 0) - active
+        tl.store(indices_ptr + slot, neuron, mask=active == 1)
+        mask = (active == 1)[None, :] & (row < ROWS)
+        tl.store(v_ptr + row * m + slot[None, :], tl.where(keep, v, 0.0), mask=mask)
+        last += tl.sum(active, 0)
+    tl.debug_barrier()  # and the list
+    for first in tl.range(start, last, TILE, num_stages=STAGES):
+        slot = first + tl.arange(0, TILE)
+        valid = slot < last
+        neuron = tl.load(indices_ptr + slot, mask=valid, other=0)
+        other = load_packed(other_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS, WORDS)
+        down = load_packed(down_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS, WORDS)
+        other_scale = load_scales(other_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+        down_scale = load_scales(down_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+        v = tl.load(v_ptr + row * m + slot[None, :], mask=valid[None, :] & (row < ROWS), other=0.0)
+        other_zero = other_scale
+        if ZEROS:
+            other_zero = load_scales(other_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+            down_zero = load_scales(down_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+        z = dot_packed(x, other, other_scale, other_zero, low_bits, high_bits, BITS, ZEROS, WORDS, ASM)
+        h = gated(v, z, ACTIVATION, UP_DECIDES)[:, :, None, None]
+        sums = add_packed(sums, h * down_scale, down, low_bits, high_bits, BITS, WORDS, ASM)
+        if ZEROS:
+            sums_zero += tl.sum(h * down_zero, axis=1, keep_dims=True)
     low, high = sums_by_column(sums, BITS, BLOCK_ROWS, CHUNK, CHUNKS, WORDS)
     column = chunk_columns(GROUP, BITS, CHUNK, CHUNKS)
     partial = partial_ptr + program * (ROWS * D) + tl.arange(0, BLOCK_ROWS)[:, None, None, None] * D

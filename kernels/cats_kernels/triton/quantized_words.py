@@ -3,11 +3,11 @@
 For x of 2 bytes an element. A tensor of weights is [1, TILE, CHUNKS, WORDS]: the words of the chunks of
 `cats_kernels.triton.quantized_device`. In the products of x with rows, x is a pair of signed bytes per chunk (block
 floating point), so that one instruction multiplies and adds four of its numbers; in the sums over rows a byte is
-written into the mantissa of a float32, whose constant part is subtracted once at the end. That is half the
-instructions of one weight at a time, of which the time consists where weights have 4 bits.
+written into the mantissa of a float32, whose constant part is subtracted once at the end. That is two thirds of the
+instructions that one weight at a time takes, or fewer.
 
-BITS, GROUP, CHUNK, CHUNKS as there; WORDS: CHUNK // 4. ASM: with the instructions of the GPU, which Triton's interpreter
-has not, and without which the same is computed in several.
+BITS, GROUP, CHUNK, CHUNKS as there; WORDS: CHUNK // 4. ASM: with instructions of the GPU that Triton's interpreter has
+not, and without which the same is computed in several.
 """
 
 # mypy: disable-error-code=no-untyped-def
@@ -24,7 +24,7 @@ NIBBLE_BIAS, BYTE_BIAS = tl.constexpr(128.0 + 8.0), tl.constexpr(32768.0 + 128.0
 
 @triton.jit
 def dot_bytes(a, b, sums, BITS: tl.constexpr, ASM: tl.constexpr):
-    """Sums plus the products of the four bytes of words: those of a signed, those of b nibbles, or with 8 bits signed."""
+    """Sums plus products of the four bytes of words: those of a are signed, those of b with 8 bits only."""
     if ASM:
         name: tl.constexpr = "dp4a.s32.s32" if BITS == 8 else "dp4a.s32.u32"
         return tl.inline_asm_elementwise(
@@ -144,48 +144,38 @@ def dot_words(x, w, scale, zero, BITS: tl.constexpr, ZEROS: tl.constexpr, ASM: t
 
 
 @triton.jit
-def no_sums(BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr):
+def no_sums(BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """What `add_words` begins with."""
-    none = tl.zeros([BLOCK_ROWS, SPLIT, CHUNKS, CHUNK // 4], tl.float32)
-    return none, none, none, none, none, none, none, none, tl.zeros([BLOCK_ROWS, SPLIT, CHUNKS, 1], tl.float32)
+    none = tl.zeros([BLOCK_ROWS, 1, CHUNKS, CHUNK // 4], tl.float32)
+    return none, none, none, none, none, none, none, none, tl.zeros([BLOCK_ROWS, 1, CHUNKS, 1], tl.float32)
 
 
 @triton.jit
-def over_tile(values, SPLIT: tl.constexpr):
-    """The sums over the rows of a tile; with SPLIT these are other threads', and are not added until the end."""
-    if SPLIT > 1:
-        return values
-    else:
-        return tl.sum(values, axis=1, keep_dims=True)
-
-
-@triton.jit
-def add_words(sums, h, w, BITS: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr):
+def add_words(sums, h, w, BITS: tl.constexpr, ASM: tl.constexpr):
     """Sums plus packed rows with coefficients h, scales included, [BLOCK_ROWS, TILE, CHUNKS, 1].
 
     Sums are of the four columns of low bytes' nibbles (or of bytes), of those of high nibbles, and of h."""
     s0, s1, s2, s3, t0, t1, t2, t3, total = sums
     low = w ^ -0x7F7F7F80 if BITS == 8 else w & 0x0F0F0F0F
-    s0 += over_tile(h * byte_value(low, 0, BITS, ASM), SPLIT)
-    s1 += over_tile(h * byte_value(low, 1, BITS, ASM), SPLIT)
-    s2 += over_tile(h * byte_value(low, 2, BITS, ASM), SPLIT)
-    s3 += over_tile(h * byte_value(low, 3, BITS, ASM), SPLIT)
+    s0 += tl.sum(h * byte_value(low, 0, BITS, ASM), axis=1, keep_dims=True)
+    s1 += tl.sum(h * byte_value(low, 1, BITS, ASM), axis=1, keep_dims=True)
+    s2 += tl.sum(h * byte_value(low, 2, BITS, ASM), axis=1, keep_dims=True)
+    s3 += tl.sum(h * byte_value(low, 3, BITS, ASM), axis=1, keep_dims=True)
     if BITS == 4:
         high = w >> 4 & 0x0F0F0F0F
-        t0 += over_tile(h * byte_value(high, 0, BITS, ASM), SPLIT)
-        t1 += over_tile(h * byte_value(high, 1, BITS, ASM), SPLIT)
-        t2 += over_tile(h * byte_value(high, 2, BITS, ASM), SPLIT)
-        t3 += over_tile(h * byte_value(high, 3, BITS, ASM), SPLIT)
-    total += over_tile(h, SPLIT)
+        t0 += tl.sum(h * byte_value(high, 0, BITS, ASM), axis=1, keep_dims=True)
+        t1 += tl.sum(h * byte_value(high, 1, BITS, ASM), axis=1, keep_dims=True)
+        t2 += tl.sum(h * byte_value(high, 2, BITS, ASM), axis=1, keep_dims=True)
+        t3 += tl.sum(h * byte_value(high, 3, BITS, ASM), axis=1, keep_dims=True)
+    total += tl.sum(h, axis=1, keep_dims=True)
     return s0, s1, s2, s3, t0, t1, t2, t3, total
 
 
 @triton.jit
 def columns_of(sums, BITS: tl.constexpr, BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """The sums of `add_words` by column, without what `byte_value` adds: low and high, [BLOCK_ROWS, 1, CHUNKS, CHUNK]."""
+    """Sums of `add_words` by column, without what `byte_value` adds: low and high, [BLOCK_ROWS, 1, CHUNKS, CHUNK]."""
     s0, s1, s2, s3, t0, t1, t2, t3, total = sums
-    split: tl.constexpr = s0.shape[1]
     bias = total * (BYTE_BIAS if BITS == 8 else NIBBLE_BIAS)
-    low = tl.reshape(tl.join(tl.join(s0, s2), tl.join(s1, s3)), [BLOCK_ROWS, split, CHUNKS, CHUNK])
-    high = tl.reshape(tl.join(tl.join(t0, t2), tl.join(t1, t3)), [BLOCK_ROWS, split, CHUNKS, CHUNK])
-    return tl.sum(low - bias, axis=1, keep_dims=True), tl.sum(high - bias, axis=1, keep_dims=True)
+    low = tl.reshape(tl.join(tl.join(s0, s2), tl.join(s1, s3)), [BLOCK_ROWS, 1, CHUNKS, CHUNK])
+    high = tl.reshape(tl.join(tl.join(t0, t2), tl.join(t1, t3)), [BLOCK_ROWS, 1, CHUNKS, CHUNK])
+    return low - bias, high - bias
