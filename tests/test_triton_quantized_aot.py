@@ -10,6 +10,7 @@ import itertools
 import os
 import re
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 import triton.language as tl
-from cats_kernels.triton import quantized_kernels
+from cats_kernels.triton import quantized_device, quantized_kernels
 from cats_kernels.triton.configs import SHARED_MEMORY, rows_waiting
 from cats_kernels.triton.launch import Launch, Target
 from cats_kernels.triton.quantized import QuantizedCall, choose_for, meta_call, plan_quantized
@@ -119,10 +120,25 @@ def hidden_columns(GROUP: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr,
 
 def test_the_check_catches_reads_of_single_bytes(monkeypatch: pytest.MonkeyPatch):
     """The compiler then loads x by single columns, and gives the weights to threads in the same way."""
-    monkeypatch.setattr(quantized_kernels, "chunk_columns", hidden_columns)
-    config = QuantizedConfig(4, 2, warps=4, programs=3, gate_stages=4, stages=4)
+    for module in (quantized_device, quantized_kernels):
+        monkeypatch.setattr(module, "chunk_columns", hidden_columns)
+    config = QuantizedConfig(4, 2, warps=4, programs=3, gate_stages=4, stages=4, words=False)
     kernel = compile_ahead(plan_quantized(call_on(90, FORMATS[3]), config)[0], 90)
     assert any("single bytes" in text for text in complaints(kernel, resources(kernel), 90, 8))
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_words_take_the_instructions_of_bytes(form: tuple[int, int, bool]):
+    """Four products an instruction, for each half of a byte with 4 bits, and for fine and coarse bytes of x."""
+    call = call_on(90, form)
+    of_words, of_bytes = (
+        compile_ahead(plan_quantized(call, replace(choose_for(call), words=words))[0], 90).asm["ptx"]
+        for words in (True, False)
+    )
+    per_row = 2 * call.row_bytes // (4 * 128) * (8 // form[0])
+    config = choose_for(call)
+    assert of_words.count("dp4a.") == per_row * (config.gate_tile + config.tile) and "dp4a." not in of_bytes
+    assert of_words.count("prmt.b32") >= 8 // form[0] * call.row_bytes // 128 * config.tile
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -152,7 +168,7 @@ def test_a_recorded_launch_takes_the_next_calls_tensors(symmetric: bool, decider
     y = Repeated(recorded, second)(second.x)
     assert y is not None and kernels[1].launches[2]["y_ptr"] == y.data_ptr()
     repeated = kernels[0].launches[2]
-    assert {name for name in again if again[name] != repeated[name]} <= {"v_ptr", "indices_ptr", "partial_ptr"}
+    assert {name for name in again if again[name] != repeated[name]} <= {"z_ptr", "v_ptr", "indices_ptr", "partial_ptr"}
 
 
 def test_only_aligned_scales_are_recorded():

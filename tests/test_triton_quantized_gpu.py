@@ -90,13 +90,13 @@ def test_cuda_graph_replays_follow_new_inputs(form: tuple):
 
 @pytest.mark.parametrize("stages", [1, 3])
 @pytest.mark.parametrize("paired", [True, False])
-@pytest.mark.parametrize("parts", [1, 3])
-def test_other_configurations_agree(stages: int, paired: bool, parts: int):
+@pytest.mark.parametrize("words", [True, False])
+def test_other_configurations_agree(stages: int, paired: bool, words: bool):
     for form in FORMATS[::2]:
         problem, threshold = quantized_case(1, 2048, 3000, form, torch.bfloat16, 0.5, device="cuda")
         for chunk in (0, 16):
             config = QuantizedConfig(
-                4, 2, warps=4, programs=2, gate_stages=stages, stages=stages, parts=parts, paired=paired, chunk=chunk
+                4, 2, warps=4, programs=2, gate_stages=stages, stages=stages, words=words, paired=paired, chunk=chunk
             )
             y = sparse_gated_mlp_quantized(*problem.quantized_arguments(threshold), config)
             assert problem.error(y, threshold) < TOLERANCE[torch.bfloat16]

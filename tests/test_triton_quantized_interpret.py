@@ -7,6 +7,7 @@ Run: ``TRITON_INTERPRET=1 python -m pytest tests/test_triton_quantized_interpret
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,10 +25,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 else:
     import triton
     import triton.language as tl
-    from cats_kernels.problem import TOLERANCE, relative_error
+    from cats_kernels.problem import TOLERANCE, products, relative_error
     from cats_kernels.quantized import GROUP_SIZES, QuantizedWeight, quantize
-    from cats_kernels.triton import quantized_device, quantized_kernels
-    from cats_kernels.triton.quantized import sparse_gated_mlp_quantized
+    from cats_kernels.triton import quantized_device, quantized_kernels, quantized_words
+    from cats_kernels.triton.quantized import make_quantized_call, sparse_gated_mlp_quantized
     from cats_kernels.triton.quantized_configs import QuantizedConfig
     from hypothesis import given, settings
     from hypothesis import strategies as st
@@ -68,7 +69,7 @@ else:
             tile=data.draw(st.sampled_from((1, 2, 8))),
             warps=4,
             programs=data.draw(st.integers(1, 3)),
-            parts=data.draw(st.sampled_from((1, 3))),
+            words=data.draw(st.booleans()),
             paired=data.draw(st.booleans()),
             chunk=data.draw(st.sampled_from((0, 1, 16))),
         )
@@ -105,10 +106,64 @@ else:
     def swapped(w, high_bits):
         return (w.to(tl.int32) & 0x0F).to(tl.float32) - 8.0
 
-    def test_the_check_of_values_catches_swapped_nibbles(monkeypatch: pytest.MonkeyPatch):
-        for module in (quantized_device, quantized_kernels):
-            monkeypatch.setattr(module, "high_values", swapped)
-        assert error_of(quantized_case(1, 64, 20, (4, 32, True), torch.float32, 0.5)) > 0.1
+    @triton.jit
+    def next_byte(word, BYTE: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+        return ((word >> (8 * ((BYTE + 1) % 4)) & 0xFF) << 16 | 0x43000000).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def first_byte_only(a, b, sums, BITS: tl.constexpr, ASM: tl.constexpr):
+        return sums + (a << 24 >> 24) * (b << 24 >> 24)
+
+    @pytest.mark.parametrize(
+        ("module", "name", "wrong", "dtype"),
+        [
+            (quantized_device, "high_values", swapped, torch.float32),
+            (quantized_words, "byte_value", next_byte, torch.bfloat16),
+            (quantized_words, "dot_bytes", first_byte_only, torch.bfloat16),
+        ],
+        ids=["nibbles", "bytes of sums", "bytes of products"],
+    )
+    def test_the_check_of_values_catches_wrong_bytes(
+        module: object, name: str, wrong: object, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ):
+        case = quantized_case(1, 64, 20, (4, 32, True), dtype, 0.5)
+        assert error_of(case) < TOLERANCE[dtype]
+        monkeypatch.setattr(module, name, wrong)
+        assert error_of(case) > 0.1
+
+    @pytest.mark.parametrize("form", [(8, None, True), (8, 64, False), (4, 32, True), (4, 128, False)], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_numbers_of_every_size_in_a_chunk(form: tuple, dtype: torch.dtype):
+        """x is rounded to 2^-14 of a chunk's largest number or finer: the sum is as exact as x where that counts."""
+        problem, _ = quantized_case(2, 256, 24, form, dtype, 0.5)
+        problem.x *= torch.logspace(-4, 3, 256).to(dtype)
+        problem.v, problem.u = products(problem.x, problem.gate, problem.up, problem.activation)
+        threshold = problem.threshold(0.5)
+        assert error_of((problem, threshold)) < TOLERANCE[dtype]
+
+    def test_words_are_taken_where_rows_and_addresses_have_them():
+        def has_words(d: int, dtype: torch.dtype, offset: int = 0, group: int | None = None, **options: bool) -> bool:
+            problem, _ = quantized_case(1, d, 8, (8, group, True), dtype, 0.5)
+            call = make_quantized_call(*problem.quantized_arguments(0.5))
+            room = torch.empty(8 * d + 4, dtype=torch.uint8)[offset : offset + 8 * d].view(8, d)
+            return replace(call, up_weight=room).has_words(QuantizedConfig(1, 1, warps=4, programs=1, **options))
+
+        assert (
+            has_words(64, torch.bfloat16) and has_words(64, torch.float16) and has_words(68, torch.bfloat16, group=32)
+        )
+        assert not has_words(64, torch.float32) and not has_words(66, torch.bfloat16, group=32)
+        assert not has_words(66, torch.bfloat16) and not has_words(64, torch.bfloat16, offset=1)
+        assert not has_words(64, torch.bfloat16, words=False)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("form", FORMATS[::3], ids=str)
+    def test_words_of_numbers_that_are_not_finite_give_nan(form: tuple, value: float):
+        """Integers have no infinity: where the reference has one or NaN, NaN comes out; other rows are untouched."""
+        problem, threshold = quantized_case(2, 64, 20, form, torch.bfloat16, 0.5)
+        problem.x[0, 3] = value
+        assert not problem.oracle(threshold)[0].isfinite().any()
+        y = sparse_gated_mlp_quantized(*problem.quantized_arguments(threshold))
+        assert y[0].isnan().all() and relative_error(y[1:], problem.oracle(threshold)[1:]) < TOLERANCE[torch.bfloat16]
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("form", FORMATS[::3], ids=str)

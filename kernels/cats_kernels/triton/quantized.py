@@ -34,6 +34,9 @@ from cats_kernels.triton.quantized_kernels import fused_quantized_kernel
 from cats_kernels.triton.recorded import Recorded, Repeated, aligned
 from cats_kernels.weights import MAX_ROWS
 
+LIST = 64
+"""Neurons that a program compares with their thresholds at a time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedCall(Call):
@@ -78,6 +81,14 @@ class QuantizedCall(Call):
             "CHUNK": chunk,
             "CHUNKS": power_of_2(cdiv(self.row_bytes, chunk)),
         }
+
+    def has_words(self, config: QuantizedConfig) -> bool:
+        """Whether x has 2 bytes an element, and rows are whole words of chunks of words."""
+        words = self.packing(config.chunk)["CHUNK"] % 4 == 0 and self.row_bytes % 4 == 0
+        whole = words and all(
+            getattr(self, name).data_ptr() % 4 == 0 for name in ("gate_weight", "up_weight", "down_weight_t")
+        )
+        return config.words and whole and self.x.element_size() == 2
 
 
 def make_quantized_call(
@@ -171,6 +182,7 @@ def plan_quantized(call: QuantizedCall, config: QuantizedConfig | None = None) -
         call,
         fields,
         dict(
+            z_ptr=call.buffer(call.rows, call.m),
             v_ptr=call.buffer(call.rows, call.m),
             indices_ptr=call.buffer(call.m, dtype=torch.int32),
             partial_ptr=sums,
@@ -190,8 +202,10 @@ def plan_quantized(call: QuantizedCall, config: QuantizedConfig | None = None) -
             GATE_STAGES=config.gate_stages,
             TILE=config.tile,
             STAGES=config.stages,
-            PARTS=config.parts,
             PDL=pdl,
+            LIST=LIST,
+            WORDS=call.has_words(config),
+            ASM=not INTERPRETED,
         ),
         warps=config.warps,
         dependent=pdl,

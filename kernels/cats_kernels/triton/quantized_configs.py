@@ -14,14 +14,15 @@ class QuantizedConfig(Config):
 
     paired: bool = True  # scales of 2 bytes in pairs, which can be asynchronous copies
     chunk: int = 0  # bytes of a row that go with one load of a scale; 0: as many as a load of x has columns
+    words: bool = True  # four bytes of a row at a time, where they can be (`cats_kernels.triton.quantized_words`)
 
 
 CONFIGS: dict[tuple[int, int, int], QuantizedConfig] = {
-    (8, 2, 1): QuantizedConfig(1, 1, warps=4, programs=3, gate_stages=6, stages=4),
+    (8, 2, 1): QuantizedConfig(4, 2, warps=4, programs=2, gate_stages=3, stages=3, chunk=16),
     (8, 2, 2): QuantizedConfig(2, 1, warps=4, programs=1, gate_stages=3, stages=3),
     (8, 4, 1): QuantizedConfig(4, 1, warps=4, programs=2, gate_stages=3, stages=3),
     (8, 4, 2): QuantizedConfig(2, 1, warps=4, programs=1, gate_stages=3, stages=3),
-    (4, 2, 1): QuantizedConfig(2, 1, warps=4, programs=4, gate_stages=4, stages=4, chunk=16),
+    (4, 2, 1): QuantizedConfig(2, 1, warps=4, programs=3, gate_stages=4, stages=4, chunk=16),
     (4, 2, 2): QuantizedConfig(4, 1, warps=4, programs=1, gate_stages=3, stages=3),
     (4, 4, 1): QuantizedConfig(4, 1, warps=4, programs=2, gate_stages=3, stages=4),
     (4, 4, 2): QuantizedConfig(4, 1, warps=4, programs=1, gate_stages=3, stages=3),
@@ -29,7 +30,7 @@ CONFIGS: dict[tuple[int, int, int], QuantizedConfig] = {
 """(bits, bytes of an element of x, rows of x) -> configuration, for rows of 1024 bytes and more. Those of one row of 2
 bytes an element are the fastest of experiments.gpu.tune_quantized on an H100, at both 7B shapes, 50 and 90 %."""
 GROUPED: dict[tuple[int, int, int], QuantizedConfig] = {
-    (8, 2, 1): QuantizedConfig(2, 1, warps=4, programs=2, gate_stages=4, stages=4, chunk=16),
+    (8, 2, 1): QuantizedConfig(2, 1, warps=4, programs=3, gate_stages=4, stages=4, chunk=16),
 }
 """The same for several groups per row, where that differs."""
 NARROW = QuantizedConfig(8, 8, warps=4, programs=4)

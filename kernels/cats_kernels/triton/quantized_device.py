@@ -6,6 +6,8 @@ compiler then gives x and the weights to threads in the same way, and moves neit
 [BLOCK_ROWS, 1, CHUNKS, CHUNK], in two parts where a byte holds two columns: that of the low nibbles, the first half of
 each group, and that of the high ones.
 
+With WORDS the tensors are those of `cats_kernels.triton.quantized_words` instead, x and sums being tuples either way.
+
 GROUP: columns that share a scale, in GROUP_BYTES bytes; GROUPS: of a row, in ROW_BYTES bytes; CHUNKS: a power of two.
 """
 
@@ -13,6 +15,8 @@ GROUP: columns that share a scale, in GROUP_BYTES bytes; GROUPS: of a row, in RO
 
 import triton
 import triton.language as tl
+
+from cats_kernels.triton.quantized_words import add_words, columns_of, dot_words, load_fixed, no_sums
 
 LOW_BITS, HIGH_BITS = 0x4B000000, 0x49000000
 """2^23 and 2^19 as float32: what `low_values` and `high_values` write into."""
@@ -59,15 +63,43 @@ def load_columns(x_ptr, column, ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, D:
 
 
 @triton.jit
-def load_packed(w_ptr, row, valid, ROW_BYTES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Packed rows [1, TILE, CHUNKS, CHUNK]. A weight is read once a call, so it should leave L2 first."""
-    byte = tl.arange(0, CHUNKS)[None, None, :, None] * CHUNK + tl.arange(0, CHUNK)[None, None, None, :]
-    pointers = w_ptr + row.to(tl.int64)[None, :, None, None] * ROW_BYTES + byte
+def load_activations(
+    x_ptr,
+    ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Every row of x as `dot_packed` takes it: columns of low nibbles (or all), of high ones, and sums of chunks."""
+    if WORDS:
+        return load_fixed(x_ptr, ROWS, BLOCK_ROWS, D, BITS, GROUP, CHUNK, CHUNKS)
+    else:
+        column = chunk_columns(GROUP, BITS, CHUNK, CHUNKS)
+        low = load_columns(x_ptr, column, ROWS, BLOCK_ROWS, D)
+        high = load_columns(x_ptr, column + GROUP // 2, ROWS, BLOCK_ROWS, D) if BITS == 4 else low
+        return low, high, tl.sum(low + high if BITS == 4 else low, axis=3, keep_dims=True)
+
+
+@triton.jit
+def load_packed(
+    w_ptr, row, valid, ROW_BYTES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr
+):
+    """Packed rows [1, TILE, CHUNKS, CHUNK], or words. A weight is read once a call, so it should leave L2 first."""
+    size: tl.constexpr = 4 if WORDS else 1
+    if WORDS:
+        w_ptr = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    first = tl.arange(0, CHUNKS)[None, None, :, None] * (CHUNK // size)
+    place = first + tl.arange(0, CHUNK // size)[None, None, None, :]
+    pointers = w_ptr + row.to(tl.int64)[None, :, None, None] * (ROW_BYTES // size) + place
     mask = valid[None, :, None, None]
     if ROW_BYTES == CHUNK * CHUNKS:
         return tl.load(pointers, mask=mask, other=0, eviction_policy="evict_first")
     else:
-        return tl.load(pointers, mask=mask & (byte < ROW_BYTES), other=0, eviction_policy="evict_first")
+        return tl.load(pointers, mask=mask & (place < ROW_BYTES // size), other=0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -103,12 +135,62 @@ def load_scales(
 
 
 @triton.jit
-def dot_packed(x_low, x_high, x_sum, w, scale, zero, low_bits, high_bits, BITS: tl.constexpr, ZEROS: tl.constexpr):
-    """x times packed rows: float32 [BLOCK_ROWS, TILE]. A thread sums its chunk before it multiplies with its scale."""
-    z = tl.sum(x_low * low_values(w, low_bits, BITS), axis=3, keep_dims=True)
-    if BITS == 4:
-        z += tl.sum(x_high * high_values(w, high_bits), axis=3, keep_dims=True)
-    z *= scale
-    if ZEROS:
-        z += x_sum * zero
-    return tl.sum(tl.sum(z, axis=3), axis=2)
+def dot_packed(
+    x,
+    w,
+    scale,
+    zero,
+    low_bits,
+    high_bits,
+    BITS: tl.constexpr,
+    ZEROS: tl.constexpr,
+    WORDS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """x of `load_activations` times packed rows: float32 [BLOCK_ROWS, TILE]. A thread sums its chunk before it
+    multiplies with its scale."""
+    if WORDS:
+        return dot_words(x, w, scale, zero, BITS, ZEROS, ASM)
+    else:
+        x_low, x_high, x_sum = x
+        z = tl.sum(x_low * low_values(w, low_bits, BITS), axis=3, keep_dims=True)
+        if BITS == 4:
+            z += tl.sum(x_high * high_values(w, high_bits), axis=3, keep_dims=True)
+        z *= scale
+        if ZEROS:
+            z += x_sum * zero
+        return tl.sum(tl.sum(z, axis=3), axis=2)
+
+
+@triton.jit
+def empty_sums(BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr):
+    """What `add_packed` begins with."""
+    if WORDS:
+        return no_sums(BLOCK_ROWS, CHUNK, CHUNKS)
+    else:
+        none = tl.zeros([BLOCK_ROWS, 1, CHUNKS, CHUNK], tl.float32)
+        return none, none
+
+
+@triton.jit
+def add_packed(sums, h, w, low_bits, high_bits, BITS: tl.constexpr, WORDS: tl.constexpr, ASM: tl.constexpr):
+    """Sums plus packed rows with coefficients h, scales included, [BLOCK_ROWS, TILE, CHUNKS, 1]."""
+    if WORDS:
+        return add_words(sums, h, w, BITS, ASM)
+    else:
+        low, high = sums
+        low += tl.sum(h * low_values(w, low_bits, BITS), axis=1, keep_dims=True)
+        if BITS == 4:
+            high += tl.sum(h * high_values(w, high_bits), axis=1, keep_dims=True)
+        return low, high
+
+
+@triton.jit
+def sums_by_column(
+    sums, BITS: tl.constexpr, BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr
+):
+    """The sums of the columns of low nibbles (or all) and of high ones, [BLOCK_ROWS, 1, CHUNKS, CHUNK]."""
+    if WORDS:
+        return columns_of(sums, BITS, BLOCK_ROWS, CHUNK, CHUNKS)
+    else:
+        return sums

@@ -10,13 +10,14 @@ import triton.language as tl
 
 from cats_kernels.triton.device import await_previous_kernel, deciding, gated, kept, threshold_of
 from cats_kernels.triton.quantized_device import (
+    add_packed,
     chunk_columns,
     dot_packed,
-    high_values,
-    load_columns,
+    empty_sums,
+    load_activations,
     load_packed,
     load_scales,
-    low_values,
+    sums_by_column,
 )
 
 
@@ -32,6 +33,7 @@ def fused_quantized_kernel(
     down_ptr,
     down_scales_ptr,
     down_zeros_ptr,
+    z_ptr,  # float32 (ROWS, m): products with the deciding weight
     v_ptr,  # float32 (ROWS, m): of the active neurons, by slot
     indices_ptr,  # int32 (m,): the active neurons, by slot; a program's slots begin at its first neuron
     partial_ptr,  # float32 (programs, ROWS, D)
@@ -58,72 +60,70 @@ def fused_quantized_kernel(
     GATE_STAGES: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
-    PARTS: tl.constexpr,
     PDL: tl.constexpr,
+    LIST: tl.constexpr,
+    WORDS: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """All three products over this program's even share of the neurons: first its rows of the deciding weight, listing
-    the active neurons, then their rows of the other weight and of W_down^T, summed in registers. PARTS as in
-    `fused_kernel`."""
+    the active neurons, then their rows of the other weight and of W_down^T, summed in registers. The list is made of
+    all products at once, LIST at a time: for each tile by itself it took a third of the instructions there."""
     await_previous_kernel(PDL, False)
-    column = chunk_columns(GROUP, BITS, CHUNK, CHUNKS)
-    x_low = load_columns(x_ptr, column, ROWS, BLOCK_ROWS, D)
-    x_high = load_columns(x_ptr, column + GROUP // 2, ROWS, BLOCK_ROWS, D) if BITS == 4 else x_low
-    x_sum = tl.sum(x_low + x_high if BITS == 4 else x_low, axis=3, keep_dims=True)
+    x = load_activations(x_ptr, ROWS, BLOCK_ROWS, D, BITS, GROUP, CHUNK, CHUNKS, WORDS)
     program = tl.program_id(0)
     start = program * m // tl.num_programs(0)
     end = (program + 1) * m // tl.num_programs(0)
     row = tl.arange(0, BLOCK_ROWS)[:, None]
-    middle = start + (end - start) * (program % PARTS + 1) // PARTS
-    sums_low = tl.zeros([BLOCK_ROWS, 1, CHUNKS, CHUNK], tl.float32)
-    sums_high = tl.zeros([BLOCK_ROWS, 1, CHUNKS, CHUNK], tl.float32)
+    sums = empty_sums(BLOCK_ROWS, CHUNK, CHUNKS, WORDS)
     sums_zero = tl.zeros([BLOCK_ROWS, 1, CHUNKS, 1], tl.float32)  # what zero points add to each column of a chunk
-    for part in range(2 if PARTS > 1 else 1):
-        part_start = middle if part else start
-        part_end = end if part else middle
-        last = part_start  # the end of this program's list
-        for first in tl.range(part_start, part_end, GATE_TILE, num_stages=GATE_STAGES):
-            neuron = first + tl.arange(0, GATE_TILE)
-            valid = neuron < part_end
-            w = load_packed(deciding_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS)
-            scale = load_scales(deciding_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
-            zero = scale
-            if ZEROS:
-                zero = load_scales(deciding_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
-            z = dot_packed(x_low, x_high, x_sum, w, scale, zero, low_bits, high_bits, BITS, ZEROS)
-            v = deciding(z, ACTIVATION, UP_DECIDES)
-            limit = threshold_of(threshold, neuron[None, :], valid[None, :], THRESHOLD)
-            keep = kept(v, limit) & valid[None, :] & (row < ROWS)
-            active = tl.max(keep.to(tl.int32), 0)
-            slot = last + tl.cumsum(active, 0) - active
-            tl.store(indices_ptr + slot, neuron, mask=active == 1)
-            mask = (active == 1)[None, :] & (row < ROWS)
-            tl.store(v_ptr + row * m + slot[None, :], tl.where(keep, v, 0.0), mask=mask)
-            last += tl.sum(active, 0)
-        tl.debug_barrier()  # other threads of this program read the list back
-        for first in tl.range(part_start, last, TILE, num_stages=STAGES):
-            slot = first + tl.arange(0, TILE)
-            valid = slot < last
-            neuron = tl.load(indices_ptr + slot, mask=valid, other=0)
-            other = load_packed(other_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS)
-            down = load_packed(down_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS)
-            other_scale = load_scales(other_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
-            down_scale = load_scales(down_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
-            v = tl.load(v_ptr + row * m + slot[None, :], mask=valid[None, :] & (row < ROWS), other=0.0)
-            other_zero = other_scale
-            if ZEROS:
-                other_zero = load_scales(other_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
-                down_zero = load_scales(down_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
-            z = dot_packed(x_low, x_high, x_sum, other, other_scale, other_zero, low_bits, high_bits, BITS, ZEROS)
-            h = gated(v, z, ACTIVATION, UP_DECIDES)[:, :, None, None]
-            scaled = h * down_scale
-            sums_low += tl.sum(scaled * low_values(down, low_bits, BITS), axis=1, keep_dims=True)
-            if BITS == 4:
-                sums_high += tl.sum(scaled * high_values(down, high_bits), axis=1, keep_dims=True)
-            if ZEROS:
-                sums_zero += tl.sum(h * down_zero, axis=1, keep_dims=True)
+    for first in tl.range(start, end, GATE_TILE, num_stages=GATE_STAGES):
+        neuron = first + tl.arange(0, GATE_TILE)
+        valid = neuron < end
+        w = load_packed(deciding_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS, WORDS)
+        scale = load_scales(deciding_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+        zero = scale
+        if ZEROS:
+            zero = load_scales(deciding_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+        z = dot_packed(x, w, scale, zero, low_bits, high_bits, BITS, ZEROS, WORDS, ASM)
+        tl.store(z_ptr + row * m + neuron[None, :], z, mask=valid[None, :] & (row < ROWS))
+    tl.debug_barrier()  # other threads of this program read the products back
+    last = start  # the end of this program's list
+    for first in range(start, end, LIST):
+        neuron = first + tl.arange(0, LIST)
+        valid = (neuron < end)[None, :] & (row < ROWS)
+        z = tl.load(z_ptr + row * m + neuron[None, :], mask=valid, other=0.0)
+        v = deciding(z, ACTIVATION, UP_DECIDES)
+        keep = kept(v, threshold_of(threshold, neuron[None, :], (neuron < end)[None, :], THRESHOLD)) & valid
+        active = tl.max(keep.to(tl.int32), 0)
+        slot = last + tl.cumsum(active, 0) - active
+        tl.store(indices_ptr + slot, neuron, mask=active == 1)
+        mask = (active == 1)[None, :] & (row < ROWS)
+        tl.store(v_ptr + row * m + slot[None, :], tl.where(keep, v, 0.0), mask=mask)
+        last += tl.sum(active, 0)
+    tl.debug_barrier()  # and the list
+    for first in tl.range(start, last, TILE, num_stages=STAGES):
+        slot = first + tl.arange(0, TILE)
+        valid = slot < last
+        neuron = tl.load(indices_ptr + slot, mask=valid, other=0)
+        other = load_packed(other_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS, WORDS)
+        down = load_packed(down_ptr, neuron, valid, ROW_BYTES, CHUNK, CHUNKS, WORDS)
+        other_scale = load_scales(other_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+        down_scale = load_scales(down_scales_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+        v = tl.load(v_ptr + row * m + slot[None, :], mask=valid[None, :] & (row < ROWS), other=0.0)
+        other_zero = other_scale
+        if ZEROS:
+            other_zero = load_scales(other_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+            down_zero = load_scales(down_zeros_ptr, neuron, valid, GROUP_BYTES, GROUPS, CHUNK, CHUNKS, PAIRED)
+        z = dot_packed(x, other, other_scale, other_zero, low_bits, high_bits, BITS, ZEROS, WORDS, ASM)
+        h = gated(v, z, ACTIVATION, UP_DECIDES)[:, :, None, None]
+        sums = add_packed(sums, h * down_scale, down, low_bits, high_bits, BITS, WORDS, ASM)
+        if ZEROS:
+            sums_zero += tl.sum(h * down_zero, axis=1, keep_dims=True)
+    low, high = sums_by_column(sums, BITS, BLOCK_ROWS, CHUNK, CHUNKS, WORDS)
+    column = chunk_columns(GROUP, BITS, CHUNK, CHUNKS)
     partial = partial_ptr + program * (ROWS * D) + tl.arange(0, BLOCK_ROWS)[:, None, None, None] * D
     mask = tl.arange(0, BLOCK_ROWS)[:, None, None, None] < ROWS
-    tl.store(partial + column, sums_low + sums_zero, mask=mask & (column < D))
+    tl.store(partial + column, low + sums_zero, mask=mask & (column < D))
     if BITS == 4:
-        high = column + GROUP // 2
-        tl.store(partial + high, sums_high + sums_zero, mask=mask & (high < D))
+        column += GROUP // 2
+        tl.store(partial + column, high + sums_zero, mask=mask & (column < D))
