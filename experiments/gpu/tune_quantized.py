@@ -3,7 +3,7 @@
 Purpose: choose the configurations in cats_kernels.triton.quantized_configs, and measure what they reach against our own
 kernel on bfloat16 weights and torch's dense kernels on the same bits, in one command.
 Cost: about four minutes on one H100, compilation included (in parallel processes).
-Run: ``python -m experiments.gpu.tune_quantized --output DIR [--no-compile]``
+Run: ``python -m experiments.gpu.tune_quantized --output DIR [--no-compile] [--rows 2]``
 """
 
 from __future__ import annotations
@@ -46,12 +46,14 @@ SPACE: dict[int, tuple[tuple[int, ...], ...]] = {
         *((2, 4, 1, 4, 4, 2, 1, 16, 1), (1, 6, 1, 4, 4, 3, 1, 16, 1), (2, 5, 1, 5, 4, 3, 1, 16, 1)),
         *((4, 3, 1, 4, 4, 2, 1, 16, 1), (2, 4, 1, 4, 8, 2, 1, 16, 1), (2, 4, 1, 4, 4, 3, 0, 16, 1)),
         *((1, 6, 1, 4, 4, 3, 1, 0, 1), (1, 6, 1, 4, 4, 3, 1, 0, 0), (2, 4, 1, 4, 4, 2, 1, 16, 0)),
+        *((2, 3, 1, 3, 4, 3, 1, 16, 1), (4, 3, 1, 3, 4, 2, 1, 16, 1)),
     ),
     4: (
         *((2, 4, 1, 4, 4, 3, 1, 16, 1), (2, 4, 2, 3, 4, 2, 1, 16, 1), (4, 3, 2, 3, 4, 2, 1, 16, 1)),
         *((2, 4, 1, 4, 4, 4, 1, 16, 1), (4, 3, 1, 4, 4, 3, 1, 16, 1), (2, 6, 1, 6, 4, 3, 1, 16, 1)),
         *((4, 4, 2, 4, 4, 3, 1, 16, 1), (4, 3, 2, 3, 4, 4, 1, 16, 1), (1, 8, 1, 6, 4, 4, 1, 16, 1)),
         *((2, 4, 1, 4, 4, 3, 0, 16, 1), (2, 4, 1, 4, 4, 4, 1, 16, 0), (4, 3, 2, 3, 4, 2, 1, 16, 0)),
+        *((2, 4, 1, 4, 4, 2, 1, 16, 1), (4, 3, 1, 3, 4, 2, 1, 16, 1)),
     ),
 }
 
@@ -160,10 +162,10 @@ class Result:
     bound_us: float
 
 
-def time_shape(shape: str, bandwidth: float, compiled: bool, search: bool) -> list[Result]:
+def time_shape(shape: str, bandwidth: float, compiled: bool, rows: int = 1) -> list[Result]:
     """Everything at one shape: our bfloat16 and dense first, then each format beside them in the same rounds."""
     d, m = SHAPES[shape]
-    plain = [Problem(d, m, 1, torch.bfloat16, "cuda", seed) for seed in range(3)]
+    plain = [Problem(d, m, rows, torch.bfloat16, "cuda", seed) for seed in range(3)]
     results: list[Result] = []
     works: dict[tuple[int, int, float, str, str], tuple[Sequence[Callable[[], Any]], int]] = {}
     whole = 3 * d * m * 2
@@ -178,10 +180,10 @@ def time_shape(shape: str, bandwidth: float, compiled: bool, search: bool) -> li
         works[16, 0, sparsity, "cats", ""] = (calls, plain[0].bytes_read(thresholds[0]))
     for bits, group_size in FORMATS:
         works |= dense_works(plain, bits, group_size, compiled)
-        problems = [Kind(d, m, 1, bits, group_size).problem(seed) for seed in range(COPIES[bits])]
+        problems = [Kind(d, m, rows, bits, group_size).problem(seed) for seed in range(COPIES[bits])]
         for sparsity in SPARSITIES:
             configs: list[tuple[int, ...] | None] = [None]
-            if search and sparsity in (0.5, 0.9):
+            if sparsity in (0.5, 0.9):
                 configs += SPACE[bits]
             thresholds = [p.threshold(sparsity) for p in problems]
             for config in configs:
@@ -274,13 +276,14 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="without inductor's dense MLPs")
     parser.add_argument("--no-check", action="store_true", help="without errors against float64, which the tests check")
     parser.add_argument("--shapes", nargs="+", default=["Mistral-7B", "Llama2-7B"])
+    parser.add_argument("--rows", type=int, default=1, choices=(1, 2), help="of x")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     kinds = [] if options.no_check else checked()
     tasks: list[tuple[Kind, QuantizedConfig | None]] = [(kind, None) for kind in kinds]
     for shape, (bits, group_size) in itertools.product(options.shapes, FORMATS):
-        kind = Kind(*SHAPES[shape], 1, bits, group_size)
+        kind = Kind(*SHAPES[shape], options.rows, bits, group_size)
         tasks += [(kind, None), *((kind, fused(*config)) for config in SPACE[bits])]
     precompile(tasks)
     print(f"compiled {len(tasks)} plans in {time.perf_counter() - begin:.0f} s", flush=True)
@@ -292,7 +295,7 @@ def main() -> None:
         print(f"{torch.cuda.get_device_name()}, read bandwidth {bandwidth:.0f} GB/s", flush=True)
         results: list[Result] = []
         for shape in options.shapes:
-            results += time_shape(shape, bandwidth, not options.no_compile, search=True)
+            results += time_shape(shape, bandwidth, not options.no_compile, options.rows)
             print(f"{shape} after {time.perf_counter() - begin:.0f} s", flush=True)
             with (options.output / "tune_quantized.csv").open("w", newline="") as file:
                 writer = csv.writer(file)
