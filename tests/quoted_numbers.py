@@ -78,7 +78,7 @@ def mlp(run: str, column: str = "speedup", pick: str = "", **where: object) -> f
 
 def generation(run: str, column: str = "speedup", over: str = "", **where: object) -> float:
     """e06, Figure 4's rows: ``speedup``, ``tokens_per_second``, ``dense_tokens_per_second``; with ``over`` the dense of
-    that run is meant.
+    that run is meant, which may be e09's of weights that are not quantised.
 
     Raises:
         ValueError: ``over`` is slower than the run's own dense.
@@ -89,7 +89,8 @@ def generation(run: str, column: str = "speedup", over: str = "", **where: objec
 
     if not over:
         return of(run, column)
-    dense = of(over, "dense_tokens_per_second")
+    e06 = ThroughputRow.table in run_at(over).tables
+    dense = of(over, "dense_tokens_per_second") if e06 else quantized_generation(over, "none", "dense")
     if dense < of(run, "dense_tokens_per_second"):
         raise ValueError(f"dense is slower in {over} than in {run}")
     return {

@@ -156,12 +156,15 @@ def _shown(quality: pd.DataFrame) -> list[str]:
     return [model for model in models if model != POCKET_MODEL] or models
 
 
-def _quality(quality: pd.DataFrame, model: str) -> list[Block]:
-    name = escape(style.model_name(model))
-    blocks: list[Block] = [Table(quality_table(quality, model), f"{name}: {QUALITY_TABLE.strip()}")]
-    if len(shown := tasks_table(quality, model)):
-        blocks.append(Table(shown, f"{name}: mean zero-shot accuracy (points from the unquantised dense model)."))
-    return blocks
+def _quality(quality: pd.DataFrame, model: str) -> Table:
+    return Table(quality_table(quality, model), f"{escape(style.model_name(model))}: {QUALITY_TABLE.strip()}")
+
+
+def _accuracy(quality: pd.DataFrame) -> list[Block]:
+    """A table of tasks for each model that has them."""
+    tables = {str(model): tasks_table(quality, str(model)) for model in quality["model"].unique()}
+    said = "mean zero-shot accuracy (points from the unquantised dense model)."
+    return [Table(shown, f"{escape(style.model_name(model))}: {said}") for model, shown in tables.items() if len(shown)]
 
 
 def contents(run: Run) -> list[Block]:
@@ -170,8 +173,7 @@ def contents(run: Run) -> list[Block]:
     blocks += _summary(summary.summary_table(run, pocket_too=False))
     quality = run.table(QuantizationRow)
     if quality is not None:
-        for model in _shown(quality):
-            blocks += _quality(quality, model)
+        blocks += [_quality(quality, model) for model in _shown(quality)]
         blocks += [Text(said)] if (said := add_up_sentence(run)) else []
     return blocks
 
@@ -181,8 +183,8 @@ def more(run: Run) -> list[Block]:
     blocks: list[Block] = []
     quality, speed = run.table(QuantizationRow), run.table(QuantizationSpeedRow)
     if quality is not None:
-        for model in set(map(str, quality["model"])) - set(_shown(quality)):
-            blocks += _quality(quality, model)
+        blocks += [_quality(quality, model) for model in set(map(str, quality["model"])) - set(_shown(quality))]
+        blocks += _accuracy(quality)
     whole = summary.summary_table(run)
     if whole.shape[1] > summary.summary_table(run, pocket_too=False).shape[1]:
         blocks += _summary(whole)
