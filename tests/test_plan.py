@@ -50,25 +50,25 @@ ALONE = {
     "h100/paper": (H100, ("e05",)),
     "h100/llama2-13b-mlp": (H100, ("e05",)),
     "h100/mistral-7b-generation": (H100, ("e06",)),
-    "h100/mistral-7b-generation-tuned": (H100, ("e06",)),
     "h100/generation-earlier": (H100, ("e06",)),
     "h100/mistral-7b-generation-float32": (H100, ("e06",)),
     "h100/mistral-7b-generation-eager": (H100, ("e06",)),
     "h100/llama2-7b-generation": (H100, ("e06",)),
-    "h100/llama2-7b-generation-tuned": (H100, ("e06",)),
     "h100/llama2-7b-generation-float32": (H100, ("e06",)),
     "h100/llama2-13b-generation": (H100, ("e06",)),
     "h100/qwen2.5-coder-1.5b-instruct-generation": (H100, ("e06",)),
     "h100/qwen2.5-coder-0.5b-instruct": (H100, ("e02", "e03", "e04", "e06", "e08", "e09")),
+    "h100/mistral-7b-quantized-generation": (H100, ("e09",)),
+    "h100/llama2-7b-quantized-generation": (H100, ("e09",)),
     "h100/mistral-7b-quantized-mlp": (H100, ("e09",)),
     "h100/mistral-7b-quantized-mlp-earlier": (H100, ("e09",)),
     "h100/llama2-7b-quantized-mlp": (H100, ("e09",)),
-    "h100/qwen2.5-coder-1.5b-instruct": (H100, ("e01", "e02", "e07", "e08")),
+    "h100/qwen2.5-coder-1.5b-instruct": (H100, ("e01", "e02", "e07", "e08", "e09")),
     "h100/qwen2.5-coder-1.5b-instruct-answers": (H100, ("e08",)),
     "h100/gemma-3-270m": (H100, ("e02", "e04", "e06", "e07", "e08", "e09")),
 }
-"""Runs that nothing ran beside on their card, of the present kind: machine, experiments. Mistral-7B's quantised
-generation found kernels in the cache of the run before, gemma's e03 had two workers and was in two parts, its e01 took
+"""Runs that nothing ran beside on their card, of the present kind: machine, experiments. The tuned generation
+runs found what they compile in the cache of the runs before, gemma's e03 had two workers and was in two parts, its e01 took
 30 s for the 14 s planned; the rest shared a card with up to eleven others, so that their seconds are no timings."""
 
 BEFORE = {"e08": {"sequential": False}}

@@ -28,7 +28,7 @@ CONFIGS: dict[tuple[int, int, int], QuantizedConfig] = {
     (4, 4, 2): QuantizedConfig(4, 1, warps=4, programs=1, gate_stages=3, stages=3),
 }
 """(bits, bytes of an element of x, rows of x) -> configuration, for rows of 1024 bytes and more. Those of 2 bytes an
-element are among the fastest of experiments.gpu.tune_quantized on an H100: of one row at both 7B shapes, 50 and 90 %."""
+element are among the fastest of experiments.gpu.tune_quantized on an H100, at both 7B shapes, 50 and 90 %."""
 GROUPED: dict[tuple[int, int, int], QuantizedConfig] = {
     (8, 2, 1): QuantizedConfig(2, 1, warps=4, programs=3, gate_stages=4, stages=4, chunk=16),
 }
