@@ -28,9 +28,8 @@ FLOORS = {
     8: {"bfloat16/0.5": 1.55, "torch/0.0": 1.0, "torch/0.5": 1.35, "torch/0.9": 1.9},
     4: {"bfloat16/0.5": 2.6, "torch/0.0": 1.0, "torch/0.5": 1.35, "torch/0.9": 1.9},
 }
-
-"""Goals of this suite; that of int8 over bfloat16 was 1.7 over a bfloat16 kernel 5 to 10 % slower than today's, where the
-processor multiplies bfloat16."""
+"""Goals of this suite; that of int8 over bfloat16 was 1.7 over a bfloat16 kernel 5 to 10 % slower than today's, where
+the processor multiplies bfloat16."""
 
 
 def ratios(d: int, m: int, bits: int, rounds: int = 25, measure: Measure = measure) -> Ratios:

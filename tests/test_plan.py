@@ -67,8 +67,8 @@ ALONE = {
     "h100/qwen2.5-coder-1.5b-instruct-answers": (H100, ("e08",)),
     "h100/gemma-3-270m": (H100, ("e02", "e04", "e06", "e07", "e08", "e09")),
 }
-"""Runs that nothing ran beside on their card, of the present kind: machine, experiments. The tuned generation
-runs found what they compile in the cache of the runs before, gemma's e03 had two workers and was in two parts, its e01 took
+"""Runs that nothing ran beside on their card, of the present kind: machine, experiments. The tuned generation runs
+found what they compile in the cache of the runs before, gemma's e03 had two workers and was in two parts, its e01 took
 30 s for the 14 s planned; the rest shared a card with up to eleven others, so that their seconds are no timings."""
 
 BEFORE = {"e08": {"sequential": False}}
