@@ -6,11 +6,12 @@ cats sparsity MODEL --thresholds thresholds.json                  # what each la
 cats generate MODEL --thresholds thresholds.json "The weather"    # text from the sparse model
 cats bench MODEL --thresholds thresholds.json                     # tokens per second, dense and sparse
 cats bench shape:mistral-7b --layers 4                            # what CATS gains here: random weights, true shape
+cats quantize MODEL --bits 4 --output DIRECTORY                   # a model of int4 weights, for the commands above
 
-MODEL is a hub id (owner/name), a directory written by save_pretrained, a GGUF file, `pocket` (shipped with this
-package), or for bench also shape:mistral-7b and the like (random weights). With --bits 8 or --bits 4 every command
-works on quantised MLPs, with --linears all on quantised attention and output matrix too; give the same options to
-`calibrate` as to what uses its thresholds.
+MODEL is a hub id (owner/name), a directory written by save_pretrained or by `cats quantize`, a GGUF file, `pocket`
+(shipped with this package), or for bench also shape:mistral-7b and the like (random weights). With --bits 8 or --bits 4
+every command works on quantised MLPs, with --linears all on quantised attention and output matrix too; give the same
+options to `calibrate` as to what uses its thresholds.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from cats.checks import KERNELS, PREFILLS
 from cats.command_inputs import check_tokens, load, model_options, sample_text, token_batches
 from cats.files import check_output
 from cats.generation import LOOPS as LOOP_NAMES
+from cats.quantized_files import QUANTIZED
 from cats.sparsity import overall_sparsity
 from cats.text_config import text_config
 from cats.thresholds import Thresholds, check_sparsity
@@ -96,6 +98,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--layers", type=int, metavar="N", help="the first N layers alone, where all are too much")
     command.add_argument("--new-tokens", type=int, default=64, metavar="N", help="per round (default 64)")
     command.add_argument("--rounds", type=int, default=5, metavar="N", help="besides one that warms up (default 5)")
+    command = commands.add_parser("quantize", parents=[on_model], help="write a model with quantised weights")
+    command.add_argument("--output", type=Path, required=True, metavar="DIRECTORY", help="of the new model")
     return root
 
 
@@ -256,6 +260,17 @@ def bench(arguments: argparse.Namespace) -> None:
         print(f"layers  {count} alone: in the whole model the MLPs are another share of a token")
 
 
+def quantize(arguments: argparse.Namespace) -> None:
+    """Write a model with quantised weights, and its tokenizer beside it."""
+    if arguments.bits is None and not arguments.packed:
+        raise ValueError("to how many bits? Give --bits 8 or --bits 4, or --packed to keep those of a GGUF file")
+    path = check_output(arguments.output / QUANTIZED)
+    model, tokenizer = load(arguments)
+    cats.save_quantized(model, path)
+    tokenizer.save_pretrained(arguments.output)
+    print(f"{arguments.output}: {path.stat().st_size / 1e6:.0f} MB, for the place of MODEL")
+
+
 def _show_warning(
     message: Warning | str,
     category: type[Warning],
@@ -283,7 +298,7 @@ def with_prompt_last(words: Sequence[str]) -> list[str]:
 def main(words: Sequence[str] | None = None) -> int:
     """Entry point of `cats` and ``python -m cats``; bad input is one sentence on stderr and status 2."""
     arguments = parser().parse_args(with_prompt_last(sys.argv[1:] if words is None else words))
-    command = {"calibrate": calibrate, "sparsity": sparsity, "generate": generate, "bench": bench}[arguments.command]
+    command = {f.__name__: f for f in (calibrate, sparsity, generate, bench, quantize)}[arguments.command]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)

@@ -8,6 +8,8 @@ tensor by tensor, so that memory holds nothing but the model.
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ FORMAT = "cats-quantized-1"
 """Of a file in which the linear layers of the gated MLPs are quantised, and no others."""
 FORMAT_OF_ALL = "cats-quantized-2"
 """Of one in which others are, too."""
+QUANTIZED = "quantized.safetensors"
+"""Name of the file in a directory that `cats quantize` writes."""
 FAR = 4
 """times as many numbers as the file has for a tensor are more than any packing explains."""
 KEYS = {"bits": int, "group_size": int, "symmetric": bool, "transposed": bool}
@@ -87,11 +91,35 @@ def load_quantized(path: str | Path, device: str | torch.device = "cpu") -> PreT
         ValueError: it is not such a file, or says of its tensors what does not fit them or the model.
         OSError: it is truncated, damaged or not there.
     """
+    with _reading(path) as file:
+        return _load(_File(file, torch.device(device)))
+
+
+def read_config(path: str | Path) -> PretrainedConfig:
+    """The configuration of the model in such a file, without its weights. Raises as `load_quantized`."""
+    with _reading(path) as checked:
+        file = _File(checked, torch.device("cpu"))
+        _check_format(file)
+        return _config(json.loads(file.metadata["config"]), file)
+
+
+def has_format(path: str | Path) -> bool:
+    """Whether a safetensors file says that `save_quantized` wrote it; False of one that cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") in (FORMAT, FORMAT_OF_ALL)
+    except (SafetensorError, OSError):
+        return False
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[Path]:
+    """Say what is wrong with a file in one sentence."""
     path = Path(path)
     if not path.is_file():
         raise OSError(f"{path} does not exist: give the file that cats.save_quantized wrote")
     try:
-        return _load(_File(path, torch.device(device)))
+        yield path
     except SafetensorError as error:
         raise OSError(f"{path} is truncated or damaged: {error}") from error
     except (ValueError, TypeError, KeyError) as error:
@@ -172,10 +200,14 @@ def _save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str,
         raise
 
 
+def _check_format(file: _File) -> None:
+    if file.metadata.get("format") not in (FORMAT, FORMAT_OF_ALL):
+        raise ValueError(f'its metadata have no "format" of "{FORMAT}" or "{FORMAT_OF_ALL}"')
+
+
 def _load(file: _File) -> PreTrainedModel:
     metadata = file.metadata
-    if metadata.get("format") not in (FORMAT, FORMAT_OF_ALL):
-        raise ValueError(f'its metadata have no "format" of "{FORMAT}" or "{FORMAT_OF_ALL}"')
+    _check_format(file)
     config, dtype = _config(json.loads(metadata["config"]), file), _dtype(metadata["dtype"])
     layers = _layers(json.loads(metadata["layers"]))
     _check_sizes(config, layers, file)

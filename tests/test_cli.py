@@ -205,7 +205,7 @@ BAD = {
         ["generate", "MODEL", "x", "--thresholds", "no.json"],
         "no.json does not exist: give",
     ),
-    "a file of weights": (["generate", "WEIGHTS", "x"], "call cats.load_quantized"),
+    "a file of weights": (["generate", "WEIGHTS", "x"], "is a file of weights: give the directory"),
     "empty text": (["calibrate", "MODEL", "--text", "EMPTY"], "the text is empty"),
     "binary text": (["calibrate", "MODEL", "--text", "BINARY"], "not UTF-8"),
     "no tokens": (["calibrate", "MODEL", "--text", "TEXT", "--tokens", "0"], "--tokens must be positive"),

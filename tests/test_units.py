@@ -6,7 +6,9 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from experiments.framework.provenance import read_provenance
 from experiments.framework.results import write_tables
 from experiments.framework.runner import is_done, mark_forced, run_experiment
 from experiments.framework.tables import Row
+from tests.conftest import tiny_model
 from tests.toy_experiments import Measured, Sample, config_in, rows_of
 
 
@@ -188,6 +191,41 @@ def test_an_interrupted_experiment_goes_on(tmp_path: Path, toy: Callable) -> Non
     path.unlink()
     assert not is_done(config_in(tmp_path))
     assert not is_done(config_in(tmp_path, limit=2))
+
+
+def test_a_finished_run_counts_no_more_when_its_models_files_have_changed(
+    tmp_path: Path, toy: Callable, capsys
+) -> None:
+    folder, output = tmp_path / "model", tmp_path / "run"
+    tiny_model().save_pretrained(folder)
+    os.utime(folder / "model.safetensors", (0, 0))
+
+    def run(config: Config) -> Iterable[Row]:
+        config.identify(str(folder))
+        yield Measured("a", 1.0, 1)
+
+    toy(run)
+    assert run_experiment(config_in(output)) and is_done(config_in(output))
+    weights = (folder / "model.safetensors").read_bytes()
+    later(output)
+    (folder / "model.safetensors").write_bytes(weights)
+    assert is_done(config_in(output))  # younger, and the same
+    (folder / "model.safetensors").write_bytes(weights[:-4] + b"1234")
+    os.utime(folder / "model.safetensors", (1, 1))  # as a copy that keeps its times
+    assert not is_done(config_in(output))
+    assert run_experiment(config_in(output)) and is_done(config_in(output))
+    assert f"e90 is measured again: the files of {folder} have changed" in capsys.readouterr().err
+    shutil.rmtree(folder)
+    assert is_done(config_in(output))
+
+
+def later(output: Path) -> None:
+    """As if a run had ended a minute ago."""
+    path = output / "provenance.json"
+    provenance = json.loads(path.read_text())
+    ended = datetime.fromisoformat(provenance["experiments"]["e90"]["finished"]) - timedelta(minutes=1)
+    provenance["experiments"]["e90"]["finished"] = ended.isoformat()
+    path.write_text(json.dumps(provenance))
 
 
 def test_csv_cells(tmp_path: Path) -> None:

@@ -43,10 +43,7 @@ class GGUFLoader(Loader):
         if not path.is_file():
             raise ValueError(f"{spec} does not exist: give the path of a GGUF file")
         if path.suffix == ".safetensors":
-            raise ValueError(
-                f"{spec} is a file of weights: give the directory that it lies in, or for one of cats.save_quantized "
-                "call cats.load_quantized"
-            )
+            raise ValueError(f"{spec} is a file of weights: give the directory that it lies in")
         with path.open("rb") as file:
             if not path.suffix == ".gguf" and file.read(4) != b"GGUF":
                 raise ValueError(f"{spec} is a file: give the directory that save_pretrained wrote, or a GGUF file")

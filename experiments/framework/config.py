@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from tqdm.auto import tqdm
 
-from experiments.framework.identity import digest, model_identity
+from experiments.framework.identity import content, digest, model_identity
 from experiments.framework.options import to_json
 from experiments.framework.provenance import source_state
 from experiments.framework.tables import Row
@@ -104,7 +104,7 @@ class Config(Generic[O]):
         for table in ("models", "inputs"):
             for name, identity in notes.get(table, {}).items():
                 known = self.notes.get(table, {}).get(name, identity)
-                if _content(known) != _content(identity):
+                if content(known) != content(identity):
                     kept = f"{name} is not what it was when other units in {self.store.folder} were measured"
                     raise RunError(f"{self.experiment}: {kept}: --force measures all of them again")
         merge_notes(self.notes, notes)
@@ -232,11 +232,6 @@ class Config(Generic[O]):
         """``iterable`` behind a progress bar with an estimate of the time left."""
         label, silent = f"{self.experiment} {description}", self.finished_only or not is_main_process()
         return tqdm(iterable, desc=label, total=total, mininterval=1.0, dynamic_ncols=True, disable=silent)
-
-
-def _content(identity: Mapping[str, Any]) -> str:
-    """Hash of an identity but for words about it: a hub's repository changes its revision with its page too."""
-    return digest({key: value for key, value in identity.items() if key not in ("kind", "revision")})
 
 
 def gpus_of(device: str) -> int:

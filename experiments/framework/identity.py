@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,35 @@ def model_identity(spec: str) -> dict[str, Any]:
     from cats.models import identity
 
     return identity(spec)
+
+
+def content(identity: Mapping[str, Any]) -> str:
+    """Hash of an identity but for words about it: a hub's repository changes its revision with its page too."""
+    return digest({key: value for key, value in identity.items() if key not in ("kind", "revision")})
+
+
+def changed_models(identities: Mapping[str, Mapping[str, Any]], when: str) -> list[str]:
+    """The models that are files or directories here and have other content now than in their identities.
+
+    Args:
+        identities: of models by name.
+        when: an ISO time at which they were such; what is older than that is not read.
+    """
+    began = datetime.fromisoformat(when).timestamp()
+    return [name for name, known in identities.items() if _is_younger(Path(name), began) and _differs(name, known)]
+
+
+def _is_younger(path: Path, time: float) -> bool:
+    """Whether a file, or one in a directory, was written or came there after that time."""
+    files = [path, *path.iterdir()] if path.is_dir() else [path] if path.is_file() else []
+    return any(max(file.stat().st_mtime, file.stat().st_ctime) > time for file in files)
+
+
+def _differs(name: str, known: Mapping[str, Any]) -> bool:
+    try:
+        return content(model_identity(name)) != content(known)
+    except ValueError:  # no model any more, which the run will say
+        return True
 
 
 def task_identity(task: Any, folder: str | None = None) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -19,6 +20,7 @@ from experiments.framework.children import command, ending, purpose, run_child
 from experiments.framework.config import Config, is_main_process
 from experiments.framework.entries import attempt_facts, machine_facts, provenance_entry
 from experiments.framework.finished import write_after
+from experiments.framework.identity import changed_models
 from experiments.framework.memory import let_segments_grow, peak_gib, run_within_memory
 from experiments.framework.profiles import EXPERIMENTS
 from experiments.framework.provenance import now, read_provenance, write_provenance
@@ -90,7 +92,7 @@ def _begin(config: Config) -> None:
     """Note the attempt, and say what earlier ones have left."""
     entry = read_provenance(config.output)["experiments"].get(config.experiment)
     same = entry is not None and "incomplete" not in entry and entry["settings"] == config.settings()
-    if same and (problem := damage(config.output / "results", entry)):
+    if same and (problem := _stale(config, entry)):
         print(f"{config.experiment} is measured again: {problem}", file=sys.stderr, flush=True)
     kept = config.store.kept(config.stamp)
     if kept:
@@ -104,12 +106,20 @@ def _begin(config: Config) -> None:
 
 
 def is_done(config: Config) -> bool:
-    """Whether the run directory holds this experiment's tables, as they were written, with the same settings; those of
-    an unfinished run do not count."""
+    """Whether the run directory holds this experiment's tables, as they were written, with the same settings and of the
+    same models; those of an unfinished run do not count."""
     entry = read_provenance(config.output)["experiments"].get(config.experiment)
     if entry is None or "incomplete" in entry or entry["settings"] != config.settings() or config.store.forced():
         return False
-    return damage(config.output / "results", entry) is None
+    return _stale(config, entry) is None
+
+
+def _stale(config: Config, entry: Mapping[str, Any]) -> str | None:
+    """Why a finished experiment has to be measured again although its settings are the same, if so."""
+    if problem := damage(config.output / "results", entry):
+        return problem
+    changed = changed_models(entry.get("models", {}), entry["finished"])
+    return f"the files of {', '.join(changed)} have changed" if changed else None
 
 
 def mark_forced(configs: Sequence[Config]) -> None:
