@@ -265,9 +265,14 @@ def quantize(arguments: argparse.Namespace) -> None:
     if arguments.bits is None and not arguments.packed:
         raise ValueError("to how many bits? Give --bits 8 or --bits 4, or --packed to keep those of a GGUF file")
     path = check_output(arguments.output / QUANTIZED)
+    if others := [file.name for file in (*path.parent.glob("config.json"), *path.parent.glob("*.safetensors"))]:
+        raise ValueError(f"{arguments.output} holds a model already ({others[0]}): give another directory, or empty it")
     model, tokenizer = load(arguments)
-    cats.save_quantized(model, path)
-    tokenizer.save_pretrained(arguments.output)
+    try:
+        tokenizer.save_pretrained(arguments.output)
+    except OSError as error:
+        raise OSError(f"{arguments.output} cannot be written: {error.strerror or error}") from error
+    cats.save_quantized(model, path)  # last: what it lies in is a model from then on
     print(f"{arguments.output}: {path.stat().st_size / 1e6:.0f} MB, for the place of MODEL")
 
 

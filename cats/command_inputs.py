@@ -109,6 +109,6 @@ def load(arguments: argparse.Namespace, layers: int | None = None) -> tuple[Any,
     packed, linears = arguments.packed, arguments.linears or "mlp"
     model, tokenizer = load_model(arguments.model, arguments.dtype, device, layers, 0, packed, bits, size, linears)
     if tokenizer is None and arguments.command != "bench":
-        kind = "has random weights and" if arguments.model.startswith("shape:") else "is a file of a model that has"
+        kind = "has random weights and" if arguments.model.startswith("shape:") else "has"
         raise ValueError(f"{arguments.model} {kind} no tokenizer: only `cats bench` can use it")
     return model, tokenizer

@@ -104,12 +104,9 @@ def read_config(path: str | Path) -> PretrainedConfig:
 
 
 def has_format(path: str | Path) -> bool:
-    """Whether a safetensors file says that `save_quantized` wrote it; False of one that cannot be read."""
-    try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("format") in (FORMAT, FORMAT_OF_ALL)
-    except (SafetensorError, OSError):
-        return False
+    """Whether a safetensors file says that `save_quantized` wrote it. Raises OSError where it cannot be read."""
+    with _reading(path) as checked, safe_open(checked, "pt") as file:
+        return (file.metadata() or {}).get("format") in (FORMAT, FORMAT_OF_ALL)
 
 
 @contextmanager

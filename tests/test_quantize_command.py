@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 import cats
 from cats.__main__ import main
@@ -79,13 +80,14 @@ def test_what_a_quantised_model_cannot_be_is_one_sentence(options: dict, sentenc
 
 def test_bad_input_is_one_sentence(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = ["--output", str(tmp_path / "out")]
-    (tmp_path / "a file").write_text("in the way")
+    (tmp_path / "in the way").write_text("")
     cases = {
         "to how many bits?": ["quantize", "pocket", *output],
         "is quantised already": ["quantize", str(file), "--bits", "4", *output],
         "has random weights and no tokenizer": ["quantize", "shape:small", "--bits", "4", *output],
-        "is a file of a model that has no tokenizer": ["generate", str(file), "def"],
-        "a file": ["quantize", "pocket", "--bits", "8", "--output", str(tmp_path / "a file")],
+        "model.safetensors has no tokenizer": ["generate", str(file), "def"],
+        "is a file and not a folder": ["quantize", "pocket", "--bits", "8", "--output", str(tmp_path / "in the way")],
+        "holds a model already (model.safetensors)": ["quantize", "pocket", "--bits", "8", "--output", str(tmp_path)],
     }
     for sentence, words in cases.items():
         assert main(words) == 2 and not (tmp_path / "out").exists()
@@ -100,3 +102,18 @@ def test_a_damaged_file_is_one_sentence(pocket: Path, tmp_path: Path) -> None:
         load_model(str(tmp_path))
     with pytest.raises(OSError, match="is truncated or damaged"):
         load_config(str(tmp_path))
+    (tmp_path / "alone.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OSError, match="is truncated or damaged"):
+        load_model(str(tmp_path / "alone.safetensors"))
+
+
+def test_where_the_disk_is_full_there_is_no_half_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
+    assert main(["quantize", "pocket", "--bits", "8", "--output", str(tmp_path / "out")]) == 2
+    assert f"{tmp_path / 'out'} cannot be written: No space left on device" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "quantized.safetensors").exists()

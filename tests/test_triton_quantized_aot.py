@@ -188,11 +188,11 @@ def test_every_configuration_of_the_table_is_used():
 
 
 def test_no_more_programs_than_shared_memory_has_room_for():
-    for arch in (80, 89, 90):
-        for form in FORMATS:
-            call = call_on(arch, form)
-            config = choose_for(call)
-            waiting = rows_waiting(config) * call.row_bytes
-            assert config.programs == 1 or config.programs * waiting <= 1024 * SHARED_MEMORY[arch]
+    for arch, form, d in itertools.product((80, 89, 90), FORMATS, (4096, 5120)):
+        call = call_on(arch, form, d=d)
+        config = choose_for(call)
+        packing = call.packing(config.chunk)
+        waiting = rows_waiting(config) * packing["CHUNK"] * packing["CHUNKS"]
+        assert config.programs == 1 or config.programs * waiting <= 1024 * SHARED_MEMORY[arch]
     config = CONFIGS[8, 2, 1]
     assert that_fit(config, 8192, 89).programs < that_fit(config, 8192, 90).programs == config.programs

@@ -25,10 +25,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 else:
     import triton
     import triton.language as tl
-    from cats_kernels.problem import TOLERANCE, products, relative_error
-    from cats_kernels.quantized import GROUP_SIZES, QuantizedWeight, quantize
+    from cats_kernels.problem import TOLERANCE, relative_error
+    from cats_kernels.quantized import GROUP_SIZES, QuantizedWeight, dequantize, quantize
     from cats_kernels.triton import quantized_device, quantized_kernels, quantized_words
-    from cats_kernels.triton.quantized import make_quantized_call, sparse_gated_mlp_quantized
+    from cats_kernels.triton.quantized import LIST, make_quantized_call, sparse_gated_mlp_quantized
     from cats_kernels.triton.quantized_configs import QuantizedConfig
     from hypothesis import given, settings
     from hypothesis import strategies as st
@@ -131,15 +131,40 @@ else:
         monkeypatch.setattr(module, name, wrong)
         assert error_of(case) > 0.1
 
-    @pytest.mark.parametrize("form", [(8, None, True), (8, 64, False), (4, 32, True), (4, 128, False)], ids=str)
+    @triton.jit
+    def product_kernel(x_ptr, w_ptr, z_ptr, BITS: tl.constexpr, ROW_BYTES: tl.constexpr, D: tl.constexpr):
+        chunks: tl.constexpr = ROW_BYTES // 16
+        x = quantized_words.load_fixed(x_ptr, 1, 1, D, BITS, 32, 16, chunks)
+        row = tl.arange(0, 4)
+        w = quantized_device.load_packed(w_ptr, row, row < 4, ROW_BYTES, 16, chunks, True)
+        scale = tl.full([1, 4, chunks, 1], 1.0, tl.float32)
+        z = quantized_words.dot_words(x, w, scale, scale, BITS, False, False)
+        tl.store(z_ptr + row[None, :], z)
+
+    @pytest.mark.parametrize("bits", [8, 4])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_numbers_of_every_size_in_a_chunk(form: tuple, dtype: torch.dtype):
-        """x is rounded to 2^-14 of a chunk's largest number or finer: the sum is as exact as x where that counts."""
-        problem, _ = quantized_case(2, 256, 24, form, dtype, 0.5)
-        problem.x *= torch.logspace(-4, 3, 256).to(dtype)
-        problem.v, problem.u = products(problem.x, problem.gate, problem.up, problem.activation)
-        threshold = problem.threshold(0.5)
-        assert error_of((problem, threshold)) < TOLERANCE[dtype]
+    def test_small_numbers_beside_a_large_one_in_their_chunk(bits: int, dtype: torch.dtype):
+        """Exact where they are multiples of 2^-13 of its power of two, else rounded by half of that at most."""
+        torch.manual_seed(0)
+        weight = quantize(torch.randn(4, 64), bits, 32)
+        q = dequantize(replace(weight, scales=torch.ones_like(weight.scales))).double()
+        exact = torch.randint(-16, 17, (64,)) * 2.0**-13
+        between = torch.rand(64) * 2.0**-9
+        for small, error in ((exact, 0.0), (between, 2.0**-14)):
+            x = small.to(dtype)
+            x[::8] = 1.9921875  # the largest of its power of two in bfloat16
+            z = torch.empty(4)
+            product_kernel[(1,)](x, weight.data.view(torch.uint8), z, bits, weight.data.shape[1], 64)
+            difference = (z.double() - q @ x.double()).abs()
+            assert (difference <= error * q.abs().sum(1)).all()
+            assert bool(error) == bool(difference.any())
+
+    @pytest.mark.parametrize("rows", [1, 2])
+    def test_a_program_of_more_neurons_than_are_listed_at_a_time(rows: int):
+        config = QuantizedConfig(4, 1, warps=4, programs=1, chunk=16)
+        for kind in ("one", "vector"):
+            case = quantized_case(rows, 64, 3 * 2 * LIST - 5, (4, 32, True), torch.bfloat16, 0.5, kind=kind)
+            assert error_of(case, config) < TOLERANCE[torch.bfloat16]
 
     def test_words_are_taken_where_rows_and_addresses_have_them():
         def has_words(d: int, dtype: torch.dtype, offset: int = 0, group: int | None = None, **options: bool) -> bool:

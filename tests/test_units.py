@@ -7,14 +7,17 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 import experiments.framework.config as config_module
+from cats.models import identity
 from experiments.framework.config import Config, RunError
+from experiments.framework.identity import changed_models
 from experiments.framework.provenance import read_provenance
 from experiments.framework.results import write_tables
 from experiments.framework.runner import is_done, mark_forced, run_experiment
@@ -207,7 +210,6 @@ def test_a_finished_run_counts_no_more_when_its_models_files_have_changed(
     toy(run)
     assert run_experiment(config_in(output)) and is_done(config_in(output))
     weights = (folder / "model.safetensors").read_bytes()
-    later(output)
     (folder / "model.safetensors").write_bytes(weights)
     assert is_done(config_in(output))  # younger, and the same
     (folder / "model.safetensors").write_bytes(weights[:-4] + b"1234")
@@ -215,17 +217,30 @@ def test_a_finished_run_counts_no_more_when_its_models_files_have_changed(
     assert not is_done(config_in(output))
     assert run_experiment(config_in(output)) and is_done(config_in(output))
     assert f"e90 is measured again: the files of {folder} have changed" in capsys.readouterr().err
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("nowhere")
+    assert not is_done(config_in(output))
     shutil.rmtree(folder)
     assert is_done(config_in(output))
 
 
-def later(output: Path) -> None:
-    """As if a run had ended a minute ago."""
-    path = output / "provenance.json"
-    provenance = json.loads(path.read_text())
-    ended = datetime.fromisoformat(provenance["experiments"]["e90"]["finished"]) - timedelta(minutes=1)
-    provenance["experiments"]["e90"]["finished"] = ended.isoformat()
-    path.write_text(json.dumps(provenance))
+def test_a_models_name_that_leads_elsewhere_is_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for layers, name in enumerate("ab", 1):
+        tiny_model(num_hidden_layers=layers).save_pretrained(tmp_path / name)
+    link = tmp_path / "current"
+    link.symlink_to("a")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    known = {name: identity(name) for name in (str(link), "~/a", "~/b")}
+    time.sleep(0.05)  # the clock of files ticks more coarsely
+    since = datetime.now(UTC).isoformat()
+    time.sleep(0.05)
+    assert changed_models(known, since) == changed_models(known, None) == []
+    link.unlink()
+    link.symlink_to("b")
+    assert changed_models(known, since) == [str(link)]
+    (tmp_path / "a" / "config.json").write_text("{}")
+    assert changed_models(known, since) == [str(link), "~/a"]
+    assert changed_models({"owner/name": known["~/b"]}, None) == []
 
 
 def test_csv_cells(tmp_path: Path) -> None:

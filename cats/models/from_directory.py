@@ -45,10 +45,15 @@ class DirectoryLoader(Loader):
             notes = json.loads((folder / CONVERTED).read_text())
             kind = f"{notes.pop('kind')}, converted to a directory"
         config = [folder / name for name in ("config.json", "generation_config.json") if (folder / name).is_file()]
-        known = ("token", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
-        tokenizer = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name.startswith(known)]
+        tokenizer = tokenizer_files(folder)
         weights = sorted(folder.glob("*.safetensors"))
         return Origin(kind, revision, tuple(weights), tuple(config), tuple(tokenizer), notes)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """What a tokenizer is read from, in order of names."""
+    known = ("token", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and path.name.startswith(known)]
 
 
 LOADER = DirectoryLoader()

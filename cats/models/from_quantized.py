@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cats.models import pretrained
+from cats.models.from_directory import tokenizer_files
 from cats.models.loader import Loader, Origin, Request
 from cats.quantized_files import QUANTIZED, has_format, load_quantized, read_config
 
@@ -18,7 +19,12 @@ class QuantizedLoader(Loader):
 
     def claims(self, spec: str) -> bool:
         path = Path(spec).expanduser()
-        return (path / QUANTIZED).is_file() or (path.suffix == ".safetensors" and path.is_file() and has_format(path))
+        if path.suffix != ".safetensors" or not path.is_file():
+            return (path / QUANTIZED).is_file()
+        try:
+            return has_format(path)
+        except OSError:  # damaged, as loading will say
+            return True
 
     def resolve(self, spec: str) -> str:
         path = Path(spec).expanduser()
@@ -46,7 +52,7 @@ class QuantizedLoader(Loader):
 
     def origin(self, spec: str) -> Origin:
         file = Path(self.resolve(spec))
-        beside = sorted(file.parent.glob("token*")) if Path(spec).expanduser().is_dir() else []
+        beside = tokenizer_files(file.parent) if Path(spec).expanduser().is_dir() else []
         return Origin("quantised by cats", None, weights=(file,), tokenizer=tuple(beside))
 
 

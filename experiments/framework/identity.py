@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -20,27 +21,34 @@ def content(identity: Mapping[str, Any]) -> str:
     return digest({key: value for key, value in identity.items() if key not in ("kind", "revision")})
 
 
-def changed_models(identities: Mapping[str, Mapping[str, Any]], when: str) -> list[str]:
+def changed_models(identities: Mapping[str, Mapping[str, Any]], since: str | None) -> list[str]:
     """The models that are files or directories here and have other content now than in their identities.
 
     Args:
         identities: of models by name.
-        when: an ISO time at which they were such; what is older than that is not read.
+        since: an ISO time before they were identified; what has not changed since is not read. None: all are.
     """
-    began = datetime.fromisoformat(when).timestamp()
-    return [name for name, known in identities.items() if _is_younger(Path(name), began) and _differs(name, known)]
+    began = datetime.fromisoformat(since).timestamp() if since else -math.inf
+    return [name for name, known in identities.items() if _is_younger(name, began) and _differs(name, known)]
 
 
-def _is_younger(path: Path, time: float) -> bool:
-    """Whether a file, or one in a directory, was written or came there after that time."""
-    files = [path, *path.iterdir()] if path.is_dir() else [path] if path.is_file() else []
-    return any(max(file.stat().st_mtime, file.stat().st_ctime) > time for file in files)
+def _is_younger(name: str, time: float) -> bool:
+    """Whether the path ``name``, what it leads to, or a file in it was written or came there after that time."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        return False
+    try:
+        files = [path, *path.iterdir()] if path.is_dir() else [path]
+        facts = [fact for file in files for fact in (file.lstat(), file.stat())]
+    except OSError:  # such as a link that leads nowhere
+        return True
+    return any(max(fact.st_mtime, fact.st_ctime) > time for fact in facts)
 
 
 def _differs(name: str, known: Mapping[str, Any]) -> bool:
     try:
         return content(model_identity(name)) != content(known)
-    except ValueError:  # no model any more, which the run will say
+    except (ValueError, OSError):  # no model any more, which the run will say
         return True
 
 

@@ -118,7 +118,7 @@ def _stale(config: Config, entry: Mapping[str, Any]) -> str | None:
     """Why a finished experiment has to be measured again although its settings are the same, if so."""
     if problem := damage(config.output / "results", entry):
         return problem
-    changed = changed_models(entry.get("models", {}), entry["finished"])
+    changed = changed_models(entry.get("models", {}), entry.get("started"))
     return f"the files of {', '.join(changed)} have changed" if changed else None
 
 

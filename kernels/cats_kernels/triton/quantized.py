@@ -90,6 +90,12 @@ class QuantizedCall(Call):
         )
         return config.words and whole and self.x.element_size() == 2
 
+    def has_pairs(self, config: QuantizedConfig) -> bool:
+        """Whether scales and zero points are numbers of two bytes that can be loaded as words of two."""
+        sides = [getattr(self, f"{name}_{kind}") for name in ("gate", "up", "down") for kind in ("scales", "zeros")]
+        whole = all(side.numel() % 2 == 0 and side.data_ptr() % 4 == 0 for side in sides)
+        return config.paired and whole and self.gate_scales.element_size() == 2
+
 
 def make_quantized_call(
     x: Tensor,
@@ -160,9 +166,9 @@ def choose_for(call: QuantizedCall) -> QuantizedConfig:
     """The chosen configuration for a call; one scale of 4 bytes (or a pair) waits in shared memory for each chunk."""
     grouped = call.gate_scales.shape[1] > 1
     config = choose_quantized_config(call.bits, call.x.element_size(), call.rows, call.row_bytes, grouped)
-    chunks = call.packing(config.chunk)["CHUNKS"] if grouped else 1
-    scale_bytes = 4 * chunks * (1 if call.symmetric else 2)
-    return that_fit(config, call.row_bytes + scale_bytes, call.target.arch)
+    packing = call.packing(config.chunk)
+    scale_bytes = 4 * (packing["CHUNKS"] if grouped else 1) * (1 if call.symmetric else 2)
+    return that_fit(config, packing["CHUNK"] * packing["CHUNKS"] + scale_bytes, call.target.arch)
 
 
 def plan_quantized(call: QuantizedCall, config: QuantizedConfig | None = None) -> list[Launch]:
@@ -197,7 +203,7 @@ def plan_quantized(call: QuantizedCall, config: QuantizedConfig | None = None) -
             BLOCK_ROWS=power_of_2(call.rows),
             D=call.d,
             ZEROS=not call.symmetric,
-            PAIRED=config.paired and call.gate_scales.element_size() == 2 and call.gate_scales.numel() % 2 == 0,
+            PAIRED=call.has_pairs(config),
             GATE_TILE=config.gate_tile,
             GATE_STAGES=config.gate_stages,
             TILE=config.tile,

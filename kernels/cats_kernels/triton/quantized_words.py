@@ -17,7 +17,7 @@ import triton.language as tl
 
 SHIFT = tl.constexpr(13)
 """x is rounded to multiples of 2^-13 of the power of two that is at most its largest magnitude in a chunk: bfloat16
-numbers down to a hundredth of that are exact."""
+numbers down to a 64th of that are exact, float16 ones down to an eighth."""
 NIBBLE_BIAS, BYTE_BIAS = tl.constexpr(128.0 + 8.0), tl.constexpr(32768.0 + 128.0)
 """What `byte_value` adds to nibbles - 8, and to int8 weights whose sign bit is flipped."""
 
