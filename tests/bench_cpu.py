@@ -8,6 +8,7 @@ new kind of machine: ``python -m tests.bench_cpu`` measures three times and writ
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from torch import Tensor
 from experiments.framework.provenance import machine_name
 from experiments.framework.timing import last_level_cache_bytes, measure
 from tests.mlp_cases import gate_threshold
-from tests.speed_guard import SPARSITIES, Measure, Ratios, best_of, floors, measured_ratios, too_slow
+from tests.speed_guard import SPARSITIES, Measure, Ratios, best_of, floors, left_at, measured_ratios, too_slow
 
 BASELINE = Path(__file__).with_name("bench_baseline.json")
 BAND = 0.25
@@ -58,7 +59,8 @@ def ratios(
     def dense() -> Tensor:
         return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
-    return measured_ratios([(gate, up, down)], dense, calls, measure, warmups=3, rounds=rounds)
+    left = partial(left_at, backend="cpu", dtype=dtype_name)
+    return measured_ratios([(gate, up, down)], dense, calls, measure, left, warmups=3, rounds=rounds)
 
 
 def allowed(dtype_name: str) -> Ratios:

@@ -19,17 +19,19 @@ from cats_kernels.problem import inputs, weights
 from experiments.e09_quantization.dense import DenseWeights, torch_kernels_mlp
 from experiments.framework.timing import measure
 from tests.mlp_cases import gate_threshold
-from tests.speed_guard import Measure, Ratios, best_of, too_slow
+from tests.speed_guard import KEPT, Measure, Ratios, best_of, too_slow
 
 FORMATS = {8: None, 4: 128}
 SPARSITIES = (0.0, 0.5, 0.9)
 SHAPES = {"mistral-7b": (4096, 14336), "llama2-7b": (4096, 11008)}
-FLOORS = {
-    8: {"bfloat16/0.5": 1.55, "torch/0.0": 1.0, "torch/0.5": 1.35, "torch/0.9": 1.9},
+GOALS = {
+    8: {"bfloat16/0.5": 1.7, "torch/0.0": 1.0, "torch/0.5": 1.35, "torch/0.9": 1.9},
     4: {"bfloat16/0.5": 2.6, "torch/0.0": 1.0, "torch/0.5": 1.35, "torch/0.9": 1.9},
 }
-"""Goals of this suite; that of int8 over bfloat16 was 1.7 over a bfloat16 kernel 5 to 10 % slower than today's, where
-the processor multiplies bfloat16."""
+"""What the kernels shall reach, at 7B shapes on two cores. Where the processor multiplies bfloat16, int8 is at 1.6 over our
+kernel of that, which became 5 to 10 % faster."""
+FLOORS = {bits: {name: KEPT * goal for name, goal in goals.items()} for bits, goals in GOALS.items()}
+"""What they must reach in any moment: int4 over torch moves by a tenth with the machine's memory."""
 
 
 def ratios(d: int, m: int, bits: int, rounds: int = 25, measure: Measure = measure) -> Ratios:

@@ -1,8 +1,9 @@
 """Whether a kernel is as fast as it must be, on machines never measured before: the judge of ``nox -s bench``.
 
 ``tests/bench_expected.toml`` holds the fraction of the byte bound that each backend reaches. The bound is taken in the
-same process and rounds, so that a slow machine lowers both; `KEPT` of the fraction must be there. A kernel that loses
-half of its gain over dense, or does its work twice, is below that.
+same process and rounds, so that a slow machine lowers both; `KEPT` of the fraction must be there, or where memory is
+fast of what a kernel's own time leaves of it (`left_at`). A kernel that loses half of its gain over dense, or does its
+work twice, is below that.
 """
 
 import tomllib
@@ -35,10 +36,11 @@ def measured_ratios(
     dense: Any,
     kernels: Mapping[float, Any],
     measure: Measure,
+    left: Callable[[float], float] = lambda rate: 1.0,
     **options: Any,
 ) -> Ratios:
-    """Speed of a kernel in one run: "bound/0.5", the fraction of the byte bound, "dense/0.5", over the dense MLP, and
-    "self/0.5", over itself where it skips nothing.
+    """Speed of a kernel in one run: "bound/0.5", the fraction of the byte bound over what is ``left`` of it,
+    "dense/0.5", over the dense MLP, and "self/0.5", over itself where it skips nothing.
 
     Args:
         copies: gate, up and down of each copy of the weights, of one size.
@@ -46,6 +48,7 @@ def measured_ratios(
         kernels: sparsity -> the same of the kernel; one of them 0, which reads all weights and counts among the plain
             reads: where it is the fastest, a kernel that skips nothing would seem to be near the bound.
         measure: times named calls against each other, as `experiments.framework.timing.measure` does.
+        left: share of the expected fractions at a rate of memory in GB/s.
         **options: passed on to ``measure``.
     """
     reads = plain_reads(copies)
@@ -55,7 +58,8 @@ def measured_ratios(
     matrix = copies[0][0].nbytes
     moved = {name: read.bytes_moved for name, read in reads.items()} | {"dense": 3 * matrix, "0.0": 3 * matrix}
     rate = max(size / times[name] for name, size in moved.items())
-    ratios = {f"bound/{s}": bytes_needed(matrix, s) / rate / times[str(s)] for s in kernels}
+    share = left(rate / 1e6)
+    ratios = {f"bound/{s}": bytes_needed(matrix, s) / rate / times[str(s)] / share for s in kernels}
     ratios |= {f"dense/{s}": times["dense"] / times[str(s)] for s in kernels}
     return ratios | {f"self/{s}": times["0.0"] / times[str(s)] for s in kernels if s}
 
@@ -63,7 +67,13 @@ def measured_ratios(
 def floors(backend: str, dtype: str) -> Ratios:
     """The fractions of the byte bound that must be reached on any machine, by "bound/SPARSITY"."""
     expected = tomllib.loads(EXPECTED.read_text())[backend][dtype]
-    return {f"bound/{sparsity}": KEPT * fraction for sparsity, fraction in expected.items()}
+    return {f"bound/{s}": KEPT * expected[str(s)] for s in SPARSITIES}
+
+
+def left_at(rate: float, backend: str, dtype: str) -> float:
+    """What a kernel's time beside memory's leaves of the expected fractions at a rate in GB/s: at most 1."""
+    expected = tomllib.loads(EXPECTED.read_text())[backend][dtype]
+    return min(1.0, 1 / (1 + rate * expected.get("beside_memory", 0.0)) / expected["0.0"])
 
 
 def too_slow(measured: Ratios, allowed: Ratios) -> list[str]:
