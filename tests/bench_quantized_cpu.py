@@ -28,8 +28,8 @@ GOALS = {
     8: {"bfloat16/0.5": 1.7, "torch/0.0": 1.0, "torch/0.5": 1.35, "torch/0.9": 1.9},
     4: {"bfloat16/0.5": 2.6, "torch/0.0": 1.0, "torch/0.5": 1.35, "torch/0.9": 1.9},
 }
-"""What the kernels shall reach, at 7B shapes on two cores. Where the processor multiplies bfloat16, int8 is at 1.6 over our
-kernel of that, which became 5 to 10 % faster."""
+"""What the kernels shall reach, at 7B shapes on two cores. Where the processor multiplies bfloat16, int8 is at 1.6 over
+our kernel of that, which became 5 to 10 % faster."""
 FLOORS = {bits: {name: KEPT * goal for name, goal in goals.items()} for bits, goals in GOALS.items()}
 """What they must reach in any moment: int4 over torch moves by a tenth with the machine's memory."""
 
