@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -59,9 +58,9 @@ def text_rows(table: pd.DataFrame) -> pd.DataFrame:
 def quality_figure(run: Run) -> Figure:
     """A panel per model: increase of perplexity against the bytes read."""
     table = text_rows(run.tables[QuantizationRow.table])
-    models = [str(model) for model in table["model"].unique()]
-    figure, axes = plt.subplots(1, len(models), figsize=(style.WIDTH, 2.7), squeeze=False)
-    for ax, model in zip(axes[0], models, strict=True):
+    models = _shown(table)
+    figure, axes = style.panels(len(models), 2.1)
+    for ax, model in zip(axes.flat, models, strict=False):
         part = table[(table["model"] == model)]
         ends = []
         for (name, rows), colour in zip(part.groupby("format", sort=False), (style.GREY, *COLOURS), strict=False):
@@ -71,7 +70,7 @@ def quality_figure(run: Run) -> Figure:
             x, y = 100 * rows["mlp_bytes"], 100 * rows["increase"]
             ax.plot(x, y, "o-", color=colour, ms=3)
             ends.append((x.iloc[-1], y.iloc[-1], format_name(str(name)), colour))
-        ax.set(yscale="log", title=style.model_name(model), xlabel="bytes of the MLPs read, % of unquantised")
+        ax.set(yscale="log", title=style.model_name(model).replace(" (", "\n("), xlabel="bytes of the MLPs read, %")
         ax.set_xlim(right=ax.get_xlim()[1] + 0.35 * np.ptp(ax.get_xlim()))
         style.label_ends(ax, ends, size=7.5)
     axes[0][0].set_ylabel("increase of perplexity, %")
