@@ -15,6 +15,7 @@ from cats_kernels import dequantize  # noqa: E402
 from cats_kernels.quantized import from_ggml_blocks  # noqa: E402
 
 import cats  # noqa: E402
+from cats.__main__ import main  # noqa: E402
 from cats.models import load_model  # noqa: E402
 from cats.models.gguf_config import FAMILIES, make_config  # noqa: E402
 from cats.models.gguf_header import read_header  # noqa: E402
@@ -149,3 +150,15 @@ def test_scales_that_are_not_finite_are_refused(part: str, tmp_path: Path) -> No
     path.write_bytes(bytes(content))
     with pytest.raises(ValueError, match=rf"blk\.0\.ffn_{part}\.weight.* finite"):
         load_model(str(path), packed=True)
+
+
+@pytest.mark.parametrize("kind", [Q4, Q8], ids=["Q4_0", "Q8_0"])
+def test_cats_quantize_keeps_the_bits_of_a_file(kind: object, tmp_path: Path) -> None:
+    original, words, architecture = make("qwen2")
+    file = write_gguf(tmp_path / "model.gguf", original, words, architecture, only_mlps(kind))
+    assert main(["quantize", str(file), "--packed", "--output", str(tmp_path / "made")]) == 0
+    made, tokenizer = load_model(str(tmp_path / "made"))
+    packed, known = load_model(str(file), packed=True)
+    assert torch.equal(logits(made), logits(packed))
+    text = "".join(words.tokens[:40])
+    assert tokenizer(text)["input_ids"] == known(text)["input_ids"]
