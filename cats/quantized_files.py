@@ -96,11 +96,13 @@ def load_quantized(path: str | Path, device: str | torch.device = "cpu") -> PreT
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
-    """The configuration of the model in such a file, without its weights. Raises as `load_quantized`."""
+    """The configuration of the model in such a file, with its dtype. Raises as `load_quantized`."""
     with _reading(path) as checked:
         file = _File(checked, torch.device("cpu"))
         _check_format(file)
-        return _config(json.loads(file.metadata["config"]), file)
+        config = _config(json.loads(file.metadata["config"]), file)
+        config.dtype = _dtype(file.metadata["dtype"])
+        return config
 
 
 def has_format(path: str | Path) -> bool:

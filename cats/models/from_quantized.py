@@ -40,11 +40,11 @@ class QuantizedLoader(Loader):
             raise ValueError(f"{spec} is quantised already: leave bits out")
         if request.device == "sharded":
             raise ValueError(f"{spec} is quantised, which cannot be sharded: put it on one device")
-        tokenizer = self.tokenizer(spec)  # before the long work: it may be refused
-        model = load_quantized(self.resolve(spec), request.device)
-        if request.dtype not in (None, model.dtype):
-            raise ValueError(f"{spec} was quantised as {model.dtype}: leave dtype out, or quantise it as another one")
-        return model, tokenizer
+        dtype = self.config(spec).dtype
+        if request.dtype not in (None, dtype):
+            raise ValueError(f"{spec} was quantised as {dtype}: leave dtype out, or quantise it as another one")
+        tokenizer = self.tokenizer(spec)
+        return load_quantized(self.resolve(spec), request.device), tokenizer
 
     def tokenizer(self, spec: str) -> PreTrainedTokenizerBase | None:
         folder = Path(spec).expanduser()

@@ -44,6 +44,18 @@ def threshold_of(threshold, neuron, valid, THRESHOLD: tl.constexpr):
 
 
 @triton.jit
+def append_active(v, keep, neuron, last, v_ptr, indices_ptr, m, row, ROWS: tl.constexpr):
+    """Write the neurons that a row keeps, and their v [BLOCK_ROWS, neurons], to the slots from ``last`` on; the new end
+    of the list."""
+    active = tl.max(keep.to(tl.int32), 0)
+    slot = last + tl.cumsum(active, 0) - active
+    tl.store(indices_ptr + slot, neuron, mask=active == 1)
+    mask = (active == 1)[None, :] & (row < ROWS)
+    tl.store(v_ptr + row * m + slot[None, :], tl.where(keep, v, 0.0), mask=mask)
+    return last + tl.sum(active, 0)
+
+
+@triton.jit
 def deciding(z, ACTIVATION: tl.constexpr, UP_DECIDES: tl.constexpr):
     """The value that is compared with the threshold, of the deciding product z."""
     if UP_DECIDES:

@@ -11,6 +11,7 @@ import triton.language as tl
 from cats_kernels.triton.device import (
     activate,
     add_rows,
+    append_active,
     await_previous_kernel,
     deciding,
     dot_rows,
@@ -128,12 +129,7 @@ def fused_kernel(
             v = deciding(dot_rows(x, w), ACTIVATION, UP_DECIDES)
             limit = threshold_of(threshold, neuron[None, :], valid[None, :], THRESHOLD)
             keep = kept(v, limit) & valid[None, :] & (row < ROWS)
-            active = tl.max(keep.to(tl.int32), 0)
-            slot = last + tl.cumsum(active, 0) - active
-            tl.store(indices_ptr + slot, neuron, mask=active == 1)
-            mask = (active == 1)[None, :] & (row < ROWS)
-            tl.store(v_ptr + row * m + slot[None, :], tl.where(keep, v, 0.0), mask=mask)
-            last += tl.sum(active, 0)
+            last = append_active(v, keep, neuron, last, v_ptr, indices_ptr, m, row, ROWS)
         tl.debug_barrier()  # other threads of this program read the list back
         for first in tl.range(part_start, last, TILE, num_stages=STAGES):
             slot = first + tl.arange(0, TILE)

@@ -8,7 +8,7 @@ registers."""
 import triton
 import triton.language as tl
 
-from cats_kernels.triton.device import await_previous_kernel, deciding, gated, kept, threshold_of
+from cats_kernels.triton.device import append_active, await_previous_kernel, deciding, gated, kept, threshold_of
 from cats_kernels.triton.quantized_device import (
     add_packed,
     chunk_columns,
@@ -94,12 +94,7 @@ def fused_quantized_kernel(
         z = tl.load(z_ptr + row * m + neuron[None, :], mask=valid, other=0.0)
         v = deciding(z, ACTIVATION, UP_DECIDES)
         keep = kept(v, threshold_of(threshold, neuron[None, :], (neuron < end)[None, :], THRESHOLD)) & valid
-        active = tl.max(keep.to(tl.int32), 0)
-        slot = last + tl.cumsum(active, 0) - active
-        tl.store(indices_ptr + slot, neuron, mask=active == 1)
-        mask = (active == 1)[None, :] & (row < ROWS)
-        tl.store(v_ptr + row * m + slot[None, :], tl.where(keep, v, 0.0), mask=mask)
-        last += tl.sum(active, 0)
+        last = append_active(v, keep, neuron, last, v_ptr, indices_ptr, m, row, ROWS)
     tl.debug_barrier()  # and the list
     for first in tl.range(start, last, TILE, num_stages=STAGES):
         slot = first + tl.arange(0, TILE)
